@@ -1,0 +1,24 @@
+"""LoRA for JAX and Flax as pure functions on the parameters you already have.
+
+The names stand in the order of the data flow; each file imports from those above it.
+"""
+# ruff: noqa: I001
+
+from lora_jax._factors import Axes as Axes
+from lora_jax._lorafy import lorafy as lorafy
+from lora_jax._lora import lora as lora
+from lora_jax._layers import Conv as Conv
+from lora_jax._layers import Dense as Dense
+from lora_jax._layers import DenseGeneral as DenseGeneral
+from lora_jax._layers import Einsum as Einsum
+from lora_jax._layers import Embed as Embed
+from lora_jax._split import Count as Count
+from lora_jax._split import combine as combine
+from lora_jax._split import count as count
+from lora_jax._split import mask as mask
+from lora_jax._split import split as split
+from lora_jax._optimizer import adapters_only as adapters_only
+from lora_jax._merge import merge as merge
+from lora_jax._merge import strip as strip
+from lora_jax._save import load as load
+from lora_jax._save import save as save

@@ -1,0 +1,304 @@
+"""Adapters beside their weights: names, layouts, checks, and the views of one weight.
+
+`Factors` stands for the array `w + scale * sum_r a * b`, which is never formed unless
+`materialize` is called. It holds its factors in the aligned form: `a` and `b` have the
+dimensions of `w`, then the rank, and size 1 where a dimension of `w` is not theirs. So
+each dimension says itself what it is (an input: only in `a`; an output: only in `b`; a
+batch: in both), and every view of `w` is the same view of `a` and `b`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._tree import Path, path_name, unbox
+
+PARTS = ("lora_a", "lora_b", "lora_scale")
+
+
+class Adapter(NamedTuple):
+    """The paths of a weight's three adapter leaves."""
+
+    a: Path
+    b: Path
+    scale: Path
+
+
+class Axes(NamedTuple):
+    """The dimensions of a weight: stacked layers or experts, inputs, outputs."""
+
+    batch: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def standard(self) -> bool:
+        """Whether the dimensions stand in the order (batch, inputs, outputs)."""
+        order = (*self.batch, *self.inputs, *self.outputs)
+        return order == tuple(range(len(order)))
+
+
+def adapter_of(weight: Path) -> Adapter:
+    """The paths beside a weight where its adapter lives."""
+    *parent, name = weight
+    prefix = "" if name in ("kernel", "embedding") else f"{name}_"
+    return Adapter(*((*parent, prefix + part) for part in PARTS))
+
+
+def is_adapter(path: Path) -> bool:
+    return _stem(path[-1]) is not None
+
+
+def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
+    """Every adapted weight and its adapter, checked from names and shapes alone.
+
+    Raises:
+      ValueError: If there is no adapter, or a broken one.
+    """
+    found: dict[Path, Adapter] = {}
+    for path in leaves:
+        if is_adapter(path):
+            weight = _weight_of(path, leaves)
+            found[weight] = adapter_of(weight)
+    if not found:
+        raise ValueError(
+            "These parameters have no adapters. Write params = lorafy(params, rank)."
+        )
+    for weight, adapter in found.items():
+        check_adapter(leaves, weight, adapter)
+    return found
+
+
+def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> None:
+    for path in (weight, *adapter):
+        if unbox(leaves.get(path)) is None:
+            raise ValueError(
+                f"The adapter of {path_name(weight)!r} is broken: "
+                f"{path_name(path)!r} is missing. Pass the whole tree, or "
+                "combine(adapters, base) if it was split."
+            )
+    shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
+    if not fits(*shapes):
+        w, a, b, scale = shapes
+        raise ValueError(
+            f"The adapter of {path_name(weight)!r} does not fit: lora_a {a}, lora_b "
+            f"{b} and lora_scale {scale} make no update of a weight {w}. Build the "
+            "adapter with lorafy on these very parameters."
+        )
+
+
+def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
+    """Whether factors of these shapes update a weight of shape `w`, in some layout."""
+    if not a or not b:
+        return False
+    if len(a) == len(b) == len(w) + 1:  # aligned
+        pairs = list(zip(w, a[:-1], b[:-1], strict=True))
+        batch = [n for n, i, o in pairs if i == o == n and n > 1]
+        whole = all(n in (i, o) and {i, o} <= {1, n} for n, i, o in pairs)
+        return whole and a[-1] == b[-1] and [n for n in scale if n > 1] == batch
+    batch = len(a) + len(b) - 2 - len(w)
+    inputs, outputs = len(a) - 1 - batch, len(b) - 1 - batch
+    if min(batch, inputs - 1, outputs - 1) < 0:
+        return False
+    split = batch + inputs
+    return (
+        a[:-1] == w[:split]
+        and b[:batch] == scale == w[:batch]
+        and b[batch + 1 :] == w[split:]
+        and a[-1] == b[batch]
+    )
+
+
+def axes_of_shapes(w: tuple, a: tuple, b: tuple) -> Axes:
+    """The dimensions that factors of fitting shapes say a weight has."""
+    if len(a) == len(w) + 1:
+        pairs = list(enumerate(zip(w, a[:-1], b[:-1], strict=True)))
+        batch = tuple(d for d, (n, i, o) in pairs if n == i == o > 1)
+        inputs = tuple(d for d, (n, i, _) in pairs if d not in batch and n == i)
+        outputs = tuple(d for d, _ in pairs if d not in (*batch, *inputs))
+        return Axes(batch, inputs, outputs)
+    batch = len(a) + len(b) - 2 - len(w)
+    dims = tuple(range(len(w)))
+    return Axes(dims[:batch], dims[batch : len(a) - 1], dims[len(a) - 1 :])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The array `w + scale * sum_r a * b`, in parts. Shapes: see the module."""
+
+    w: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    name: str = dataclasses.field(default="", metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.w.ndim
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+
+def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
+    """`Factors` from the leaves of a tree, whichever of the two layouts they have."""
+    if a.ndim < w.ndim + 1:
+        batch = a.ndim + b.ndim - 2 - w.ndim
+        inputs = a.ndim - 1 - batch
+        a = jnp.expand_dims(a, range(a.ndim - 1, w.ndim))
+        b = jnp.moveaxis(b, batch, -1)  # (batch..., r, out...) -> (batch..., out..., r)
+        b = jnp.expand_dims(b, range(batch, batch + inputs))
+    sizes = (
+        n if n == i == o else 1
+        for n, i, o in zip(w.shape, a.shape[:-1], b.shape[:-1], strict=True)
+    )
+    return Factors(w, a, b, jnp.reshape(scale, tuple(sizes)), name)
+
+
+def delta(f: Factors) -> jax.Array:
+    """`scale * sum_r a * b`, of the weight's shape, in float32 or wider."""
+    dtype = jnp.promote_types(jnp.promote_types(f.a.dtype, f.b.dtype), jnp.float32)
+    a, b = f.a.astype(dtype), f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
+    rank = f.ndim
+    in_a, in_b = present(a), present(b)
+    kept = sorted({*in_a, *in_b})
+    product = jnp.einsum(
+        squeeze_absent(a),
+        [*in_a, rank],
+        squeeze_absent(b),
+        [*in_b, rank],
+        kept,
+        precision=lax.Precision.HIGHEST,
+    )
+    product = jnp.expand_dims(product, [d for d in range(f.ndim) if d not in kept])
+    return jnp.broadcast_to(product, f.shape)
+
+
+def materialize(f: Factors) -> jax.Array:
+    """The plain array: summed in float32 or wider, cast once to the weight's dtype."""
+    update = delta(f)
+    wide = jnp.promote_types(f.dtype, update.dtype)
+    return (f.w.astype(wide) + update.astype(wide)).astype(f.dtype)
+
+
+def present(factor: jax.Array) -> list[int]:
+    """The weight's dimensions that an aligned factor has; the others have size 1."""
+    return [d for d, n in enumerate(factor.shape[:-1]) if n > 1]
+
+
+def squeeze_absent(factor: jax.Array) -> jax.Array:
+    """An aligned factor with the dimensions `present` and the rank alone."""
+    return jnp.reshape(
+        factor, [n for n in factor.shape[:-1] if n > 1] + [factor.shape[-1]]
+    )
+
+
+# Views: each takes the weight's own view `w` and gives the factors the same one. That
+# costs no arithmetic, and is None where the factors cannot follow.
+
+
+def view(f: Factors, w: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> Factors:
+    """The view whose factors, and scale, are `fn` of those, the rank last."""
+    scale = fn(f.scale[..., None])[..., 0]
+    return Factors(w, fn(f.a), fn(f.b), scale, f.name)
+
+
+def transpose(f: Factors, w: jax.Array, permutation: tuple[int, ...]) -> Factors:
+    return view(f, w, lambda x: lax.transpose(x, (*permutation, f.ndim)))
+
+
+def broadcast(f: Factors, w: jax.Array, dims: tuple[int, ...]) -> Factors:
+    """Where the weight repeats itself, the factors do not: they get size 1."""
+
+    def place(x):
+        sizes = [1] * w.ndim
+        for d, n in zip(dims, x.shape, strict=False):
+            sizes[d] = n
+        return jnp.reshape(x, (*sizes, x.shape[-1]))
+
+    return view(f, w, place)
+
+
+def reshape(f: Factors, w: jax.Array) -> Factors | None:
+    """A reshape that merges and splits dimensions of one kind."""
+    if 0 in f.shape:
+        return None
+    segments = list(_segments(f.shape, w.shape))
+
+    def sizes(x) -> list[int] | None:
+        new_sizes = []
+        for old, new in segments:
+            have = [x.shape[d] for d in old]
+            if have == [f.shape[d] for d in old]:
+                new_sizes += [w.shape[d] for d in new]
+            elif all(n == 1 for n in have):
+                new_sizes += [1] * len(new)
+            else:
+                return None
+        return new_sizes
+
+    if None in map(sizes, (f.a, f.b, f.scale)):
+        return None
+    return view(f, w, lambda x: jnp.reshape(x, (*sizes(x), x.shape[-1])))
+
+
+def cut(f: Factors, w: jax.Array, fn: Callable[[jax.Array, list[int]], jax.Array]):
+    """A slice: `fn(factor, present)` cuts a factor along its own dimensions alone."""
+    if 0 in w.shape:
+        return None
+    return view(f, w, lambda x: fn(x, present(x)))
+
+
+def _segments(old: tuple[int, ...], new: tuple[int, ...]):
+    """Pairs of runs of dimensions of equal size, as short as can be."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        first, second = [], []
+        while not (first or second) or _size(old, first) != _size(new, second):
+            behind = _size(old, first) <= _size(new, second)
+            if j == len(new) or (i < len(old) and behind):
+                first.append(i)
+                i += 1
+            else:
+                second.append(j)
+                j += 1
+        yield first, second
+
+
+def _size(shape: tuple[int, ...], dims: list[int]) -> int:
+    return math.prod(shape[d] for d in dims)
+
+
+def _stem(name: Any) -> str | None:
+    """What stands before `lora_a`, `lora_b` or `lora_scale` in a leaf's name."""
+    for part in PARTS:
+        if name == part:
+            return ""
+        if isinstance(name, str) and name.endswith(f"_{part}"):
+            return name.removesuffix(f"_{part}")
+    return None
+
+
+def _weight_of(path: Path, leaves: dict[Path, Any]) -> Path:
+    *parent, name = path
+    stem = _stem(name)
+    names = [stem] if stem else ["kernel", "embedding"]
+    weights = [(*parent, n) for n in names if (*parent, n) in leaves]
+    if len(weights) != 1:
+        raise ValueError(
+            f"The adapter leaf {path_name(path)!r} belongs to no weight: found "
+            f"{len(weights)} of {names} beside it, needed one. "
+            "Remove the leaf, or restore its weight."
+        )
+    return weights[0]

@@ -1,0 +1,205 @@
+"""Drop-in `flax.linen` layers that use adapters where their parameters have them.
+
+Each is Flax's own layer under `lora`, so it keeps every option of it: paddings, masks,
+dtypes, injected products. Without adapters it is Flax's own layer and nothing else.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lora_jax._factors import PARTS, Axes
+from lora_jax._lora import lora
+from lora_jax._lorafy import lorafy
+
+
+class Dense(nn.Dense):
+    """`flax.linen.Dense` with an adapter: y = x W + b + scale * (x A) B.
+
+    Attributes:
+      rank: If given, `init` creates `lora_a` (in, rank), `lora_b` (rank, features),
+        zero at the start, and `lora_scale` () beside the kernel. `apply` uses what the
+        parameters hold, whether from `init`, `lorafy` or `load`.
+      alpha: The update is scaled by alpha / rank. Default: the rank.
+      rslora: Scale by alpha / sqrt(rank) instead.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> layer, x = lj.Dense(3, rank=2), jnp.ones((5, 4))
+      >>> params = layer.init(jax.random.key(0), x)["params"]
+      >>> params["lora_a"].shape, layer.apply({"params": params}, x).shape
+      ((4, 2), (5, 3))
+
+    Reference:
+      Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.Dense, "__call__", inputs)
+        y = super().__call__(inputs)
+        _create(self, Axes((), (0,), (1,)))
+        return y
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """`flax.linen.DenseGeneral` with an adapter; attributes as `Dense`.
+
+    `lora_a` has shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and
+    `lora_scale` (batch...), after `batch_dims`, `axis` and `features`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> layer, x = lj.DenseGeneral((2, 3), rank=2), jnp.ones((5, 4))
+      >>> layer.init(jax.random.key(0), x)["params"]["lora_b"].shape
+      (2, 2, 3)
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.DenseGeneral, "__call__", inputs)
+        y = super().__call__(inputs)
+        n_batch, n_out = _length(self.batch_dims), _length(self.features)
+        n_in = _length(self.axis)
+        dims = tuple(range(n_batch + n_in + n_out))
+        inner = n_batch + n_in
+        _create(self, Axes(dims[:n_batch], dims[n_batch:inner], dims[inner:]))
+        return y
+
+
+class Embed(nn.Embed):
+    """`flax.linen.Embed` with an adapter, for lookups and for `attend`.
+
+    `lora_a` has shape (num_embeddings, rank), `lora_b` (rank, features); a lookup takes
+    rows of `lora_a`. Attributes as `Dense`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> layer, ids = lj.Embed(10, 4, rank=2), jnp.array([1, 7])
+      >>> variables = layer.init(jax.random.key(0), ids)
+      >>> layer.apply(variables, jnp.ones((5, 4)), method="attend").shape
+      (5, 10)
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    def setup(self) -> None:
+        super().setup()
+        _create(self, Axes((), (0,), (1,)), "embedding")
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.Embed, "__call__", inputs)
+        return super().__call__(inputs)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.Embed, "attend", query)
+        return super().attend(query)
+
+
+class Conv(nn.Conv):
+    """`flax.linen.Conv` with an adapter; attributes as `Dense`.
+
+    `lora_a` is a convolution to `rank` channels, of shape (window..., in, rank), and
+    `lora_b` (rank, features) mixes them at each place.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> layer, x = lj.Conv(6, (3, 3), rank=2), jnp.ones((1, 8, 8, 3))
+      >>> layer.init(jax.random.key(0), x)["params"]["lora_a"].shape
+      (3, 3, 3, 2)
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.Conv, "__call__", inputs)
+        y = super().__call__(inputs)
+        n = _length(self.kernel_size)
+        _create(self, Axes((), tuple(range(n + 1)), (n + 1,)))
+        return y
+
+
+class Einsum(nn.Einsum):
+    """`flax.linen.Einsum` with an adapter; attributes as `Dense`.
+
+    The equation says which of the kernel's dimensions are which: those in the result
+    alone are outputs, those in the input and the result a batch, the others inputs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> layer = lj.Einsum((3, 4, 5), "btd,ndh->btnh", use_bias=False, rank=2)
+      >>> layer.init(jax.random.key(0), jnp.ones((1, 2, 4)))["params"]["lora_a"].shape
+      (1, 4, 1, 2)
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+        if _has_adapter(self):
+            return _adapted(self, nn.Einsum, "__call__", inputs, einsum_str)
+        y = super().__call__(inputs, einsum_str)
+        equation = einsum_str or self.einsum_str
+        operands, result = equation.replace(" ", "").split("->")
+        x, kernel = operands.split(",")
+        kinds = [(n in x, n in result) for n in kernel]
+        batch = tuple(d for d, kind in enumerate(kinds) if kind == (True, True))
+        outputs = tuple(d for d, kind in enumerate(kinds) if kind == (False, True))
+        inputs_ = tuple(d for d, (_, kept) in enumerate(kinds) if not kept)
+        _create(self, Axes(batch, inputs_, outputs))
+        return y
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    return layer.has_variable("params", PARTS[0])
+
+
+def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
+    """Creates the adapter's leaves while the layer's parameters are being created."""
+    if layer.rank is None or _has_adapter(layer) or not layer.is_initializing():
+        return
+    adapted = lorafy(
+        {name: layer.variables["params"][name]},
+        layer.rank,
+        alpha=layer.alpha,
+        targets=name,
+        axes={name: axes},
+        rslora=layer.rslora,
+        key=layer.make_rng("params"),
+    )
+    for part in PARTS:
+        layer.param(part, lambda _, part=part: adapted[part])
+
+
+def _adapted(layer: nn.Module, plain: type, method: str, *args: Any) -> jax.Array:
+    """The result of Flax's own layer, with the same options, under `lora`."""
+    names = {f.name for f in dataclasses.fields(plain) if f.init} - {"parent", "name"}
+    fields = {name: getattr(layer, name) for name in names}
+    apply = lora(plain(**fields, parent=None).apply)
+    return apply({"params": layer.variables["params"]}, *args, method=method)
+
+
+def _length(dims: Any) -> int:
+    return 1 if isinstance(dims, int) else len(dims)

@@ -1,0 +1,160 @@
+"""The same function on adapted parameters: traced once, evaluated on the factors."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._factors import Factors, align, find_adapters
+from lora_jax._jaxpr import trace, used_inputs
+from lora_jax._rules import Run, plain, run_jaxpr
+from lora_jax._tree import flatten, is_array, leaf_order, path_name, unbox, unflatten
+
+
+def lora(
+    fn: Callable[..., Any],
+    *,
+    argnums: int | Sequence[int] = 0,
+    dropout: float = 0.0,
+    unused: str = "error",
+    materialize: str = "warn",
+) -> Callable[..., Any]:
+    """The same function, on parameters with adapters.
+
+    `lora(fn)(params, ...)` equals `fn(merge(params), ...)` to rounding, for every JAX
+    function `fn`, and does not form `W + scale * A B` where a weight meets a matrix
+    product, a lookup or a convolution: it adds `(x A) B` to `x W`. The function is not
+    changed and need not know of adapters. Works inside and around `jit`, `grad`, `jvp`,
+    `vmap`, `scan`, `remat` and shardings.
+
+    Args:
+      fn: Any function of arrays in JAX, such as `model.apply`.
+      argnums: Which positional argument, or arguments, hold the parameters.
+      dropout: Rate at which the input of each adapter in a matrix product or a
+        convolution is dropped. Acts only in calls that are given `dropout_key=`.
+      unused: What to do about an adapter that the result does not depend on: "error",
+        or "ignore".
+      materialize: What to do where JAX needs a whole weight: "warn" and form it there,
+        "allow" the same in silence, or "error".
+
+    Returns:
+      A function of the same arguments, and of an optional `dropout_key`. Arrays among
+      the arguments are traced; anything else is passed through as it is, in and out.
+
+    Raises:
+      ValueError: If an option is not one of those above. When called: if the parameters
+        have no adapters or broken ones, an adapter is unused, or a weight cannot stay
+        factored under `materialize="error"`.
+      TypeError: When called, if `argnums` names no positional argument.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax as lj
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = lj.lorafy(model.init(jax.random.key(0), x)["params"], rank=2)
+      >>> lj.lora(model.apply)({"params": params}, x).shape
+      (2, 3)
+
+    Reference:
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+      https://arxiv.org/abs/2106.09685
+    """
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    _check_options(positions, dropout, unused, materialize)
+
+    @functools.wraps(fn)
+    def adapted(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+        key = dropout_key if dropout else None
+        run = Run(materialize, float(dropout), key)
+        return _call(fn, args, kwargs, positions, unused, run)
+
+    return adapted
+
+
+def _call(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    positions: tuple[int, ...],
+    unused: str,
+    run: Run,
+) -> Any:
+    base, factors = list(args), []
+    for position in positions:
+        if not -len(args) <= position < len(args):
+            raise TypeError(
+                f"argnums={position} names no argument: the call has {len(args)} "
+                "positional. Pass the parameters by position."
+            )
+        base[position], found = _take_apart(args[position])
+        factors.append((position % len(args), found))
+
+    offsets, leaves = [], []
+    for arg in base:
+        offsets.append(len(leaves))
+        leaves += jax.tree.leaves(arg)
+    treedef = jax.tree.structure((base, kwargs))
+    leaves += jax.tree.leaves(kwargs)
+    dynamic = [i for i, x in enumerate(leaves) if is_array(x)]
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for i, x in zip(dynamic, arrays, strict=True):
+            filled[i] = x
+        base, kwargs = treedef.unflatten(filled)
+        return fn(*base, **kwargs)
+
+    traced = trace(flat, *(leaves[i] for i in dynamic))
+    operands = list(leaves)
+    for position, found in factors:
+        for i, f in found.items():
+            operands[offsets[position] + i] = f
+    operands = [operands[i] for i in dynamic]
+    if unused == "error":
+        _check_used(operands, used_inputs(traced.jaxpr))
+    results = run_jaxpr(run, traced.jaxpr, operands)
+    return traced.restore(plain(run, results, "return"))
+
+
+def _take_apart(params: Any) -> tuple[Any, dict[int, Factors]]:
+    """The plain tree, and the `Factors` in place of some of its `jax.tree.leaves`."""
+    leaves = flatten(params)
+    factors = {}
+    adapters = find_adapters(leaves)
+    for weight, paths in adapters.items():
+        parts = (unbox(leaves[path]) for path in (weight, *paths))
+        factors[weight] = align(*parts, name=path_name(weight))
+    gone = {path for paths in adapters.values() for path in paths}
+    base = unflatten(params, {p: leaf for p, leaf in leaves.items() if p not in gone})
+    order = enumerate(leaf_order(base))
+    return base, {i: factors[path] for i, path in order if path in factors}
+
+
+def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:
+    idle = [
+        repr(f.name)
+        for f, use in zip(operands, used, strict=True)
+        if isinstance(f, Factors) and not use
+    ]
+    if idle:
+        names = ", ".join(idle[:6]) + (", ..." if len(idle) > 6 else "")
+        raise ValueError(
+            f"The function never uses {len(idle)} adapted weight(s): {names}. An "
+            "adapter there would learn nothing. Leave them out, lorafy(params, rank, "
+            "exclude=[...]), or write lora(fn, unused='ignore')."
+        )
+
+
+def _check_options(
+    positions: tuple[int, ...], dropout: float, unused: str, materialize: str
+) -> None:
+    if not positions:
+        raise ValueError("argnums is empty. Name the parameters' position: argnums=0.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), found {dropout}.")
+    if unused not in ("error", "ignore"):
+        raise ValueError(f"unused must be 'error' or 'ignore', found {unused!r}.")
+    if materialize not in ("warn", "error", "allow"):
+        raise ValueError(
+            f"materialize must be 'warn', 'error' or 'allow', found {materialize!r}."
+        )

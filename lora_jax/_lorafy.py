@@ -1,0 +1,193 @@
+"""Parameters to parameters with adapters: initial values, boxes and shardings."""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core.meta import AxisMetadata
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax._factors import Adapter, Axes, adapter_of
+from lora_jax._targets import Selector, plan
+from lora_jax._tree import Path, flatten, path_name, unbox, unflatten
+
+# A factor's dimension is one of the weight's, or one of these two.
+RANK, ABSENT = -1, -2
+
+gaussian = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def lorafy(
+    params: Any,
+    rank: int | Mapping[str, int],
+    *,
+    alpha: float | Mapping[str, float] | None = None,
+    targets: Selector | None = None,
+    exclude: Selector = (),
+    axes: Mapping[str, Axes] | None = None,
+    init: Callable[..., jax.Array] = gaussian,
+    rslora: bool = False,
+    dtype: Any = None,
+    key: jax.Array | None = None,
+) -> Any:
+    """Adds a low-rank adapter beside each chosen weight, and moves nothing.
+
+    The new tree computes, through `lora`, exactly what the old one did: A is Gaussian
+    of variance 1 / inputs and B is zero. Beside `kernel` or `embedding` stand `lora_a`
+    of shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and `lora_scale`
+    (batch...) in float32; beside any other name `w` stand `w_lora_a`, and so on.
+
+    Args:
+      params: A tree of mappings: nested dict, `FrozenDict`, `nnx.State`, a whole
+        `{"params": ...}`; boxed leaves or not; arrays, tracers or `ShapeDtypeStruct`.
+      rank: Rank r of the update, or `{pattern: rank}`, which is its own targets.
+      alpha: The update is scaled by alpha / rank; `{pattern: alpha}` for some. Default:
+        the rank, for a scale of 1.
+      targets: A pattern, several, or `callable(path, array) -> bool`. A pattern matches
+        a run of whole path components, `*` may cross slashes: "query", "attn/*/kernel".
+        Default: every leaf named `kernel` of two or more dimensions.
+      exclude: What to leave out, in the same form.
+      axes: `{path: Axes(batch, inputs, outputs)}` where Flax's names do not tell which
+        dimensions of a weight are which.
+      init: Initial values of A: `init(key, (inputs, rank), dtype)`.
+      rslora: Scale by alpha / sqrt(rank) instead.
+      dtype: Of A and B. Default: float32 beside a narrower weight, else the weight's.
+      key: Random key for A; each weight folds its own path into it. Default:
+        `jax.random.key(0)`.
+
+    Returns:
+      A tree with the same containers, boxes and shardings that shares every old leaf.
+
+    Raises:
+      TypeError: If `params` is no tree of parameters.
+      ValueError: If a pattern matches nothing, a rank is below 1 or above a weight's
+        own, alpha is no number above 0, a weight already has an adapter, its dimensions
+        cannot be told, or nothing is left to adapt.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> adapted = lj.lorafy(params, rank=2)
+      >>> jax.tree.map(jnp.shape, adapted)["dense"]["lora_a"]
+      (4, 2)
+
+    Reference:
+      Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
+      Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
+      2023. https://arxiv.org/abs/2312.03732
+    """
+    leaves = flatten(params)
+    plans = plan(leaves, rank, alpha, targets, exclude, axes)
+    key = jax.random.key(0) if key is None else key
+    new: dict[Path, Any] = {}
+    for path, (r, weight_alpha, axes) in plans.items():
+        leaf = leaves[path]
+        w = unbox(leaf)
+        kind = jnp.promote_types(w.dtype, jnp.float32) if dtype is None else dtype
+        scale = weight_alpha / (math.sqrt(r) if rslora else r)
+        path_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+        fills = (
+            (functools.partial(_draw, w.shape, axes, r, init, kind, path_key), kind),
+            (functools.partial(jnp.zeros, dtype=kind), kind),
+            (functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32), None),
+        )
+        sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
+        all_dims = factor_dims(axes, len(w.shape), aligned=not axes.standard)
+        for part, dims, (fill, kind) in zip(
+            adapter_of(path), all_dims, fills, strict=True
+        ):
+            shape = tuple(sizes[d] for d in dims)
+            if isinstance(w, jax.ShapeDtypeStruct):
+                sharding = _sharding(w, dims)
+                value = jax.ShapeDtypeStruct(
+                    shape, kind or jnp.float32, sharding=sharding
+                )
+            else:
+                value = place(fill(shape), dims, w)
+            new[part] = box(value, dims, leaf)
+    return unflatten(params, leaves | new)
+
+
+def factor_dims(axes: Axes, ndim: int, *, aligned: bool) -> Adapter:
+    """Which of the weight's dimensions each dimension of A, B and the scale is."""
+    if aligned:
+        dims = range(ndim)
+        a = (*(ABSENT if d in axes.outputs else d for d in dims), RANK)
+        b = (*(ABSENT if d in axes.inputs else d for d in dims), RANK)
+        return Adapter(a, b, axes.batch)
+    a = (*axes.batch, *axes.inputs, RANK)
+    return Adapter(a, (*axes.batch, RANK, *axes.outputs), axes.batch)
+
+
+def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
+    """The array where the weight is: sharded along the dimensions that they share."""
+    if isinstance(w, jax.core.Tracer):
+        spec = jax.typeof(w).sharding.spec
+        return jax.sharding.reshard(x, _spec(spec, dims, w)) if any(spec) else x
+    sharding = _sharding(w, dims)
+    return x if sharding is None else jax.device_put(x, sharding)
+
+
+def box(value: Any, dims: tuple[int, ...], like: Any) -> Any:
+    """The value in a box like the weight's, with the names of its own dimensions."""
+    if isinstance(like, AxisMetadata):
+        value = box(value, dims, like.unbox())
+        if hasattr(like, "names"):
+            return like.replace(value=value, names=_pick(like.names, dims))
+        return like.replace_boxed(value)
+    if isinstance(like, nnx.Variable):
+        metadata = like.get_metadata()
+        for name in ("out_sharding", "sharding_names", "sharding"):
+            if metadata.get(name) is not None:
+                metadata[name] = _pick(metadata[name], dims)
+        # The value is placed already; nnx need not look for a mesh to place it on.
+        return nnx.LoRAParam(value, **metadata | {"eager_sharding": False})
+    return value
+
+
+def _draw(
+    w_shape: tuple[int, ...],
+    axes: Axes,
+    r: int,
+    init: Callable[..., jax.Array],
+    dtype: Any,
+    key: jax.Array,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """A's initial values, drawn as a matrix (inputs, r) for each adapter of a batch."""
+    n_in = math.prod(w_shape[d] for d in axes.inputs)
+    if axes.batch:
+        n_batch = math.prod(w_shape[d] for d in axes.batch)
+        keys = jax.random.split(key, n_batch)
+        a = jax.vmap(lambda key: init(key, (n_in, r), dtype))(keys)
+    else:
+        a = init(key, (n_in, r), dtype)
+    # The values come in the order (batch, inputs, rank); the weight may not.
+    stored = (*axes.batch, *axes.inputs)
+    a = jnp.reshape(a, (*(w_shape[d] for d in stored), r))
+    a = jnp.transpose(a, (*np.argsort(stored), len(stored)))
+    return jnp.reshape(a, shape)
+
+
+def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    sharding = getattr(w, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return sharding.update(spec=_spec(sharding.spec, dims, w))
+    # An array that is nowhere in particular binds its adapter to no device either.
+    return sharding if getattr(w, "committed", True) else None
+
+
+def _spec(spec: PartitionSpec, dims: tuple[int, ...], w: Any) -> PartitionSpec:
+    # The rank is never sharded: it is small, and every device needs all of it.
+    names = (*spec, *(None,) * (len(w.shape) - len(spec)))
+    return PartitionSpec(*_pick(names, dims))
+
+
+def _pick(names: tuple[Any, ...], dims: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(names[d] if d >= 0 else None for d in dims)

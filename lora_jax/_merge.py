@@ -1,0 +1,63 @@
+"""Back to plain parameters: with the update in the weights, or without it."""
+
+from typing import Any
+
+from lora_jax._factors import align, find_adapters, materialize
+from lora_jax._tree import Path, flatten, rebox, unbox, unflatten
+
+
+def merge(params: Any) -> Any:
+    """The plain parameters with the updates in them: W + scale * A B.
+
+    Each sum is made in float32 (float64 for a float64 weight) and cast once to the
+    weight's dtype. The result has the tree, boxes and dtypes from before `lorafy`.
+
+    Args:
+      params: A tree from `lorafy`.
+
+    Returns:
+      A new tree; leaves without an adapter are shared.
+
+    Raises:
+      ValueError: If `params` has no adapters, or a broken one.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> sorted(lj.merge(params))
+      ['kernel']
+    """
+    leaves = flatten(params)
+    merged = {}
+    for weight, adapter in find_adapters(leaves).items():
+        parts = (unbox(leaves[path]) for path in (weight, *adapter))
+        merged[weight] = rebox(leaves[weight], materialize(align(*parts)))
+    return unflatten(params, without_adapters(leaves) | merged)
+
+
+def strip(params: Any) -> Any:
+    """The plain parameters without the updates, bit for bit.
+
+    Args:
+      params: A tree from `lorafy`.
+
+    Returns:
+      A new tree that shares every leaf but the adapters'.
+
+    Raises:
+      ValueError: If `params` has no adapters, or a broken one.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> base = {"kernel": jnp.ones((4, 3))}
+      >>> lj.strip(lj.lorafy(base, rank=2))["kernel"] is base["kernel"]
+      True
+    """
+    leaves = flatten(params)
+    find_adapters(leaves)
+    return unflatten(params, without_adapters(leaves))
+
+
+def without_adapters(leaves: dict[Path, Any]) -> dict[Path, Any]:
+    gone = {part for adapter in find_adapters(leaves).values() for part in adapter}
+    return {path: leaf for path, leaf in leaves.items() if path not in gone}

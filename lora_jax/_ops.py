@@ -1,0 +1,234 @@
+"""The factored products: `w + scale * a b` times an array, without ever forming it.
+
+Knows arrays and `Factors`, not trees. Each function takes the arguments of its namesake
+in `jax.lax` and adds, to the product with the plain weight, the product with the thin
+factors: first with the one that holds more of what is summed over, then with the other.
+No custom derivative: forward mode, second derivatives and transposition are JAX's own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax._factors import Factors, present, squeeze_absent, view
+
+Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
+RANK = -1
+
+
+def dot_general(
+    x: jax.Array,
+    f: Factors,
+    dimension_numbers: Any,
+    *,
+    swap: bool = False,
+    drop: Callable[[jax.Array], jax.Array] = lambda x: x,
+    **params: Any,
+) -> jax.Array:
+    """`lax.dot_general(x, w + scale * a b)`, any dimensions contracted.
+
+    Args:
+      x: The plain operand.
+      f: The adapted operand.
+      dimension_numbers: Of the call as written: of (x, f), or of (f, x) with `swap`.
+      swap: Whether the adapted operand is the left one.
+      drop: Dropout, applied to `x` on its way to the factors.
+      **params: The other parameters of `lax.dot_general`.
+    """
+    operands = (f.w, x) if swap else (x, f.w)
+    y = lax.dot_general(*operands, dimension_numbers, **params)
+
+    (x_sum, f_sum), (x_batch, f_batch) = (
+        (pair[::-1] if swap else pair) for pair in dimension_numbers
+    )
+    f_labels = list(range(f.ndim))
+    x_labels = list(range(f.ndim, f.ndim + x.ndim))
+    for i, j in zip((*x_sum, *x_batch), (*f_sum, *f_batch), strict=True):
+        x_labels[i] = f_labels[j]
+    paired = {*f_sum, *f_batch}
+    x_free = [n for n in x_labels if n not in paired]
+    f_free = [n for n in f_labels if n not in paired]
+    out = [*f_batch, *f_free, *x_free] if swap else [*f_batch, *x_free, *f_free]
+
+    dtype = _compute_dtype(x.dtype, y.dtype)
+    parts = []
+    for factor in (f.a, scaled(f)):
+        labels = [f_labels[d] for d in present(factor)]
+        summed = math.prod(factor.shape[d] for d in present(factor) if d not in out)
+        parts.append((summed, squeeze_absent(factor).astype(dtype), [*labels, RANK]))
+    first, second = sorted(parts, key=lambda part: -part[0])
+    # The first product keeps whatever the second factor or the output still needs.
+    needed = {*out, *second[2]}
+    kept = list(dict.fromkeys(n for n in (*x_labels, *first[2]) if n in needed))
+    precision = params.get("precision")
+    h = einsum(drop(x).astype(dtype), x_labels, *first[1:], kept, precision)
+    product = einsum(h, kept, *second[1:], out, precision, y.dtype)
+    return y + product.astype(y.dtype)
+
+
+def conv_general_dilated(
+    x: jax.Array,
+    f: Factors,
+    *,
+    dimension_numbers: Any,
+    drop: Callable[[jax.Array], jax.Array] = lambda x: x,
+    **params: Any,
+) -> jax.Array | None:
+    """`lax.conv_general_dilated(x, w + scale * a b)`; `None` where it has no factors.
+
+    One factor convolves over the window, the other mixes channels place by place.
+    """
+    out_channel, in_channel, *window = dimension_numbers.rhs_spec
+    slide, mix = f.a, scaled(f)
+    if in_channel in present(mix) or out_channel in present(slide):
+        slide, mix = mix, slide
+    misplaced = {in_channel, *window} & {*present(mix)} or out_channel in present(slide)
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    if misplaced or grouped:
+        return None
+
+    y = lax.conv_general_dilated(x, f.w, dimension_numbers=dimension_numbers, **params)
+    dtype = _compute_dtype(x.dtype, y.dtype)
+    # A kernel with r output channels: (..., 1, ..., r) -> (..., r, ...).
+    kernel = jnp.moveaxis(jnp.squeeze(slide, out_channel), -1, out_channel)
+    h = lax.conv_general_dilated(
+        drop(x).astype(dtype),
+        kernel.astype(dtype),
+        dimension_numbers=dimension_numbers,
+        **params,
+    )
+    channel = dimension_numbers.out_spec[1]
+    places = [RANK if d == channel else d for d in range(y.ndim)]
+    mix = jnp.reshape(mix, (f.shape[out_channel], -1)).astype(h.dtype)  # (out, r)
+    product = einsum(
+        h, places, mix, [channel, RANK], range(y.ndim), params.get("precision")
+    )
+    return y + product.astype(y.dtype)
+
+
+def gather(
+    f: Factors,
+    indices: jax.Array,
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    **params: Any,
+) -> Factors | None:
+    """`lax.gather(w + scale * a b, indices)` in factors: a lookup gathers each part.
+
+    `None` where it is no lookup: one that names the collapsed dimensions by index and
+    takes the others whole, as `jnp.take`, `w[ids]` and `nn.Embed` do.
+    """
+    dnums = dimension_numbers
+    rows = dnums.collapsed_slice_dims
+    whole = all(n == f.shape[d] for d, n in enumerate(slice_sizes) if d not in rows)
+    named = sorted(dnums.start_index_map) == sorted(rows)
+    if not (whole and named) or dnums.operand_batching_dims:
+        return None
+    w = lax.gather(f.w, indices, dnums, slice_sizes, **params)
+
+    def look_up(factor: jax.Array) -> jax.Array:
+        absent = [d for d in rows if d not in present(factor)]
+        columns = [i for i, d in enumerate(dnums.start_index_map) if d not in absent]
+        kept = [d for d in range(f.ndim) if d not in absent]
+        factor = jnp.squeeze(factor, absent)
+        sizes = [
+            1 if d in rows else n for d, n in zip(kept, factor.shape, strict=False)
+        ]
+        if not columns:
+            shape = [1] * w.ndim
+            for d, n in zip(dnums.offset_dims, sizes, strict=True):
+                shape[d] = n
+            return jnp.reshape(factor, (*shape, factor.shape[-1]))
+        # Some columns of unique or sorted indices need be neither.
+        all_columns = len(columns) == indices.shape[-1]
+        hints = {} if all_columns else dict(_NO_HINTS)
+        return lax.gather(
+            factor,
+            indices if all_columns else indices[..., np.array(columns)],
+            lax.GatherDimensionNumbers(
+                offset_dims=(*dnums.offset_dims, w.ndim),
+                collapsed_slice_dims=tuple(i for i, d in enumerate(kept) if d in rows),
+                start_index_map=tuple(
+                    kept.index(dnums.start_index_map[i]) for i in columns
+                ),
+            ),
+            (*sizes, factor.shape[-1]),
+            # Out of bounds, the weight's own row says what is there.
+            **params | {"fill_value": 0} | hints,
+        )
+
+    return view(f, w, look_up)
+
+
+_NO_HINTS = {"unique_indices": False, "indices_are_sorted": False}
+
+
+def scaled(f: Factors) -> jax.Array:
+    """`scale * b`: thin, and right for a batch of adapters with scales of their own."""
+    return f.b * f.scale.astype(f.b.dtype)[..., None]
+
+
+def einsum(
+    x: jax.Array,
+    x_labels: Labels,
+    y: jax.Array,
+    y_labels: Labels,
+    out: Labels,
+    precision: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """The product of two labelled arrays; a label of `out` in neither gets size 1.
+
+    Where `x` ends in the dimensions to sum, both operands become matrices: XLA for CPU
+    runs a skinny product far faster in two dimensions, and the reshape is free.
+    """
+    x_labels, y_labels = list(x_labels), list(y_labels)
+    lonely = [n for n in x_labels if n not in y_labels and n not in out]
+    if lonely:
+        x = jnp.sum(x, axis=tuple(x_labels.index(n) for n in lonely))
+        x_labels = [n for n in x_labels if n not in lonely]
+    sizes = dict(zip(x_labels, x.shape, strict=True))
+    sizes |= dict(zip(y_labels, y.shape, strict=True))
+    batch = [n for n in x_labels if n in y_labels and n in out]
+    summed = [n for n in x_labels if n in y_labels and n not in out]
+    x_free = [n for n in x_labels if n not in y_labels]
+    y_free = [n for n in y_labels if n not in x_labels]
+
+    wide = dtype is not None and jnp.promote_types(x.dtype, dtype) == dtype
+    options = {
+        "precision": precision,
+        "preferred_element_type": dtype if wide else None,
+    }
+    if not batch and x_labels == [*x_free, *summed]:
+        y = jnp.transpose(y, [y_labels.index(n) for n in (*summed, *y_free)])
+        x = jnp.reshape(x, (-1, math.prod(sizes[n] for n in summed)))
+        y = jnp.reshape(y, (x.shape[1], -1))
+        if [n for n in out if n in sizes] == [*y_free, *x_free]:
+            labels = [*y_free, *x_free]
+            product = lax.dot_general(y, x, (((0,), (1,)), ((), ())), **options)
+        else:
+            labels = [*x_free, *y_free]
+            product = lax.dot_general(x, y, (((1,), (0,)), ((), ())), **options)
+        product = jnp.reshape(product, [sizes[n] for n in labels])
+    else:
+        labels = [*batch, *x_free, *y_free]
+        dims = tuple(
+            ([x_labels.index(n) for n in group], [y_labels.index(n) for n in group])
+            for group in (summed, batch)
+        )
+        product = lax.dot_general(x, y, dims, **options)
+    have = [n for n in out if n in sizes]
+    product = jnp.transpose(product, [labels.index(n) for n in have])
+    return jnp.reshape(product, [sizes.get(n, 1) for n in out])
+
+
+def _compute_dtype(x: Any, y: Any) -> Any:
+    """The factors' dtype in a product: the operand's, unless it has too few digits."""
+    x = jnp.dtype(x)
+    return x if jnp.issubdtype(x, jnp.inexact) and x.itemsize > 1 else jnp.dtype(y)

@@ -1,0 +1,60 @@
+"""Any optax optimizer, for the adapters alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax._split import combine, split
+from lora_jax._targets import Patterns
+
+
+def adapters_only(
+    tx: optax.GradientTransformation, *, also: Patterns = ()
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that trains the adapters and leaves all other leaves as they are.
+
+    `tx` sees the adapters alone: it holds no state for a frozen leaf, clips by the norm
+    of the adapters' gradients, and decays no frozen weight. Under one `jit`, with the
+    gradient taken there too, XLA removes the frozen weights' gradients, for the FLOPs
+    and the memory of `split`. Fits `flax.training.train_state.TrainState` unchanged.
+
+    Args:
+      tx: Any optax transformation, schedules, clipping and decay included. Put them
+        inside: what is chained outside sees the frozen leaves again.
+      also: Patterns of further leaves that train, as in `split`.
+
+    Returns:
+      A transformation of the whole tree. The update of a frozen leaf is -0.0, which
+      `optax.apply_updates` adds without changing a bit.
+
+    Raises:
+      ValueError: When initialised or applied, as `split`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> state = lj.adapters_only(optax.sgd(0.1, momentum=0.9)).init(params)
+      >>> [x.shape for x in jax.tree.leaves(state)]
+      [(4, 2), (2, 3)]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        adapters, _ = split(params, also=also)
+        return tx.init(adapters)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+        trained, frozen = split(updates, also=also)
+        adapters = None if params is None else split(params, also=also)[0]
+        trained, state = tx.update(trained, state, adapters, **extra)
+        return combine(trained, jax.tree.map(_nothing, frozen)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nothing(update: Any) -> Any:
+    # x + 0.0 would turn -0.0 into 0.0; x + -0.0 is x.
+    floating = jnp.issubdtype(update.dtype, jnp.floating)
+    return jnp.full_like(update, -0.0 if floating else 0)

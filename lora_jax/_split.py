@@ -1,0 +1,158 @@
+"""The trainable part and the frozen part of a tree: two trees, one mask, or a count."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax._factors import find_adapters, is_adapter
+from lora_jax._targets import Patterns, as_patterns, match_each
+from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
+
+
+class Count(NamedTuple):
+    """How many numbers train, and how many there are; scales are not counted."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        return f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)"
+
+
+def split(params: Any, *, also: Patterns = ()) -> tuple[Any, Any]:
+    """Splits parameters in two trees of the same shape, with `None` in the holes.
+
+    Differentiating with respect to the first alone never computes a gradient of a
+    frozen weight, and an optimizer of the first alone holds no state for one.
+
+    Args:
+      params: A tree from `lorafy`.
+      also: Patterns of further leaves that train, such as a new head; as `targets` in
+        `lorafy`, of floating leaves of any shape.
+
+    Returns:
+      `(adapters, base)`: A and B of each adapter and what `also` names; all the rest.
+
+    Raises:
+      ValueError: If `params` has no adapters or a broken one, or a pattern of `also`
+        matches nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> adapters, base = lj.split(params)
+      >>> jax.tree.map(jnp.shape, adapters)
+      {'kernel': None, 'lora_a': (4, 2), 'lora_b': (2, 3), 'lora_scale': None}
+    """
+    leaves = flatten(params)
+    trains = trainable(leaves, also)
+    return (
+        unflatten(params, {p: x if p in trains else None for p, x in leaves.items()}),
+        unflatten(params, {p: None if p in trains else x for p, x in leaves.items()}),
+    )
+
+
+def combine(adapters: Any, base: Any) -> Any:
+    """Joins the two trees of `split`, before or after training, into one.
+
+    Args:
+      adapters: The trainable tree, or any of the same structure.
+      base: The frozen tree.
+
+    Returns:
+      A new tree that shares the leaves of both.
+
+    Raises:
+      ValueError: If the two are not halves of one tree.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> sorted(lj.combine(*lj.split(params)))
+      ['kernel', 'lora_a', 'lora_b', 'lora_scale']
+    """
+    first, second = flatten(adapters), flatten(base)
+    for path in first | second:
+        if path not in first or path not in second:
+            where = "base" if path in first else "adapters"
+            raise ValueError(
+                f"{path_name(path)!r} is missing in {where}. Pass the two trees of one "
+                "split(params)."
+            )
+        if first[path] is not None and second[path] is not None:
+            raise ValueError(
+                f"{path_name(path)!r} is in adapters and in base. Pass the two trees "
+                "of one split(params)."
+            )
+    joined = {p: x if first[p] is None else first[p] for p, x in second.items()}
+    return unflatten(base, joined)
+
+
+def mask(params: Any, *, also: Patterns = ()) -> Any:
+    """`True` at each leaf that trains, `False` at the others.
+
+    For `optax.masked`, `optax.freeze` and their like; `adapters_only` needs no mask.
+
+    Args:
+      params: A tree from `lorafy`.
+      also: Patterns of further leaves that train, as in `split`.
+
+    Returns:
+      A tree of the same containers with a bool for each leaf, boxed or not.
+
+    Raises:
+      ValueError: As `split`.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> lj.mask(lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2))
+      {'kernel': False, 'lora_a': True, 'lora_b': True, 'lora_scale': False}
+    """
+    leaves = flatten(params)
+    trains = trainable(leaves, also)
+    return unflatten(params, {path: path in trains for path in leaves})
+
+
+def count(params: Any, *, also: Patterns = ()) -> Count:
+    """Counts the numbers that train and all the numbers there are.
+
+    Args:
+      params: A tree from `lorafy`.
+      also: Patterns of further leaves that train, as in `split`.
+
+    Returns:
+      `Count(trainable, total)`. The scales, which are settings, are not counted.
+
+    Raises:
+      ValueError: As `split`.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> print(lj.count(lj.lorafy({"kernel": jnp.ones((64, 32))}, rank=1)))
+      trainable 96 of 2,144 (4.48 %)
+    """
+    leaves = flatten(params)
+    trains = trainable(leaves, also)
+    scales = {adapter.scale for adapter in find_adapters(leaves).values()}
+    sizes = {
+        path: unbox(leaf).size
+        for path, leaf in leaves.items()
+        if is_array(unbox(leaf)) and path not in scales
+    }
+    return Count(sum(n for p, n in sizes.items() if p in trains), sum(sizes.values()))
+
+
+def trainable(leaves: dict[Path, Any], also: Patterns = ()) -> set[Path]:
+    """The paths of A and B of each adapter, and of the floating leaves `also` names."""
+    adapters = find_adapters(leaves).values()
+    floating = [path for path, x in leaves.items() if _is_floating(path, x)]
+    more = match_each(as_patterns(also, "also"), floating, "also")
+    return {path for a, b, _ in adapters for path in (a, b)} | set(more)
+
+
+def _is_floating(path: Path, leaf: Any) -> bool:
+    x = unbox(leaf)
+    return (
+        not is_adapter(path) and is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
+    )

@@ -1,0 +1,280 @@
+"""Which weights get an adapter, of which rank, alpha and dimensions: the plan.
+
+Everything here reads paths and shapes alone and runs before any array work. A pattern
+that matches nothing is an error, because an adapter that is not there fails in silence.
+"""
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax._factors import Axes, adapter_of, is_adapter
+from lora_jax._tree import Path, is_array, path_name, unbox
+
+Patterns = str | Iterable[str]
+Selector = Patterns | Callable[[str, Any], bool]
+
+
+class Plan(NamedTuple):
+    """What one weight gets."""
+
+    rank: int
+    alpha: float
+    axes: Axes
+
+
+def plan(
+    leaves: dict[Path, Any],
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float] | None,
+    targets: Selector | None,
+    exclude: Selector,
+    axes: Mapping[str, Axes] | None,
+) -> dict[Path, Plan]:
+    """The plan of every weight to adapt.
+
+    Raises:
+      ValueError: If a pattern matches nothing, a number is out of range, the dimensions
+        of a weight cannot be told, or there is nothing to adapt.
+    """
+    ranks, alphas = _check_rank(rank), _check_alpha(alpha)
+    axes = _check_axes(axes or {}, leaves)
+    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+    chosen = _choose(leaves, weights, targets, exclude, ranks)
+    if isinstance(ranks, Mapping):
+        ranks = _assign(ranks, chosen, "rank")
+        for path in chosen:
+            if path not in ranks:
+                raise ValueError(
+                    f"No pattern of rank matches the target {path_name(path)!r}. "
+                    "Add one, or leave targets out: a rank mapping is its own targets."
+                )
+    else:
+        ranks = dict.fromkeys(chosen, ranks)
+    if isinstance(alphas, Mapping):
+        alphas = _assign(alphas, chosen, "alpha")
+    else:
+        alphas = {} if alphas is None else dict.fromkeys(chosen, alphas)
+
+    plans = {}
+    for path in chosen:
+        found = axes.get(path_name(path)) or axes_of(path, leaves)
+        r = ranks[path]
+        _check_room(path, leaves, found, r, plans)
+        plans[path] = Plan(r, alphas.get(path, float(r)), found)
+    return plans
+
+
+def is_adaptable(path: Path, leaf: Any) -> bool:
+    """Whether a leaf is a floating array of 2 or more dimensions, no bias or scale."""
+    w = unbox(leaf)
+    return (
+        is_array(w)
+        and jnp.issubdtype(w.dtype, jnp.floating)
+        and len(w.shape) >= 2
+        and path[-1] not in ("bias", "scale")
+        and not is_adapter(path)
+    )
+
+
+def matches(pattern: str, path: Path) -> bool:
+    """Whether a pattern matches a run of whole components; `*` may cross slashes."""
+    return fnmatchcase(f"/{path_name(path)}/", f"*/{pattern}/*")
+
+
+def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
+    """One pattern or several, as a tuple of non-empty strings."""
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.strip("/"):
+            raise ValueError(f"{name} takes patterns of paths, found {pattern!r}.")
+    return tuple(pattern.strip("/") for pattern in patterns)
+
+
+def match_each(patterns: Sequence[str], paths: Sequence[Path], name: str) -> list[Path]:
+    """The paths that any of the patterns matches; each pattern must match one."""
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in paths):
+            raise ValueError(_no_match(pattern, paths, name))
+    return [path for path in paths if any(matches(p, path) for p in patterns)]
+
+
+def axes_of(path: Path, leaves: dict[Path, Any]) -> Axes:
+    """The dimensions of a weight by Flax's names, where they leave no doubt."""
+    shape = unbox(leaves[path]).shape
+    n, name = len(shape), path[-1]
+    if n == 2:
+        return Axes((), (0,), (1,))
+    module = str(path[-2]).lower() if len(path) > 1 else ""
+    if name == "kernel":
+        # A bias has the shape of the outputs, and tells a stack of layers from heads.
+        bias = unbox(leaves.get((*path[:-1], "bias")))
+        first = module in ("query", "key", "value")
+        last = module == "out" or module.startswith("conv")
+        known = n == 3 or module.startswith("conv")
+        if first and (known if bias is None else bias.shape == shape[1:]):
+            return Axes((), (0,), tuple(range(1, n)))
+        if last and (known if bias is None else bias.shape == shape[-1:]):
+            return Axes((), tuple(range(n - 1)), (n - 1,))
+    raise ValueError(
+        f"Which dimensions of {path_name(path)!r}, of shape {shape}, are inputs and "
+        "which outputs cannot be told from its name. Say how it is used, "
+        "lorafy(..., axes=find_axes(fn, params, *args)), or directly, "
+        f"axes={{{path_name(path)!r}: Axes(batch, inputs, outputs)}}, "
+        "or leave it out: exclude=[...]."
+    )
+
+
+def _choose(
+    leaves: dict[Path, Any],
+    weights: list[Path],
+    targets: Selector | None,
+    exclude: Selector,
+    ranks: int | Mapping[str, int],
+) -> list[Path]:
+    if targets is None and isinstance(ranks, Mapping):
+        targets = tuple(ranks)
+    if targets is None:
+        chosen = [path for path in weights if path[-1] == "kernel"]
+    else:
+        chosen = _select(leaves, weights, targets, "targets")
+    gone = set(_select(leaves, weights, exclude, "exclude")) if exclude else set()
+    chosen = [path for path in chosen if path not in gone]
+    if not chosen:
+        raise ValueError(
+            "There is nothing to adapt: no floating weight of 2 or more dimensions is "
+            f"{'named kernel' if targets is None else 'selected'} and not excluded. "
+            f"Weights: {_listed(weights)}. Write lorafy(params, rank, targets=[...])."
+        )
+    return chosen
+
+
+def _select(
+    leaves: dict[Path, Any], weights: list[Path], selector: Selector, name: str
+) -> list[Path]:
+    if callable(selector):
+        return [p for p in weights if selector(path_name(p), unbox(leaves[p]))]
+    return match_each(as_patterns(selector, name), weights, name)
+
+
+def _assign(
+    values: Mapping[str, Any], chosen: list[Path], name: str
+) -> dict[Path, Any]:
+    """The value of the first pattern that matches each path; each must decide one."""
+    patterns = as_patterns(values, name)
+    match_each(patterns, chosen, name)
+    numbers = dict(zip(patterns, values.values(), strict=True))
+    first = {
+        path: next(p for p in patterns if matches(p, path))
+        for path in match_each(patterns, chosen, name)
+    }
+    for pattern in patterns:
+        if pattern not in first.values():
+            raise ValueError(
+                f"The {name} of {pattern!r} is never used: earlier patterns match all "
+                "that it does, and the first wins. Put it before them."
+            )
+    return {path: numbers[pattern] for path, pattern in first.items()}
+
+
+def _check_rank(rank: Any) -> int | dict[str, int]:
+    if isinstance(rank, Mapping):
+        if not rank:
+            raise ValueError("rank is an empty mapping. Write rank={pattern: number}.")
+        return {pattern: _check_rank(r) for pattern, r in rank.items()}
+    try:
+        r = operator.index(rank)
+    except TypeError:
+        r = 0
+    if r < 1 or isinstance(rank, bool):
+        raise ValueError(f"rank must be a whole number of at least 1, found {rank!r}.")
+    return r
+
+
+def _check_alpha(alpha: Any) -> float | dict[str, float] | None:
+    if alpha is None:
+        return None
+    if isinstance(alpha, Mapping):
+        return {pattern: _check_alpha(a) for pattern, a in alpha.items()}
+    if not isinstance(alpha, bool) and isinstance(alpha, int | float):
+        if math.isfinite(alpha) and alpha > 0:
+            return float(alpha)
+    raise ValueError(
+        f"alpha must be a finite number above 0, found {alpha!r}: the adapter's output "
+        "is scaled by alpha / rank."
+    )
+
+
+def _check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Axes]:
+    names = {path_name(path): path for path in leaves}
+    checked = {}
+    for name, dims in axes.items():
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=6, cutoff=0.0)
+            raise ValueError(
+                f"axes names {name!r}, which is no path of the parameters. Close: "
+                f"{', '.join(map(repr, close))}. Pass the same tree to find_axes."
+            )
+        found = Axes(*(tuple(group) for group in dims))
+        n = len(unbox(leaves[names[name]]).shape)
+        every = sorted((*found.batch, *found.inputs, *found.outputs))
+        if every != list(range(n)) or not (found.inputs and found.outputs):
+            raise ValueError(
+                f"axes of {name!r} must name each of its {n} dimensions once, at least "
+                f"one of them an input and one an output; found {found}."
+            )
+        checked[name] = found
+    return checked
+
+
+def _check_room(
+    path: Path, leaves: dict[Path, Any], axes: Axes, r: int, plans: dict[Path, Plan]
+) -> None:
+    shape = unbox(leaves[path]).shape
+    n_in, n_out = (math.prod(shape[d] for d in dims) for dims in axes[1:])
+    if r > min(n_in, n_out):
+        raise ValueError(
+            f"rank {r} is above the full rank of {path_name(path)!r}, whose shape "
+            f"{shape} means {n_in} inputs and {n_out} outputs. Write rank="
+            f"{min(n_in, n_out)} or less, or leave it out: exclude=[...]."
+        )
+    if any(part in leaves for part in adapter_of(path)):
+        raise ValueError(
+            f"{path_name(path)!r} already has an adapter. Start from "
+            "strip(params) or merge(params), or leave it out: exclude=[...]."
+        )
+    if any(adapter_of(other) == adapter_of(path) for other in plans):
+        raise ValueError(
+            f"{path_name(path[:-1])!r} holds a kernel and an embedding, whose adapters "
+            "would have the same names. Adapt one of them: exclude=[...]."
+        )
+
+
+def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
+    names = [path_name(path) for path in paths]
+    parts = sorted({part for path in paths for part in map(str, path)})
+    closest = (
+        difflib.get_close_matches(p, parts, n=1) or [p] for p in pattern.split("/")
+    )
+    better = "/".join(match for match, *_ in closest)
+    close = [n for n, path in zip(names, paths, strict=True) if matches(better, path)]
+    if close:
+        return (
+            f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
+            f"Write {name}=[{better!r}]."
+        )
+    close = difflib.get_close_matches(pattern, names, n=6, cutoff=0.0)
+    return (
+        f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
+        "A weight is floating, has 2 or more dimensions and is no bias or scale."
+    )
+
+
+def _listed(names: Sequence[Any]) -> str:
+    names = [n if isinstance(n, str) else path_name(n) for n in names]
+    return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")

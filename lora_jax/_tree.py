@@ -1,0 +1,133 @@
+"""Paths and containers: any parameter tree as `{path: leaf}`, and back again.
+
+Knows trees, not LoRA. A leaf keeps its box (`nn.Partitioned`, `nnx.Param`, ...), and a
+path is the tuple of the keys that lead to it, without the box.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core.meta import AxisMetadata
+
+Path = tuple[Any, ...]
+
+
+def is_box(x: Any) -> bool:
+    return isinstance(x, AxisMetadata | nnx.Variable)
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def unbox(leaf: Any) -> Any:
+    """The array in a box; anything else is returned as it is."""
+    # `AxisMetadata.unbox` would also apply a sharding constraint.
+    while is_box(leaf):
+        values = jax.tree.leaves(leaf, is_leaf=lambda x, box=leaf: x is not box)
+        leaf = values[0] if values else None
+    return leaf
+
+
+def rebox(like: Any, value: Any) -> Any:
+    """The value in a box like that of `like`, if it has one."""
+    if isinstance(like, AxisMetadata):
+        return like.replace_boxed(rebox(like.unbox(), value))
+    if isinstance(like, nnx.Variable):
+        return like.replace(value)
+    return value
+
+
+def path_name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def flatten(tree: Any) -> dict[Path, Any]:
+    """Every leaf by its path: boxes, arrays, `None` and whatever else is no container.
+
+    Raises:
+      TypeError: If `tree` is no container, or a live `nnx.Module`.
+    """
+    if isinstance(tree, nnx.Module):
+        raise TypeError(
+            f"Expected parameters, found the module {type(tree).__name__}. "
+            "Pass its state: nnx.state(model, nnx.Param)."
+        )
+    if _children(tree) is None:
+        raise TypeError(
+            f"Expected a tree of parameters, found {type(tree).__name__}. "
+            "Pass a mapping of names to arrays, such as variables['params']."
+        )
+    leaves: dict[Path, Any] = {}
+    _collect(tree, (), leaves)
+    return leaves
+
+
+def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
+    """The containers of `like` around `leaves`; a mapping takes new and missing ones.
+
+    Nothing is copied or mutated: leaves are shared, containers are new.
+    """
+    by_parent: dict[Path, dict[Any, Any]] = {}
+    for path, leaf in leaves.items():
+        by_parent.setdefault(path[:-1], {})[path[-1]] = leaf
+    return _rebuild(like, (), by_parent)
+
+
+def leaf_order(tree: Any) -> list[Path]:
+    """The path of each of `jax.tree.leaves(tree)`, in their order."""
+    paths = flatten(tree)
+    arrays = [path for path, leaf in paths.items() if jax.tree.leaves(leaf)]
+    # The containers decide the order, so ask them: a number stands for each leaf.
+    numbered = dict.fromkeys(paths) | {path: i for i, path in enumerate(arrays)}
+    return [arrays[i] for i in jax.tree.leaves(unflatten(tree, numbered))]
+
+
+def _children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (key, child) pairs of a container; `None` for a leaf."""
+    if node is None or is_box(node):
+        return None
+    if isinstance(node, nnx.State):
+        # Its own items would wrap each nested dict in one more State.
+        return list(node.raw_mapping.items())
+    if isinstance(node, Mapping):
+        return list(node.items())
+    pairs, treedef = _one_level(node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return None
+    return [(jax.tree_util.keystr(keys, simple=True), child) for keys, child in pairs]
+
+
+def _one_level(node: Any):
+    is_leaf = lambda x: x is not node  # noqa: E731
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
+
+
+def _collect(node: Any, path: Path, leaves: dict[Path, Any]) -> None:
+    for key, child in _children(node) or ():
+        if _children(child) is None:
+            leaves[(*path, key)] = child
+        else:
+            _collect(child, (*path, key), leaves)
+
+
+def _rebuild(node: Any, path: Path, by_parent: dict[Path, dict[Any, Any]]) -> Any:
+    new = by_parent.get(path, {})
+    children = {}
+    for key, child in _children(node) or ():
+        if _children(child) is not None:
+            children[key] = _rebuild(child, (*path, key), by_parent)
+        elif key in new:
+            children[key] = new[key]
+    if isinstance(node, Mapping):
+        return type(node)(children | new)
+    _, treedef = _one_level(node)
+    if len(children) != treedef.num_leaves or new.keys() - children.keys():
+        raise ValueError(
+            f"{path_name(path) or 'The tree'} is a {type(node).__name__}, which "
+            "cannot gain or lose a leaf. Keep each weight in a mapping of its own."
+        )
+    return treedef.unflatten(children.values())
