@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax._tree import Path, path_name, unbox
@@ -168,7 +169,7 @@ def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
 
 def delta(f: Factors) -> jax.Array:
     """`scale * sum_r a * b`, of the weight's shape, in float32 or wider."""
-    dtype = jnp.promote_types(jnp.promote_types(f.a.dtype, f.b.dtype), jnp.float32)
+    dtype = wider(f.a.dtype, f.b.dtype)
     a, b = f.a.astype(dtype), f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
     rank = f.ndim
     in_a, in_b = present(a), present(b)
@@ -188,8 +189,13 @@ def delta(f: Factors) -> jax.Array:
 def materialize(f: Factors) -> jax.Array:
     """The plain array: summed in float32 or wider, cast once to the weight's dtype."""
     update = delta(f)
-    wide = jnp.promote_types(f.dtype, update.dtype)
+    wide = wider(f.dtype, update.dtype)
     return (f.w.astype(wide) + update.astype(wide)).astype(f.dtype)
+
+
+def wider(*dtypes: Any) -> np.dtype:
+    """The dtype that holds all of these, and float32 at the least."""
+    return np.result_type(np.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 3))
 
 
 def present(factor: jax.Array) -> list[int]:

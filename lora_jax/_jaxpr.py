@@ -62,7 +62,7 @@ def evaluate(
     jaxpr, consts = _opened(jaxpr)
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= dict(zip(jaxpr.invars, args, strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
 
     last_use = {
         v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core.meta import AxisMetadata
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._factors import Adapter, Axes, adapter_of
+from lora_jax._factors import Adapter, Axes, adapter_of, wider
 from lora_jax._targets import Selector, plan
 from lora_jax._tree import Path, flatten, path_name, unbox, unflatten
 
@@ -89,7 +89,7 @@ def lorafy(
     for path, (r, weight_alpha, axes) in plans.items():
         leaf = leaves[path]
         w = unbox(leaf)
-        kind = jnp.promote_types(w.dtype, jnp.float32) if dtype is None else dtype
+        kind = wider(w.dtype) if dtype is None else dtype
         scale = weight_alpha / (math.sqrt(r) if rslora else r)
         path_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
         fills = (

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax._factors import Factors, present, squeeze_absent, view
 
@@ -118,55 +119,55 @@ def gather(
     dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: Sequence[int],
     **params: Any,
-) -> Factors | None:
-    """`lax.gather(w + scale * a b, indices)` in factors: a lookup gathers each part.
+) -> Factors:
+    """`lax.gather(w + scale * a b, indices)` in factors: each is gathered by itself.
 
-    `None` where it is no lookup: one that names the collapsed dimensions by index and
-    takes the others whole, as `jnp.take`, `w[ids]` and `nn.Embed` do.
+    A factor is looked up along the dimensions it has; where it has none of those that
+    the indices name, it is the same for all of them.
     """
     dnums = dimension_numbers
-    rows = dnums.collapsed_slice_dims
-    whole = all(n == f.shape[d] for d, n in enumerate(slice_sizes) if d not in rows)
-    named = sorted(dnums.start_index_map) == sorted(rows)
-    if not (whole and named) or dnums.operand_batching_dims:
-        return None
+    batching = dict(
+        zip(dnums.operand_batching_dims, dnums.start_indices_batching_dims, strict=True)
+    )
+    gone = {*dnums.collapsed_slice_dims, *batching}
     w = lax.gather(f.w, indices, dnums, slice_sizes, **params)
 
     def look_up(factor: jax.Array) -> jax.Array:
-        absent = [d for d in rows if d not in present(factor)]
-        columns = [i for i, d in enumerate(dnums.start_index_map) if d not in absent]
-        kept = [d for d in range(f.ndim) if d not in absent]
-        factor = jnp.squeeze(factor, absent)
-        sizes = [
-            1 if d in rows else n for d, n in zip(kept, factor.shape, strict=False)
-        ]
-        if not columns:
+        own = present(factor)
+        kept = [d for d in range(f.ndim) if d in own or d not in gone]
+        place = {d: i for i, d in enumerate(kept)}
+        factor = jnp.squeeze(factor, [d for d in range(f.ndim) if d not in kept])
+        sizes = [slice_sizes[d] if d in own else 1 for d in kept] + [factor.shape[-1]]
+        columns = [i for i, d in enumerate(dnums.start_index_map) if d in own]
+        if not columns and not any(d in own for d in gone):
+            window = lax.slice(factor, [0] * factor.ndim, sizes)
             shape = [1] * w.ndim
-            for d, n in zip(dnums.offset_dims, sizes, strict=True):
+            for d, n in zip(dnums.offset_dims, sizes, strict=False):
                 shape[d] = n
-            return jnp.reshape(factor, (*shape, factor.shape[-1]))
-        # Some columns of unique or sorted indices need be neither.
-        all_columns = len(columns) == indices.shape[-1]
-        hints = {} if all_columns else dict(_NO_HINTS)
+            return jnp.reshape(window, (*shape, sizes[-1]))
+        # Some columns of sorted or unique indices need be neither.
+        whole = len(columns) == indices.shape[-1]
+        hints = {} if whole else {"unique_indices": False, "indices_are_sorted": False}
         return lax.gather(
             factor,
-            indices if all_columns else indices[..., np.array(columns)],
+            indices if whole else indices[..., np.array(columns, int)],
             lax.GatherDimensionNumbers(
                 offset_dims=(*dnums.offset_dims, w.ndim),
-                collapsed_slice_dims=tuple(i for i, d in enumerate(kept) if d in rows),
-                start_index_map=tuple(
-                    kept.index(dnums.start_index_map[i]) for i in columns
+                collapsed_slice_dims=tuple(
+                    place[d] for d in dnums.collapsed_slice_dims if d in own
+                ),
+                start_index_map=tuple(place[dnums.start_index_map[i]] for i in columns),
+                operand_batching_dims=tuple(place[d] for d in batching if d in own),
+                start_indices_batching_dims=tuple(
+                    i for d, i in batching.items() if d in own
                 ),
             ),
-            (*sizes, factor.shape[-1]),
+            sizes,
             # Out of bounds, the weight's own row says what is there.
             **params | {"fill_value": 0} | hints,
         )
 
     return view(f, w, look_up)
-
-
-_NO_HINTS = {"unique_indices": False, "indices_are_sorted": False}
 
 
 def scaled(f: Factors) -> jax.Array:
@@ -200,12 +201,11 @@ def einsum(
     x_free = [n for n in x_labels if n not in y_labels]
     y_free = [n for n in y_labels if n not in x_labels]
 
-    wide = dtype is not None and jnp.promote_types(x.dtype, dtype) == dtype
-    options = {
-        "precision": precision,
-        "preferred_element_type": dtype if wide else None,
-    }
-    if not batch and x_labels == [*x_free, *summed]:
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    options: dict[str, Any] = {"precision": precision}
+    if dtype is not None and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
+        options["preferred_element_type"] = dtype
+    if not (batch or explicit) and x_labels == [*x_free, *summed]:
         y = jnp.transpose(y, [y_labels.index(n) for n in (*summed, *y_free)])
         x = jnp.reshape(x, (-1, math.prod(sizes[n] for n in summed)))
         y = jnp.reshape(y, (x.shape[1], -1))
@@ -222,6 +222,8 @@ def einsum(
             ([x_labels.index(n) for n in group], [y_labels.index(n) for n in group])
             for group in (summed, batch)
         )
+        if explicit:
+            options["out_sharding"] = _spec(labels, (x, x_labels), (y, y_labels))
         product = lax.dot_general(x, y, dims, **options)
     have = [n for n in out if n in sizes]
     product = jnp.transpose(product, [labels.index(n) for n in have])
@@ -232,3 +234,18 @@ def _compute_dtype(x: Any, y: Any) -> Any:
     """The factors' dtype in a product: the operand's, unless it has too few digits."""
     x = jnp.dtype(x)
     return x if jnp.issubdtype(x, jnp.inexact) and x.itemsize > 1 else jnp.dtype(y)
+
+
+def _spec(labels: Labels, *operands: tuple[jax.Array, Labels]) -> PartitionSpec:
+    """The result's sharding on a mesh of explicit axes: its operands', each once."""
+    axes: dict[int, Any] = {}
+    for array, own in operands:
+        for n, names in zip(own, jax.typeof(array).sharding.spec, strict=True):
+            taken = {name for other in axes.values() for name in _names(other)}
+            if n in labels and n not in axes and taken.isdisjoint(_names(names)):
+                axes[n] = names
+    return PartitionSpec(*(axes.get(n) for n in labels))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

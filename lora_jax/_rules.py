@@ -6,7 +6,9 @@ call carries the factors inside. No rule, or a rule that gives `None`: the weigh
 materialised for this one use, which is slower and never wrong.
 """
 
+import dataclasses
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -61,6 +63,9 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 
 
 def _plain(run: Run, f: Factors, cause: str) -> jax.Array:
+    in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
+    if in_a <= in_b or in_b <= in_a:
+        return materialize(f)  # some rows or columns: a thin product, not a weight
     problem = f"{f.name!r} meets {cause!r}, which needs the whole weight"
     if run.materialize == "error":
         raise ValueError(
@@ -86,7 +91,7 @@ def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (w,) = bind(eqn, [f.w])
     if not jnp.issubdtype(w.dtype, jnp.inexact):
         return None
-    return [Factors(w, f.a, f.b, f.scale, f.name)]
+    return [dataclasses.replace(f, w=w)]
 
 
 def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -146,6 +151,18 @@ def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return _maybe(_factors.cut(f, w, cut))
 
 
+def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axes = eqn.params["axes"]
+    in_a, in_b = _factors.present(f.a), _factors.present(f.b)
+    if any(d in in_a and d in in_b for d in axes):
+        return None  # a sum over layers or experts is no product of two factors
+    (w,) = bind(eqn, [f.w])
+    repeats = math.prod(f.shape[d] for d in axes if d not in (*in_a, *in_b))
+    summed = _factors.view(f, w, lambda x: jnp.sum(x, axes))
+    return [dataclasses.replace(summed, scale=summed.scale * repeats)]
+
+
 def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """Negation, and multiplication or division by a number."""
     f, *numbers = sorted(operands, key=lambda x: not isinstance(x, Factors))
@@ -160,7 +177,7 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     numbers = [jnp.asarray(x, f.scale.dtype) for x in numbers]
     operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
     scale = operation[eqn.primitive.name](f.scale, *numbers)
-    return [Factors(w, f.a, f.b, scale, f.name)]
+    return [dataclasses.replace(f, w=w, scale=scale)]
 
 
 def _maybe(f: Factors | None) -> list[Factors] | None:
@@ -187,13 +204,13 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     f, indices = operands
     if not isinstance(f, Factors):
         return None
-    rows = _ops.gather(f, indices, **eqn.params)
-    if rows is None:
-        return None
+    found = _ops.gather(f, indices, **eqn.params)
     named = eqn.params["dimension_numbers"].start_index_map
     if all(d in _factors.present(f.scale[..., None]) for d in named):
-        return [rows]  # one layer, or expert, of a stack: a weight still
-    return [materialize(rows)]  # an embedding's rows: the thin product itself
+        return [found]  # one layer, or expert, of a stack: a weight still
+    # The rows of an embedding. The plain function forms them too, so that adding the
+    # thin product to them takes no more memory.
+    return [materialize(found)]
 
 
 def _conv(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -251,8 +268,7 @@ def _constrained(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Factors):
-        w = lax.with_sharding_constraint(x.w, sharding)
-        return Factors(w, x.a, x.b, x.scale, x.name)
+        return dataclasses.replace(x, w=lax.with_sharding_constraint(x.w, sharding))
     return lax.with_sharding_constraint(x, sharding)
 
 
@@ -278,7 +294,7 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         (key, operands), (_, dots) = primals, tangents
         fn, smooth = _smooth(eqn, operands)
         dots = [_tangent(operands[i], dots[i]) for i in smooth]
-        jvp = lambda xs, dots: jax.jvp(  # noqa: E731
+        jvp = lambda xs, dots: jax.jvp(
             lambda *smooth_xs: fn(xs, smooth_xs), [xs[i] for i in smooth], dots
         )
         traced = trace(jvp, _avals(operands), _avals(dots))
@@ -303,7 +319,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     def forward(key, operands):
         nonlocal pullback
         fn, smooth = _smooth(eqn, operands)
-        vjp = lambda *xs: jax.vjp(  # noqa: E731
+        vjp = lambda *xs: jax.vjp(
             lambda *smooth_xs: fn(xs, smooth_xs), *[xs[i] for i in smooth]
         )
         traced = trace(vjp, *_avals(operands))
@@ -311,13 +327,13 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         n = len(eqn.outvars)
         out = plain(run, results[:n], "custom_vjp_call")
         residuals = results[n:]
-        pullback = lambda residuals: traced.restore([None] * n + residuals)[1]  # noqa: E731
+        pullback = lambda residuals: traced.restore([None] * n + residuals)[1]
         return out, (key, operands, residuals)
 
     def backward(saved, cotangents):
         key, operands, residuals = saved
         _, smooth = _smooth(eqn, operands)
-        back = lambda residuals, ct: pullback(residuals)(ct)  # noqa: E731
+        back = lambda residuals, ct: pullback(residuals)(ct)
         traced = trace(back, _avals(residuals), _avals(cotangents))
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
@@ -463,6 +479,7 @@ RULES: dict[str, Callable[[Run, Any, list[Any]], list[Any] | None]] = {
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "reduce_sum": _reduce_sum,
     "neg": _scaled,
     "mul": _scaled,
     "div": _scaled,

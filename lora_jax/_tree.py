@@ -102,7 +102,7 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _one_level(node: Any):
-    is_leaf = lambda x: x is not node  # noqa: E731
+    is_leaf = lambda x: x is not node
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
 
 

@@ -1,0 +1,559 @@
+"""`lora(fn)` on parameters with adapters equals `fn` on the merged parameters."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+
+D, BATCH, VOCAB, LAYERS = 4, 3, 5, 2
+X = np.random.default_rng(1).standard_normal((BATCH, D)).astype(np.float32)
+IDS = np.array([[0, 4], [2, 2]])
+STACK = {"stack": lj.Axes((0,), (1,), (2,))}
+HEADS = {"heads": lj.Axes((), (0,), (1, 2))}
+WINDOW = {"window": lj.Axes((), (0, 1), (2,))}
+
+
+@pytest.fixture
+def params(randomized):
+    """One weight of each kind, all adapted, with random factors."""
+    shapes = {
+        "w": (D, D),
+        "table": (VOCAB, D),
+        "stack": (LAYERS, D, D),
+        "heads": (D, 2, 3),
+        "window": (3, D, D),
+    }
+    rng = np.random.default_rng(0)
+    base = {
+        name: jnp.asarray(rng.standard_normal(shape) / 2, jnp.float32)
+        for name, shape in shapes.items()
+    }
+    axes = STACK | HEADS | WINDOW
+    return randomized(lj.lorafy(base, 2, alpha=3, targets="*", axes=axes))
+
+
+@jax.custom_vjp
+def straight_through(w, x):
+    return jnp.round(x @ w, 1)
+
+
+straight_through.defvjp(
+    lambda w, x: (straight_through(w, x), (w, x)),
+    lambda saved, g: (2 * saved[1].T @ g, g @ saved[0].T),
+)
+
+
+@jax.custom_jvp
+def tripled_gradient(w, x):
+    return x @ w
+
+
+@tripled_gradient.defjvp
+def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    return tripled_gradient(w, x), 3 * x @ dw + dx @ w
+
+
+def scan_constant(p, x):
+    return lax.scan(lambda c, _: (jnp.sin(c @ p["w"]), c.sum()), x, length=3)
+
+
+def scan_stacked(p, x):
+    return lax.scan(lambda c, w: (jnp.sin(c @ w), c.sum()), x, p["stack"], unroll=2)[0]
+
+
+def scan_reversed(p, x):
+    return lax.scan(lambda c, w: (c @ w, c @ w.T), x, p["stack"], reverse=True)
+
+
+def scan_carried(p, x):
+    return lax.scan(lambda c, _: ((c[0] @ c[1], c[1]), None), (x, p["w"]), length=2)[0][
+        0
+    ]
+
+
+def scan_over_inputs(p, x):
+    return lax.scan(lambda c, row: (c + x @ row, None), x[:, 0], p["w"].T)[0]
+
+
+def remat_with_policy(p, x):
+    policy = jax.checkpoint_policies.dots_saveable
+    fn = jax.checkpoint(lambda w, x: jnp.sin(jnp.sin(x @ w) @ w), policy=policy)
+    return fn(p["w"], x)
+
+
+def loop(p, x):
+    return lax.fori_loop(0, 3, lambda _, c: jnp.tanh(c @ p["w"]), x)
+
+
+def branch(p, x):
+    return lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: x @ p["w"].T, x)
+
+
+def attention(p, x):
+    heads = jnp.einsum("bd,dnh->bnh", x, p["heads"])
+    return jnp.einsum("bnh,dnh->bd", jnp.sin(heads), p["heads"])
+
+
+def merged_heads(p, x):
+    return x @ p["heads"].reshape(D, 6)
+
+
+def split_heads(p, x):
+    return jnp.einsum("bd,dnh->bhn", x, p["w"].reshape(D, 2, 2))
+
+
+def layer_by_layer(p, x):
+    for i in range(LAYERS):
+        x = jnp.sin(x @ p["stack"][i])
+    return x
+
+
+def chosen_layer(p, x):
+    return x @ lax.dynamic_index_in_dim(p["stack"], IDS[1, 0] - 1, keepdims=False)
+
+
+def per_example_expert(p, x):
+    return jnp.einsum("bd,bdh->bh", x, p["stack"][np.array([0, 1, 1])])
+
+
+def experts(p, x):
+    return jnp.einsum("bd,edh->beh", x, p["stack"])
+
+
+def windows(p, x):
+    """A gather that cuts a window of the weight out at each index."""
+    dims = lax.GatherDimensionNumbers((1, 2), (), (1, 0))
+    return lax.gather(p["w"], IDS % 2, dims, (2, 3))
+
+
+def convolution(p, x):
+    x = jnp.stack([x, 2 * x, x * x, x, x], axis=1)  # (batch, 5, D)
+    dims = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(
+        x, p["window"], (2,), [(1, 2)], (2,), (2,), dimension_numbers=dims
+    )
+
+
+def per_example(p, x):
+    return jax.vmap(lambda x: jnp.sin(x @ p["w"]))(x)
+
+
+def inner_gradient(p, x):
+    return jax.grad(lambda x: jnp.sin(x @ p["w"]).sum())(x)
+
+
+def stopped(p, x):
+    return jnp.sin(x @ lax.stop_gradient(p["w"])) + x @ p["w"]
+
+
+FACTORED = {
+    "product": lambda p, x: x @ p["w"],
+    "transposed": lambda p, x: x @ p["w"].T,
+    "weight on the left": lambda p, x: p["w"] @ x.T,
+    "vector": lambda p, x: x[0] @ p["w"],
+    "more dimensions": lambda p, x: jnp.stack([x, x]) @ p["w"],
+    "attention": attention,
+    "whole contraction": lambda p, x: jnp.einsum("bd,dnh->b", x, p["heads"]),
+    "double contraction": lambda p, x: jnp.einsum("dn,dn", x[:, :3].T @ x, p["w"][:3]),
+    "experts": experts,
+    "batched experts": lambda p, x: jnp.einsum(
+        "ebd,edh->ebh", jnp.stack([x, x]), p["stack"]
+    ),
+    "merged heads": merged_heads,
+    "split heads": split_heads,
+    "scalars": lambda p, x: x @ (-2.0 * p["w"] / 3.0),
+    "broadcast": lambda p, x: jnp.stack([x, x]) @ jnp.broadcast_to(p["w"], (2, D, D)),
+    "cast": lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).shape,
+    "lookup": lambda p, x: jnp.take(p["table"], IDS, axis=0),
+    "indexing": lambda p, x: p["table"][IDS],
+    "row": lambda p, x: p["table"][2],
+    "column lookup": lambda p, x: jnp.take(p["w"], IDS % D, axis=1),
+    "out of bounds": lambda p, x: jnp.take(p["table"], IDS + 3, axis=0, mode="clip"),
+    "filled": lambda p, x: p["table"].at[IDS + 3].get(mode="fill", fill_value=7.0),
+    "tied head": lambda p, x: jnp.sin(p["table"][IDS]) @ p["table"].T,
+    "windows": windows,
+    "along an axis": lambda p, x: jnp.take_along_axis(p["w"][:2], IDS % D, axis=1),
+    "along layers": lambda p, x: jnp.take_along_axis(
+        p["stack"], IDS[:, :, None] % D, 1
+    ),
+    "row of a layer": lambda p, x: p["stack"][1, IDS % D],
+    "layer by layer": layer_by_layer,
+    "chosen layer": chosen_layer,
+    "expert of each example": per_example_expert,
+    "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
+    "convolution": convolution,
+    "jit": jax.jit(lambda p, x: jnp.sin(x @ p["w"])),
+    "jitted view": lambda p, x: x @ jax.jit(lambda w: w.T)(p["w"]),
+    "remat": remat_with_policy,
+    "scan over nothing": scan_constant,
+    "scan over layers": scan_stacked,
+    "scan in reverse": scan_reversed,
+    "scan over rows": scan_over_inputs,
+    "carried": scan_carried,
+    "loop": loop,
+    "branch": branch,
+    "vmap": per_example,
+    "inner gradient": inner_gradient,
+    "stop_gradient": stopped,
+    "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
+    "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),
+}
+MATERIALIZED = {
+    "norm": lambda p, x: jnp.sqrt((p["w"] ** 2).sum()),
+    "elementwise": lambda p, x: x @ jnp.tanh(p["w"]),
+    "sorted": lambda p, x: jnp.sort(p["w"], axis=0),
+    "two weights": lambda p, x: x @ (p["w"] @ p["table"].T),
+    "concatenated": lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], axis=1),
+    "in and out merged": lambda p, x: p["w"].reshape(-1),
+    "returned": lambda p, x: p["w"],
+    "scanned out": lambda p, x: lax.scan(lambda c, w: (c, w), 0, p["stack"])[1],
+}
+
+
+def lora(fn, **options):
+    """Each program uses some of the weights."""
+    return lj.lora(fn, unused="ignore", **options)
+
+
+def loss(fn):
+    """A number that depends on every array that `fn` returns, unevenly."""
+
+    def total(params, x):
+        leaves = jax.tree.leaves(fn(params, x))
+        return sum(
+            jnp.cos(y + i).sum() for i, y in enumerate(leaves) if jnp.ndim(y) >= 0
+        )
+
+    return total
+
+
+def gradients(fn, params, x):
+    """Of the adapters and the input; through the merged weights for the oracle."""
+    adapters, base = lj.split(params)
+    return jax.grad(lambda a, x: fn(lj.combine(a, base), x), argnums=(0, 1))(
+        adapters, x
+    )
+
+
+def on_merged(fn):
+    return lambda params, x: fn(lj.merge(params), x)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_equals_merged_without_materializing(name, params, close):
+    fn = FACTORED[name]
+    adapted = lora(fn, materialize="error")
+    close(adapted(params, X), fn(lj.merge(params), X))
+
+
+@pytest.mark.parametrize("name", sorted(FACTORED.keys() - {"cast", "loop"}))
+def test_gradients_equal_merged(name, params, close):
+    fn = FACTORED[name]
+    got = gradients(loss(lora(fn, materialize="error")), params, X)
+    close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MATERIALIZED)
+def test_materializes_exactly_and_says_so(name, params, close):
+    fn = MATERIALIZED[name]
+    with pytest.warns(UserWarning, match=r"W \+ scale \* A B is formed there"):
+        got = lora(fn)(params, X)
+    close(got, fn(lj.merge(params), X))
+    allowed = lora(fn, materialize="allow")
+    got = gradients(loss(allowed), params, X)
+    close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
+    with pytest.raises(ValueError, match=r"^'\w+' meets .* so it cannot stay factored"):
+        lora(fn, materialize="error")(params, X)
+
+
+def model(p, x):
+    h = jnp.sin(x @ p["w"])
+    h = lax.scan(lambda c, w: (jnp.tanh(c @ w), None), h, p["stack"])[0]
+    return h @ p["table"].T
+
+
+ADAPTED = functools.partial(lora(model, materialize="error"))
+
+
+def test_jit_and_vmap(params, close):
+    want = model(lj.merge(params), X)
+    close(jax.jit(ADAPTED)(params, X), want)
+    close(jax.vmap(ADAPTED, in_axes=(None, 0))(params, X), want)
+    both = jax.tree.map(
+        lambda *x: jnp.stack(x), params, jax.tree.map(lambda x: x / 2, params)
+    )
+    got = jax.vmap(ADAPTED, in_axes=(0, None))(both, X)
+    halved = jax.tree.map(lambda x: x[1], both)
+    close(got[1], model(lj.merge(halved), X))
+
+
+def test_forward_mode_and_second_derivatives(params, close):
+    adapters, base = lj.split(params)
+    direction = jax.tree.map(jnp.ones_like, adapters)
+
+    def derivatives(fn):
+        scalar = lambda a: fn(lj.combine(a, base), X).sum()
+        slope = lambda a: jax.jvp(scalar, (a,), (direction,))[1]
+        return (
+            slope(adapters),
+            jax.grad(slope)(adapters),
+            jax.jvp(jax.grad(scalar), (adapters,), (direction,)),
+        )
+
+    got = jax.jit(lambda: derivatives(ADAPTED))()
+    close(got, jax.jit(lambda: derivatives(on_merged(model)))(), atol=1e-3)
+
+
+def test_inside_scan_and_remat(params, close):
+    def repeated(fn):
+        step = jax.checkpoint(lambda x, _: (fn(params, x)[:, :D], None))
+        return lambda params, x: lax.scan(step, x, length=2)[0]
+
+    got = jax.grad(lambda x: repeated(ADAPTED)(params, x).sum())(X)
+    close(got, jax.grad(lambda x: repeated(on_merged(model))(params, x).sum())(X))
+
+
+def test_traces_the_function_once(params):
+    counted = chex.assert_max_traces(model, n=1)
+    step = jax.jit(jax.grad(lambda p, x: lora(counted)(p, x).sum()))
+    step(params, X)
+    step(lj.combine(*lj.split(params)), X + 1)
+    new_scale = params | {"w_lora_scale": jnp.float32(0.1)}
+    step(new_scale, X)
+
+
+def test_calling_a_jitted_function_again_compiles_nothing(params):
+    compiled = []
+    adapted = lora(jax.jit(model))
+    adapted(params, X)
+    name = "/jax/core/compile/backend_compile_duration"
+    listener = lambda event, *_, **__: compiled.append(event == name)
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        adapted(params, X)
+        assert not any(compiled)
+        adapted(params, X[:2])
+        assert any(compiled)  # the listener does hear a compilation
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_never_forms_the_update():
+    """XLA counts the FLOPs of two thin products, not of A times B."""
+    tokens, d_in, d_out, r = 8, 64, 96, 2
+    base = {"kernel": jnp.ones((d_in, d_out))}
+    params, x = lj.lorafy(base, r), jnp.ones((tokens, d_in))
+    fn = lambda p, x: x @ p["kernel"]
+    flops = lambda fn, p: jax.jit(fn).lower(p, x).compile().cost_analysis()["flops"]
+    added = flops(lj.lora(fn), params) - flops(fn, base)
+    thin = 2 * tokens * r * (d_in + d_out)
+    assert (
+        thin <= added < 1.2 * thin + r * d_out + tokens * d_out < 2 * d_in * r * d_out
+    )
+
+
+def test_passes_everything_else_through(randomized, close):
+    class Tag:
+        pass
+
+    tag = Tag()
+
+    def fn(p, x, *, flag, scale, method=None, nothing=None, seed):
+        assert flag is True and isinstance(scale, float) and nothing is None
+        y = scale * (x @ p["kernel"]) + jax.random.normal(seed, ())
+        return {"y": y, "tag": method, "n": 3, "host": np.arange(2), "none": None}
+
+    params = randomized(lj.lorafy({"kernel": jnp.ones((D, D))}, 2))
+    options = {"flag": True, "scale": 2.0, "method": tag, "seed": jax.random.key(0)}
+    got, want = lj.lora(fn)(params, X, **options), fn(lj.merge(params), X, **options)
+    assert got["tag"] is tag and got["n"] == 3 and got["none"] is None
+    assert isinstance(got["host"], np.ndarray)
+    close(got["y"], want["y"])
+
+
+def test_argnums(randomized, close):
+    base = {"kernel": jnp.ones((D, D))}
+    p, q = (randomized(lj.lorafy(base, 2), seed) for seed in (1, 2))
+    fn = lambda x, p, q: x @ p["kernel"] @ q["kernel"]
+    want = fn(X, lj.merge(p), lj.merge(q))
+    close(lj.lora(fn, argnums=(1, 2))(X, p, q), want)
+    close(lj.lora(fn, argnums=-1)(X, lj.merge(p), q), want)
+    with pytest.raises(TypeError, match="argnums=3 names no argument: the call has 3"):
+        lj.lora(fn, argnums=3)(X, p, q)
+    with pytest.raises(ValueError, match="argnums is empty"):
+        lj.lora(fn, argnums=())
+
+
+def test_unused_adapter_is_an_error(params):
+    fn = jax.jit(lambda p, x: (x @ p["w"], p["heads"].shape))
+    with pytest.raises(ValueError, match=r"never uses 4 .* 'heads', 'stack', 'table'"):
+        lj.lora(fn)(params, X)
+    lj.lora(fn, unused="ignore")(params, X)
+
+
+def test_unused_inside_calls_is_an_error(randomized):
+    base = {"a": {"kernel": jnp.ones((D, D))}, "b": {"kernel": jnp.ones((D, D))}}
+    params = randomized(lj.lorafy(base, 2))
+
+    def fn(p, x):
+        body = lambda c, _: (c @ p["a"]["kernel"], (c @ p["b"]["kernel"]).shape)
+        ignored = jax.checkpoint(lambda w: w.sum())(p["b"]["kernel"])
+        del ignored
+        return lax.cond(True, lambda x: x, lambda x: lax.scan(body, x, length=2)[0], x)
+
+    with pytest.raises(ValueError, match=r"never uses 1 adapted weight.* 'b/kernel'"):
+        lj.lora(fn)(params, X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), found 1.0"),
+        ({"unused": "warn"}, "unused must be 'error' or 'ignore', found 'warn'"),
+        ({"materialize": True}, "materialize must be 'warn', 'error' or 'allow'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        lj.lora(model, **options)
+
+
+def test_no_adapters_is_an_error():
+    with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy"):
+        lj.lora(model)({"w": jnp.ones((D, D))}, X)
+
+
+def test_dropout_acts_on_the_adapter_alone_and_when_asked(params, close):
+    dropped = lora(model, dropout=0.5)
+    close(dropped(params, X), ADAPTED(params, X))
+    first, second = (dropped(params, X, dropout_key=jax.random.key(i)) for i in (0, 1))
+    assert not np.allclose(first, second)
+    close(dropped(params, X, dropout_key=jax.random.key(0)), first)
+    silent = params | {n: jnp.zeros_like(x) for n, x in params.items() if "lora_b" in n}
+    close(dropped(silent, X, dropout_key=jax.random.key(0)), ADAPTED(silent, X))
+    none = lora(model)(params, X, dropout_key=jax.random.key(0))
+    close(none, ADAPTED(params, X))
+
+
+def test_dropout_keeps_the_mean(params):
+    fn = lambda p, x: x @ p["w"]
+    dropped = lora(fn, dropout=0.3)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    ys = jax.jit(jax.vmap(lambda key: dropped(params, X, dropout_key=key)))(keys)
+    error = np.abs(ys.mean(0) - fn(lj.merge(params), X))
+    assert (error < 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-6).all()
+
+
+def test_dropout_differs_from_use_to_use(params):
+    def fn(p, x):
+        first, second = x @ p["w"], x @ p["w"]
+        steps = lax.scan(lambda c, _: (c, x @ p["w"]), 0, length=3)[1]
+        return jnp.stack([first, second, *steps])
+
+    ys = lora(fn, dropout=0.5)(params, jnp.ones((2, D)), dropout_key=jax.random.key(0))
+    assert len({y.tobytes() for y in np.asarray(ys)}) == len(ys)
+    assert len({y.tobytes() for y in np.asarray(ADAPTED(params, X))}) == BATCH
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(D, name="dense")(x)), None
+
+
+class Stacked(nn.Module):
+    """Embedding, scanned and rematerialised layers, tied head."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(VOCAB, D, name="embed")
+        layers = nn.scan(
+            nn.remat(Block),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+        )
+        x, _ = layers(name="layers")(embed(ids), None)
+        return embed.attend(x)
+
+
+def test_scanned_rematerialized_linen_model(randomized, close):
+    base = Stacked().init(jax.random.key(0), IDS)
+    axes = {"params/layers/dense/kernel": lj.Axes((0,), (1,), (2,))}
+    with pytest.raises(
+        ValueError, match=r"'params/layers/dense/kernel'.*axes=find_axes"
+    ):
+        lj.lorafy(base, 2, targets=["kernel", "embedding"])
+    params = lj.lorafy(base, 2, targets=["kernel", "embedding"], axes=axes)
+    apply = lj.lora(Stacked().apply, materialize="error")
+    close(apply(params, IDS), Stacked().apply(base, IDS), atol=0)
+    params = randomized(params)
+    close(apply(params, IDS), Stacked().apply(lj.merge(params), IDS))
+    scalar = lambda fn: lambda p, ids: jnp.sin(fn(p, ids)).sum()
+    adapters, half = lj.split(params)
+    grad = lambda fn: jax.grad(lambda a: scalar(fn)(lj.combine(a, half), IDS))(adapters)
+    close(grad(apply), grad(on_merged(Stacked().apply)), atol=1e-4)
+
+
+def test_boxed_parameters_stay_boxed(close, randomized):
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    dense = nn.Dense(D, kernel_init=init)
+    params = randomized(lj.lorafy(dense.init(jax.random.key(0), X), 2))
+    assert params["params"]["lora_a"].names == ("in", None)
+    close(lj.lora(dense.apply)(params, X), dense.apply(lj.merge(params), X))
+
+
+def test_nnx_model(close, randomized):
+    graph, state = nnx.split(nnx.Linear(D, D, rngs=nnx.Rngs(0)))
+    fn = lambda state, x: nnx.merge(graph, state)(x)
+    params = randomized(lj.lorafy(state, 2))
+    assert isinstance(params["lora_a"], nnx.LoRAParam)
+    close(lj.lora(fn)(params, X), fn(lj.merge(params), X))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters(kind, close):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    rng = np.random.default_rng(0)
+    up, down = rng.standard_normal((2, 8, 16)).astype(np.float32) / 4
+    plain = {"up": jnp.asarray(up), "down": jnp.asarray(down.T)}
+    sharded = {"up": put(up, None, "model"), "down": put(down.T, "model", None)}
+    x = rng.standard_normal((4, 3, 8)).astype(np.float32)
+
+    def fn(p, x):
+        explicit = kind == AxisType.Explicit and jax.typeof(x).sharding.spec[0]
+        h = jnp.sin(jnp.einsum("btd,dh->bth", x, p["up"]))
+        out = NamedSharding(mesh, P("data")) if explicit else None
+        return jnp.einsum("bth,hd->btd", h, p["down"], out_sharding=out)
+
+    params = lj.lorafy(sharded, 2, targets="*")
+    specs = {n: tuple(x.sharding.spec) for n, x in params.items() if n in lora_names(n)}
+    assert specs["up_lora_a"] == (None, None) and specs["up_lora_b"] == (None, "model")
+    assert specs["down_lora_a"] == ("model", None)
+    assert specs["down_lora_b"] == (None, None)
+
+    def gradient(params, x):
+        adapters, base = lj.split(params)
+        value = lambda a: jnp.sin(lj.lora(fn)(lj.combine(a, base), x)).sum()
+        return jax.jit(jax.value_and_grad(value))(adapters)
+
+    want = gradient(lj.lorafy(plain, 2, targets="*"), x)
+    with jax.set_mesh(mesh):
+        got = gradient(params, put(x, "data"))
+    close(got, want)
+
+
+def lora_names(name):
+    return [name] if "lora" in name and "scale" not in name else []
