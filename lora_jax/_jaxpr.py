@@ -124,7 +124,7 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]
 
 def _used_operands(eqn: Any, results: list[bool]) -> list[bool]:
     name = eqn.primitive.name
-    if name in CALLS and not eqn.effects:
+    if name in CALLS:
         return used_inputs(call_jaxpr(eqn), results)
     if name == "scan":
         return used_inputs(eqn.params["jaxpr"])

@@ -1,0 +1,163 @@
+"""The factored products equal the products with the materialised weight."""
+
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lora_jax import _ops
+from lora_jax._factors import align, materialize
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def factors(w, a, b, scale=()):
+    return align(*(jnp.asarray(normal(*shape)) for shape in (w, a, b, scale)))
+
+
+MATRIX = factors((4, 5), (4, 2), (2, 5))
+HEADS = factors((4, 2, 3), (4, 2), (2, 2, 3))
+STACK = factors((2, 4, 5), (2, 4, 3), (2, 3, 5), (2,))
+ROW = factors((1, 5), (1, 1), (1, 5))
+# x's shape, the factors, and (contracted of x, of w), (batch of x, of w).
+PRODUCTS = {
+    "rows": ((3, 4), MATRIX, (((1,), (0,)), ((), ()))),
+    "columns": ((3, 5), MATRIX, (((1,), (1,)), ((), ()))),
+    "first of x": ((4, 3), MATRIX, (((0,), (0,)), ((), ()))),
+    "middle of x": ((2, 4, 3), MATRIX, (((1,), (0,)), ((), ()))),
+    "both": ((3, 5, 4), MATRIX, (((2, 1), (0, 1)), ((), ()))),
+    "outer": ((3,), MATRIX, (((), ()), ((), ()))),
+    "heads": ((3, 6, 4), HEADS, (((2,), (0,)), ((), ()))),
+    "heads back": ((3, 2, 3), HEADS, (((1, 2), (1, 2)), ((), ()))),
+    "one head dimension": ((5, 3), HEADS, (((1,), (2,)), ((), ()))),
+    "in and head": ((5, 4, 2), HEADS, (((1, 2), (0, 1)), ((), ()))),
+    "batch of heads": ((2, 5, 4), HEADS, (((2,), (0,)), ((0,), (1,)))),
+    "batch of inputs": ((5, 4), HEADS, (((), ()), ((1,), (0,)))),
+    "experts": ((2, 3, 4), STACK, (((2,), (1,)), ((0,), (0,)))),
+    "experts back": ((2, 3, 5), STACK, (((2,), (2,)), ((0,), (0,)))),
+    "all experts": ((3, 4), STACK, (((1,), (1,)), ((), ()))),
+    "sum of experts": ((3, 2, 4), STACK, (((1, 2), (0, 1)), ((), ()))),
+    "one row": ((3, 1), ROW, (((1,), (0,)), ((), ()))),
+}
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(request):
+    shape, f, dims = PRODUCTS[request.param]
+    return jnp.asarray(normal(*shape)), f, dims
+
+
+def check(got, want, atol=1e-5):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, atol=atol, rtol=1e-5)
+
+
+def test_dot_general(product):
+    x, f, dims = product
+    check(_ops.dot_general(x, f, dims), lax.dot_general(x, materialize(f), dims))
+
+
+def test_dot_general_swapped(product):
+    x, f, (contract, batch) = product
+    dims = (contract[::-1], batch[::-1])
+    got = _ops.dot_general(x, f, dims, swap=True)
+    check(got, lax.dot_general(materialize(f), x, dims))
+
+
+def test_einsum_against_numpy():
+    """Labels in random orders: kept, summed, shared, and in neither operand."""
+    sizes = dict(zip(range(6), (2, 3, 4, 5, 2, 3), strict=True))
+    for _ in range(40):
+        x_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
+        y_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
+        alone = [n for n in y_labels if n not in x_labels]
+        out = [n for n in x_labels if RNG.random() < 0.6] + alone
+        out = RNG.permutation(out).astype(int).tolist()
+        x, y = (normal(*(sizes[n] for n in labels)) for labels in (x_labels, y_labels))
+        letters = [
+            "".join(string.ascii_letters[n] for n in g)
+            for g in (x_labels, y_labels, out)
+        ]
+        want = np.einsum(f"{letters[0]},{letters[1]}->{letters[2]}", x, y)
+        check(
+            _ops.einsum(jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, out), want
+        )
+        padded = _ops.einsum(
+            jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, [5, *out]
+        )
+        check(padded, want[None])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("preferred", [None, "float32"])
+def test_the_result_has_the_plain_dtype(dtype, preferred):
+    w, a, b = normal(4, 5), normal(4, 2), normal(2, 5)
+    f = align(jnp.asarray(w, dtype), jnp.asarray(a), jnp.asarray(b), jnp.float32(0.5))
+    x, dims = jnp.asarray(normal(3, 4), dtype), (((1,), (0,)), ((), ()))
+    got = _ops.dot_general(x, f, dims, preferred_element_type=preferred)
+    assert got.dtype == (preferred or dtype)
+    x, w = (np.asarray(y.astype(np.float32), np.float64) for y in (x, f.w))
+    atol = {"bfloat16": 0.2, "float16": 0.02, "float32": 1e-5}[dtype]
+    np.testing.assert_allclose(got.astype(np.float32), x @ (w + a @ b / 2), atol=atol)
+
+
+CHANNELS_LAST = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+STANDARD = (3, 3, 4, 5), (3, 3, 4, 2), (2, 5)
+SWAPPED = (3, 3, 4, 5), (3, 3, 1, 5, 2), (1, 1, 4, 1, 2)
+CONVOLUTIONS = {
+    "plain": (STANDARD, {"padding": "VALID"}),
+    "strided": (STANDARD, {"window_strides": (2, 1), "padding": "SAME"}),
+    "dilated": (
+        STANDARD,
+        {"padding": [(1, 2), (0, 1)], "lhs_dilation": (1, 2), "rhs_dilation": (2, 1)},
+    ),
+    "1 x 1": (((1, 1, 4, 5), (1, 1, 4, 2), (2, 5)), {"padding": "VALID"}),
+}
+APART = {
+    "groups": (STANDARD, {"feature_group_count": 2}),
+    "window with the outputs": (((3, 3, 4, 5), (1, 1, 4, 1, 2), (3, 3, 1, 5, 2)), {}),
+    "outputs first": (SWAPPED, {}),
+}
+
+
+def convolve(shapes, options):
+    """The plain convolution of the merged weight, and ours with the same parameters."""
+    f = factors(*shapes)
+    groups = options.get("feature_group_count", 1)
+    x = jnp.asarray(normal(2, 7, 7, shapes[0][2] * groups))
+    if groups > 1:
+        f = factors((*shapes[0][:3], 6), shapes[1], (2, 6))
+    options = {"window_strides": (1, 1), "padding": "VALID"} | CHANNELS_LAST | options
+    plain = lambda x, w: lax.conv_general_dilated(x, w, **options)
+    (eqn,) = jax.make_jaxpr(plain)(x, f.w).eqns
+    return _ops.conv_general_dilated(x, f, **eqn.params), plain(x, materialize(f))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name):
+    got, want = convolve(*CONVOLUTIONS[name])
+    check(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_convolution_without_factors_is_left_to_the_caller(name):
+    got, _ = convolve(*APART[name])
+    assert got is None
+
+
+def test_thin_products_are_matrices():
+    """In more dimensions XLA for CPU runs them several times slower."""
+    x = jnp.ones((2, 3, 4))
+    jaxpr = jax.make_jaxpr(
+        lambda x: _ops.dot_general(x, HEADS, (((2,), (0,)), ((), ())))
+    )(x)
+    dots = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    ranks = [[v.aval.ndim for v in e.invars] for e in dots]
+    assert ranks == [[3, 3], [2, 2], [2, 2]]
