@@ -184,11 +184,7 @@ def einsum(
     precision: Any = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """The product of two labelled arrays; a label of `out` in neither gets size 1.
-
-    Where `x` ends in the dimensions to sum, both operands become matrices: XLA for CPU
-    runs a skinny product far faster in two dimensions, and the reshape is free.
-    """
+    """The product of `x` and a thin `y`; a label of `out` in neither gets size 1."""
     x_labels, y_labels = list(x_labels), list(y_labels)
     lonely = [n for n in x_labels if n not in y_labels and n not in out]
     if lonely:
@@ -201,20 +197,17 @@ def einsum(
     x_free = [n for n in x_labels if n not in y_labels]
     y_free = [n for n in y_labels if n not in x_labels]
 
-    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
     options: dict[str, Any] = {"precision": precision}
     if dtype is not None and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
         options["preferred_element_type"] = dtype
+    explicit = AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
     if not (batch or explicit) and x_labels == [*x_free, *summed]:
-        y = jnp.transpose(y, [y_labels.index(n) for n in (*summed, *y_free)])
-        x = jnp.reshape(x, (-1, math.prod(sizes[n] for n in summed)))
-        y = jnp.reshape(y, (x.shape[1], -1))
-        if [n for n in out if n in sizes] == [*y_free, *x_free]:
-            labels = [*y_free, *x_free]
-            product = lax.dot_general(y, x, (((0,), (1,)), ((), ())), **options)
-        else:
-            labels = [*x_free, *y_free]
-            product = lax.dot_general(x, y, (((1,), (0,)), ((), ())), **options)
+        y_first = [n for n in out if n in sizes] == [*y_free, *x_free]
+        labels = [*y_free, *x_free] if y_first else [*x_free, *y_free]
+        columns = math.prod(sizes[n] for n in summed)
+        x = jnp.reshape(x, (math.prod(sizes[n] for n in x_free), columns))
+        order = [y_labels.index(n) for n in (*y_free, *summed)]
+        product = _thin_product(x, y, order, columns, y_first, options)
         product = jnp.reshape(product, [sizes[n] for n in labels])
     else:
         labels = [*batch, *x_free, *y_free]
@@ -228,6 +221,32 @@ def einsum(
     have = [n for n in out if n in sizes]
     product = jnp.transpose(product, [labels.index(n) for n in have])
     return jnp.reshape(product, [sizes.get(n, 1) for n in out])
+
+
+def _thin_product(
+    x: jax.Array,
+    y: jax.Array,
+    order: list[int],
+    columns: int,
+    y_first: bool,
+    options: dict[str, Any],
+) -> jax.Array:
+    """`x` (m, k) times a thin `y`, transposed to (n, k) by `order`: (m, n) or (n, m).
+
+    Two-dimensional, because XLA for CPU runs a skinny product far faster so. And with
+    the short side of `y` first, because of the gradient of `y`: as (r, k) it takes a
+    tenth of the time of (k, r), 0.4 against 4.1 ms for 1,536 tokens of 1,536 numbers
+    at r = 8. The barrier keeps XLA from folding the transposition back into it.
+    """
+    rows = y.size // max(columns, 1)
+    y = jnp.reshape(jnp.transpose(y, order), (rows, columns))
+    axis = 1
+    if rows > columns:
+        y, axis = y.T, 0
+    y = lax.optimization_barrier(y)
+    if y_first:
+        return lax.dot_general(y, x, (((axis,), (1,)), ((), ())), **options)
+    return lax.dot_general(x, y, (((1,), (axis,)), ((), ())), **options)
 
 
 def _compute_dtype(x: Any, y: Any) -> Any:
