@@ -174,7 +174,6 @@ FACTORED = {
     "split heads": split_heads,
     "scalars": lambda p, x: x @ (-2.0 * p["w"] / 3.0),
     "broadcast": lambda p, x: jnp.stack([x, x]) @ jnp.broadcast_to(p["w"], (2, D, D)),
-    "cast": lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).shape,
     "lookup": lambda p, x: jnp.take(p["table"], IDS, axis=0),
     "indexing": lambda p, x: p["table"][IDS],
     "row": lambda p, x: p["table"][2],
@@ -209,6 +208,7 @@ FACTORED = {
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
     "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),
 }
+NO_GRADIENT = {"loop"}
 MATERIALIZED = {
     "norm": lambda p, x: jnp.sqrt((p["w"] ** 2).sum()),
     "elementwise": lambda p, x: x @ jnp.tanh(p["w"]),
@@ -252,16 +252,22 @@ def on_merged(fn):
 
 @pytest.mark.parametrize("name", FACTORED)
 def test_equals_merged_without_materializing(name, params, close):
+    """Values, and gradients where the program has them, in one compilation."""
     fn = FACTORED[name]
     adapted = lora(fn, materialize="error")
-    close(adapted(params, X), fn(lj.merge(params), X))
 
+    @jax.jit
+    def both(params, x):
+        values = adapted(params, x), fn(lj.merge(params), x)
+        if name in NO_GRADIENT:
+            return values, ({}, {})
+        return values, tuple(
+            gradients(loss(f), params, x) for f in (adapted, on_merged(fn))
+        )
 
-@pytest.mark.parametrize("name", sorted(FACTORED.keys() - {"cast", "loop"}))
-def test_gradients_equal_merged(name, params, close):
-    fn = FACTORED[name]
-    got = gradients(loss(lora(fn, materialize="error")), params, X)
-    close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
+    values, grads = both(params, X)
+    close(*values)
+    close(*grads, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MATERIALIZED)
@@ -275,6 +281,14 @@ def test_materializes_exactly_and_says_so(name, params, close):
     close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
     with pytest.raises(ValueError, match=r"^'\w+' meets .* so it cannot stay factored"):
         lora(fn, materialize="error")(params, X)
+
+
+def test_casts_stay_factored(params):
+    low = lambda x: x.astype(jnp.bfloat16)
+    fn = lambda p, x: low(x) @ low(p["w"]) + low(p["table"])[IDS[:, :1]].sum(0)
+    got, want = lora(fn, materialize="error")(params, X), fn(lj.merge(params), X)
+    assert got.dtype == want.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(y.astype(np.float32) for y in (got, want)), atol=0.1)
 
 
 def model(p, x):
