@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax._tree import Path, path_name, unbox
+from lora_jax._tree import Path, is_array, path_name, unbox
 
 PARTS = ("lora_a", "lora_b", "lora_scale")
 
@@ -77,7 +77,7 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
 
 def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> None:
     for path in (weight, *adapter):
-        if unbox(leaves.get(path)) is None:
+        if not is_array(unbox(leaves.get(path))):
             raise ValueError(
                 f"The adapter of {path_name(weight)!r} is broken: "
                 f"{path_name(path)!r} is missing. Pass the whole tree, or "
@@ -115,13 +115,16 @@ def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
     )
 
 
-def axes_of_shapes(w: tuple, a: tuple, b: tuple) -> Axes:
+def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple) -> Axes:
     """The dimensions that factors of fitting shapes say a weight has."""
     if len(a) == len(w) + 1:
-        pairs = list(enumerate(zip(w, a[:-1], b[:-1], strict=True)))
-        batch = tuple(d for d, (n, i, o) in pairs if n == i == o > 1)
-        inputs = tuple(d for d, (n, i, _) in pairs if d not in batch and n == i)
-        outputs = tuple(d for d, _ in pairs if d not in (*batch, *inputs))
+        batch: tuple[int, ...] = ()
+        for d, (n, i, o) in enumerate(zip(w, a[:-1], b[:-1], strict=True)):
+            # One layer looks like one input or output, but that a scale counts it.
+            if n == i == o and scale[len(batch) :][:1] == (n,):
+                batch += (d,)
+        inputs = tuple(d for d, n in enumerate(w) if d not in batch and n == a[d])
+        outputs = tuple(d for d in range(len(w)) if d not in (*batch, *inputs))
         return Axes(batch, inputs, outputs)
     batch = len(a) + len(b) - 2 - len(w)
     dims = tuple(range(len(w)))
@@ -190,12 +193,14 @@ def materialize(f: Factors) -> jax.Array:
     """The plain array: summed in float32 or wider, cast once to the weight's dtype."""
     update = delta(f)
     wide = wider(f.dtype, update.dtype)
-    return (f.w.astype(wide) + update.astype(wide)).astype(f.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(f.dtype)  # of a float64 array of NumPy
+    return (f.w.astype(wide) + update.astype(wide)).astype(dtype)
 
 
 def wider(*dtypes: Any) -> np.dtype:
-    """The dtype that holds all of these, and float32 at the least."""
-    return np.result_type(np.float32, *(d for d in dtypes if jnp.dtype(d).itemsize > 3))
+    """The dtype that JAX holds all of these in, and float32 at the least."""
+    wide = [dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 3]
+    return jax.dtypes.canonicalize_dtype(np.result_type(np.float32, *wide))
 
 
 def present(factor: jax.Array) -> list[int]:

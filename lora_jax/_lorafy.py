@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._factors import Adapter, Axes, adapter_of, wider
 from lora_jax._targets import Selector, plan
-from lora_jax._tree import Path, flatten, path_name, unbox, unflatten
+from lora_jax._tree import Path, flatten, open_box, path_name, unbox, unflatten
 
 # A factor's dimension is one of the weight's, or one of these two.
 RANK, ABSENT = -1, -2
@@ -98,7 +98,7 @@ def lorafy(
             (functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32), None),
         )
         sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
-        all_dims = factor_dims(axes, len(w.shape), aligned=not axes.standard)
+        all_dims = factor_dims(axes, w.shape, aligned=not axes.standard)
         for part, dims, (fill, kind) in zip(
             adapter_of(path), all_dims, fills, strict=True
         ):
@@ -114,13 +114,18 @@ def lorafy(
     return unflatten(params, leaves | new)
 
 
-def factor_dims(axes: Axes, ndim: int, *, aligned: bool) -> Adapter:
+def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter:
     """Which of the weight's dimensions each dimension of A, B and the scale is."""
     if aligned:
-        dims = range(ndim)
-        a = (*(ABSENT if d in axes.outputs else d for d in dims), RANK)
-        b = (*(ABSENT if d in axes.inputs else d for d in dims), RANK)
-        return Adapter(a, b, axes.batch)
+        # A dimension of size 1 is in neither factor: their shapes could not say which.
+        in_a, in_b = (
+            [
+                n if size > 1 and n not in others else ABSENT
+                for n, size in enumerate(shape)
+            ]
+            for others in (axes.outputs, axes.inputs)
+        )
+        return Adapter((*in_a, RANK), (*in_b, RANK), axes.batch)
     a = (*axes.batch, *axes.inputs, RANK)
     return Adapter(a, (*axes.batch, RANK, *axes.outputs), axes.batch)
 
@@ -128,8 +133,10 @@ def factor_dims(axes: Axes, ndim: int, *, aligned: bool) -> Adapter:
 def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
     """The array where the weight is: sharded along the dimensions that they share."""
     if isinstance(w, jax.core.Tracer):
-        spec = jax.typeof(w).sharding.spec
-        return jax.sharding.reshard(x, _spec(spec, dims, w)) if any(spec) else x
+        mesh, spec = jax.typeof(w).sharding.mesh, jax.typeof(w).sharding.spec
+        if not any(spec):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, _spec(spec, dims, w)))
     sharding = _sharding(w, dims)
     return x if sharding is None else jax.device_put(x, sharding)
 
@@ -137,7 +144,7 @@ def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
 def box(value: Any, dims: tuple[int, ...], like: Any) -> Any:
     """The value in a box like the weight's, with the names of its own dimensions."""
     if isinstance(like, AxisMetadata):
-        value = box(value, dims, like.unbox())
+        value = box(value, dims, open_box(like))
         if hasattr(like, "names"):
             return like.replace(value=value, names=_pick(like.names, dims))
         return like.replace_boxed(value)

@@ -55,6 +55,8 @@ def adapters_only(
 
 
 def _nothing(update: Any) -> Any:
+    if update.dtype == jax.dtypes.float0:  # the gradient of a whole number
+        return jnp.zeros(update.shape, bool)
     # x + 0.0 would turn -0.0 into 0.0; x + -0.0 is x.
     floating = jnp.issubdtype(update.dtype, jnp.floating)
     return jnp.full_like(update, -0.0 if floating else 0)

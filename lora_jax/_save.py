@@ -72,6 +72,7 @@ def save(path: str | os.PathLike[str], params: Any, *, also: Patterns = ()) -> N
         "version": VERSION,
         "adapters": {
             path_name(weight): {
+                "tensors": list(map(path_name, adapter)),
                 "rank": unbox(leaves[adapter.a]).shape[-1],
                 "scale": tensors[path_name(adapter.scale)].tolist(),
                 "shape": list(unbox(leaves[weight]).shape),
@@ -123,7 +124,12 @@ def load(path: str | os.PathLike[str], base: Any) -> Any:
                 f"{path}: {name!r} has an adapter in base already. Pass the plain "
                 "parameters: load(path, strip(params))."
             )
-        values = [tensors[path_name(part)] for part in parts]
+        if adapter["tensors"] != list(map(path_name, parts)):
+            raise ValueError(
+                f"{path} was tampered with: {adapter['tensors']} are not the adapter's "
+                f"leaves of {name!r}."
+            )
+        values = [tensors[part] for part in adapter["tensors"]]
         new |= _beside(path, leaves[weight], name, parts, values)
     for name in header["also"]:
         value = tensors[name]
@@ -150,9 +156,9 @@ def _beside(
             f"{path} was tampered with: the factors of {name!r}, of shapes {shapes}, "
             f"make no update of its weight {w.shape}."
         )
-    axes = axes_of_shapes(w.shape, *shapes[:2])
+    axes = axes_of_shapes(w.shape, *shapes)
     aligned = len(shapes[0]) == w.ndim + 1
-    all_dims = factor_dims(axes, w.ndim, aligned=aligned)
+    all_dims = factor_dims(axes, w.shape, aligned=aligned)
     return {
         part: box(place(jnp.asarray(value), dims, w), dims, leaf)
         for part, dims, value in zip(parts, all_dims, values, strict=True)
@@ -190,9 +196,8 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             header = _header(path, file.metadata())
             names = set(file.keys())
             expected = set(header["also"])
-            for name in header["adapters"]:
-                parts = adapter_of(tuple(name.split("/")))
-                expected |= {path_name(part) for part in parts}
+            for adapter in header["adapters"].values():
+                expected.update(adapter["tensors"])
             for name in sorted(names ^ expected):
                 what = "is missing" if name in expected else "belongs to no adapter"
                 raise ValueError(f"{path} was tampered with: tensor {name!r} {what}.")
@@ -206,8 +211,13 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if header["sha256"].get(name) != _digest(x):
             raise ValueError(f"{path} was tampered with: tensor {name!r} has changed.")
         _check_finite(f"{path}: tensor {name!r}", x)
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise ValueError(
+                f"{path}: tensor {name!r} is {x.dtype}, which JAX would cut short now. "
+                "Write jax.config.update('jax_enable_x64', True)."
+            )
     for name, adapter in header["adapters"].items():
-        parts = Adapter(*map(path_name, adapter_of(tuple(name.split("/")))))
+        parts = Adapter(*adapter["tensors"])
         rank, scale = tensors[parts.a].shape[-1:], tensors[parts.scale].tolist()
         if rank != (adapter["rank"],) or scale != adapter["scale"]:
             raise ValueError(
@@ -224,26 +234,30 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         )
     try:
         header = json.loads(metadata["lora_jax"])
-        version = int(header["version"])
-        if version <= VERSION:
+        version = header["version"]
+        sound = type(version) is int and version > 0
+        if sound and version <= VERSION:
+            fields = ("tensors", "rank", "scale", "shape")
             adapters = {
-                str(name): {key: adapter[key] for key in ("rank", "scale", "shape")}
+                str(name): {field: adapter[field] for field in fields}
                 for name, adapter in header["adapters"].items()
             }
             sound = bool(adapters) and all(
-                isinstance(n, int) for a in adapters.values() for n in a["shape"]
+                all(type(n) is int for n in adapter["shape"])
+                and [type(part) for part in adapter["tensors"]] == [str] * 3
+                for adapter in adapters.values()
             )
             digests, also = dict(header["sha256"]), [str(n) for n in header["also"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} was tampered with: its header cannot be read ({error!r})."
         ) from error
-    if version > VERSION:
+    if sound and version > VERSION:
         raise ValueError(
             f"{path} has format version {version}, and this lora_jax reads up to "
             f"{VERSION}. Upgrade: pip install -U lora_jax."
         )
-    if version < 1 or not sound:
+    if not sound:
         raise ValueError(f"{path} was tampered with: its header cannot be read.")
     return {"adapters": adapters, "also": also, "sha256": digests}
 
@@ -260,7 +274,8 @@ def _concrete(path: Path, leaf: Any) -> np.ndarray:
             f"{path_name(path)!r} has dtype {x.dtype}, which the file cannot hold. "
             f"Cast it to one of {', '.join(DTYPES)}."
         )
-    x = np.asarray(x)
+    # The file holds memory as it lies: in rows, in this machine's order of bytes.
+    x = np.array(x, x.dtype.newbyteorder("="), order="C")
     _check_finite(repr(path_name(path)), x)
     return x
 
@@ -277,8 +292,8 @@ def _digest(x: np.ndarray) -> str:
 
 def _write(path: Any, data: bytes) -> None:
     path = os.path.realpath(path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(data)

@@ -6,6 +6,7 @@ that matches nothing is an error, because an adapter that is not there fails in 
 
 import difflib
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -65,7 +66,7 @@ def plan(
     for path in chosen:
         found = axes.get(path_name(path)) or axes_of(path, leaves)
         r = ranks[path]
-        _check_room(path, leaves, found, r, plans)
+        _check_room(path, leaves, found, r)
         plans[path] = Plan(r, alphas.get(path, float(r)), found)
     return plans
 
@@ -93,7 +94,10 @@ def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip("/"):
             raise ValueError(f"{name} takes patterns of paths, found {pattern!r}.")
-    return tuple(pattern.strip("/") for pattern in patterns)
+    patterns = tuple(pattern.strip("/") for pattern in patterns)
+    if len(set(patterns)) < len(patterns):
+        raise ValueError(f"{name} has one pattern twice, in {_listed(patterns)}.")
+    return patterns
 
 
 def match_each(patterns: Sequence[str], paths: Sequence[Path], name: str) -> list[Path]:
@@ -138,12 +142,12 @@ def _choose(
     ranks: int | Mapping[str, int],
 ) -> list[Path]:
     if targets is None and isinstance(ranks, Mapping):
-        targets = tuple(ranks)
-    if targets is None:
+        chosen = _select(leaves, weights, tuple(ranks), "rank")
+    elif targets is None:
         chosen = [path for path in weights if path[-1] == "kernel"]
     else:
         chosen = _select(leaves, weights, targets, "targets")
-    gone = set(_select(leaves, weights, exclude, "exclude")) if exclude else set()
+    gone = set(_select(leaves, weights, exclude, "exclude"))
     chosen = [path for path in chosen if path not in gone]
     if not chosen:
         raise ValueError(
@@ -186,7 +190,11 @@ def _check_rank(rank: Any) -> int | dict[str, int]:
     if isinstance(rank, Mapping):
         if not rank:
             raise ValueError("rank is an empty mapping. Write rank={pattern: number}.")
-        return {pattern: _check_rank(r) for pattern, r in rank.items()}
+        return {pattern: _check_whole(r) for pattern, r in rank.items()}
+    return _check_whole(rank)
+
+
+def _check_whole(rank: Any) -> int:
     try:
         r = operator.index(rank)
     except TypeError:
@@ -200,8 +208,12 @@ def _check_alpha(alpha: Any) -> float | dict[str, float] | None:
     if alpha is None:
         return None
     if isinstance(alpha, Mapping):
-        return {pattern: _check_alpha(a) for pattern, a in alpha.items()}
-    if not isinstance(alpha, bool) and isinstance(alpha, int | float):
+        return {pattern: _check_positive(a) for pattern, a in alpha.items()}
+    return _check_positive(alpha)
+
+
+def _check_positive(alpha: Any) -> float:
+    if not isinstance(alpha, bool) and isinstance(alpha, numbers.Real):
         if math.isfinite(alpha) and alpha > 0:
             return float(alpha)
     raise ValueError(
@@ -220,21 +232,20 @@ def _check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, A
                 f"axes names {name!r}, which is no path of the parameters. Close: "
                 f"{', '.join(map(repr, close))}. Pass the same tree to find_axes."
             )
-        found = Axes(*(tuple(group) for group in dims))
+        groups = [tuple(group) for group in dims]
         n = len(unbox(leaves[names[name]]).shape)
-        every = sorted((*found.batch, *found.inputs, *found.outputs))
-        if every != list(range(n)) or not (found.inputs and found.outputs):
+        once = sorted(d for group in groups for d in group) == list(range(n))
+        if not once or len(groups) != 3 or not (groups[1] and groups[2]):
             raise ValueError(
                 f"axes of {name!r} must name each of its {n} dimensions once, at least "
-                f"one of them an input and one an output; found {found}."
+                "one of them an input and one an output; found (batch, inputs, "
+                f"outputs) = {tuple(groups)}."
             )
-        checked[name] = found
+        checked[name] = Axes(*groups)
     return checked
 
 
-def _check_room(
-    path: Path, leaves: dict[Path, Any], axes: Axes, r: int, plans: dict[Path, Plan]
-) -> None:
+def _check_room(path: Path, leaves: dict[Path, Any], axes: Axes, r: int) -> None:
     shape = unbox(leaves[path]).shape
     n_in, n_out = (math.prod(shape[d] for d in dims) for dims in axes[1:])
     if r > min(n_in, n_out):
@@ -248,10 +259,16 @@ def _check_room(
             f"{path_name(path)!r} already has an adapter. Start from "
             "strip(params) or merge(params), or leave it out: exclude=[...]."
         )
-    if any(adapter_of(other) == adapter_of(path) for other in plans):
+    if not isinstance(path[-1], str):
+        raise ValueError(
+            f"{path_name(path)!r} has no name for an adapter to stand beside: its key "
+            f"is the {type(path[-1]).__name__} {path[-1]!r}. Give it a str for a name."
+        )
+    others = ((*path[:-1], name) for name in ("kernel", "embedding"))
+    if path in (pair := [other for other in others if other in leaves]) and pair[1:]:
         raise ValueError(
             f"{path_name(path[:-1])!r} holds a kernel and an embedding, whose adapters "
-            "would have the same names. Adapt one of them: exclude=[...]."
+            "would have the same names. Move one of them to a mapping of its own."
         )
 
 
@@ -264,15 +281,16 @@ def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
     better = "/".join(match for match, *_ in closest)
     close = [n for n, path in zip(names, paths, strict=True) if matches(better, path)]
     if close:
-        return (
-            f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
-            f"Write {name}=[{better!r}]."
-        )
-    close = difflib.get_close_matches(pattern, names, n=6, cutoff=0.0)
-    return (
-        f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
-        "A weight is floating, has 2 or more dimensions and is no bias or scale."
-    )
+        by_pattern = name in ("rank", "alpha")
+        write = f"{{{better!r}: ...}}" if by_pattern else f"[{better!r}]"
+        advice = f"Write {name}={write}."
+    else:
+        close = difflib.get_close_matches(pattern, names, n=6, cutoff=0.0)
+        advice = "A leaf that trains is floating."
+        if name != "also":
+            advice = "A weight is floating, has 2 or more dimensions and is no bias."
+    found = f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
+    return found + advice
 
 
 def _listed(names: Sequence[Any]) -> str:

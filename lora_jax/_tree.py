@@ -4,6 +4,7 @@ Knows trees, not LoRA. A leaf keeps its box (`nn.Partitioned`, `nnx.Param`, ...)
 path is the tuple of the keys that lead to it, without the box.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,18 +25,22 @@ def is_array(x: Any) -> bool:
 
 
 def unbox(leaf: Any) -> Any:
-    """The array in a box; anything else is returned as it is."""
-    # `AxisMetadata.unbox` would also apply a sharding constraint.
+    """The array in a box, or boxes; anything else is returned as it is."""
     while is_box(leaf):
-        values = jax.tree.leaves(leaf, is_leaf=lambda x, box=leaf: x is not box)
-        leaf = values[0] if values else None
+        leaf = open_box(leaf)
     return leaf
+
+
+def open_box(box: Any) -> Any:
+    """What one box holds. Flax's own `unbox` would also constrain its sharding."""
+    values = jax.tree.leaves(box, is_leaf=lambda x: x is not box)
+    return values[0] if values else None
 
 
 def rebox(like: Any, value: Any) -> Any:
     """The value in a box like that of `like`, if it has one."""
     if isinstance(like, AxisMetadata):
-        return like.replace_boxed(rebox(like.unbox(), value))
+        return like.replace_boxed(rebox(open_box(like), value))
     if isinstance(like, nnx.Variable):
         return like.replace(value)
     return value
@@ -50,6 +55,7 @@ def flatten(tree: Any) -> dict[Path, Any]:
 
     Raises:
       TypeError: If `tree` is no container, or a live `nnx.Module`.
+      ValueError: If two leaves have one path, as in {"a/b": x, "a": {"b": y}}.
     """
     if isinstance(tree, nnx.Module):
         raise TypeError(
@@ -63,6 +69,11 @@ def flatten(tree: Any) -> dict[Path, Any]:
         )
     leaves: dict[Path, Any] = {}
     _collect(tree, (), leaves)
+    seen: set[str] = set()
+    for name in map(path_name, leaves):
+        if name in seen:
+            raise ValueError(f"Two leaves have the path {name!r}. Rename one of them.")
+        seen.add(name)
     return leaves
 
 
@@ -95,8 +106,8 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
         return list(node.raw_mapping.items())
     if isinstance(node, Mapping):
         return list(node.items())
-    pairs, treedef = _one_level(node)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    pairs, _ = _one_level(node)
+    if pairs and not pairs[0][0]:  # its only child is itself
         return None
     return [(jax.tree_util.keystr(keys, simple=True), child) for keys, child in pairs]
 
@@ -122,6 +133,11 @@ def _rebuild(node: Any, path: Path, by_parent: dict[Path, dict[Any, Any]]) -> An
             children[key] = _rebuild(child, (*path, key), by_parent)
         elif key in new:
             children[key] = new[key]
+    if isinstance(node, dict):  # a copy keeps a subclass's own state
+        filled = copy.copy(node)
+        filled.clear()
+        filled.update(children | new)
+        return filled
     if isinstance(node, Mapping):
         return type(node)(children | new)
     _, treedef = _one_level(node)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,8 +64,8 @@ def test_delta_against_numpy(layout):
 
 
 def test_axes_are_those_of_the_equation(layout):
-    (w, a, b, _), equation = layout
-    axes = axes_of_shapes(w.shape, a.shape, b.shape)
+    (w, a, b, scale), equation = layout
+    axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
     assert sorted((*axes.batch, *axes.inputs, *axes.outputs)) == list(range(w.ndim))
     if 1 not in w.shape:
         operands, result = equation.split("->")
@@ -159,7 +160,8 @@ def test_reshape_of_nothing_is_materialized():
     ],
 )
 def test_wider(dtypes, want):
-    assert wider(*map(jnp.dtype, dtypes)) == want
+    with jax.enable_x64(True):
+        assert wider(*map(jnp.dtype, dtypes)) == want
 
 
 def test_low_precision_is_summed_in_float32_and_cast_once():

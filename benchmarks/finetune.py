@@ -1,0 +1,469 @@
+"""Fine-tunes a real encoder for sentiment twice: with LoRA, and in full.
+
+    python benchmarks/finetune.py
+
+Both start from the same all-MiniLM-L6-v2 and see the same batches of Rotten Tomatoes
+sentences. Prints a table; writes the adapter, the numbers and a figure into
+benchmarks/results. Takes a few minutes on two CPU cores.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import minilm
+import numpy as np
+import optax
+import report
+import reviews
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+import lora_jax as lj
+
+LENGTH = 48  # tokens of a sentence; longer ones are cut
+HEAD = ("head",)  # new, so it trains in full beside the adapters
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, mask (n, LENGTH); labels (n,)
+
+
+class Method(NamedTuple):
+    """One way to train, compiled for its starting state."""
+
+    step: Callable[..., tuple[Any, jax.Array]]  # (state, frozen, *batch): state, loss
+    state: Any  # trainable parameters and optimizer state; the first step donates them
+    frozen: Any
+    memory: dict[str, int]
+
+
+class Fitted(NamedTuple):
+    """What training gave, and the loss and the seconds of every step."""
+
+    trainable: Any
+    losses: list[float]
+    seconds: list[float]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the job that the command line asks for."""
+    began = time.perf_counter()
+    parser = options()
+    args = parser.parse_args(argv)
+    try:
+        model, pretrained, train, held = prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    methods = {}
+    if args.method != "full":
+        methods["lora"] = start_lora(model, pretrained, train, args)
+    if args.method != "lora":
+        methods["full"] = start_full(model, pretrained, train, args)
+    fitted = fit(methods, train, args)
+    results: dict[str, Any] = {}
+    if "lora" in methods:
+        params = lj.combine(fitted["lora"].trainable, methods["lora"].frozen)
+        path = args.output / "adapter.safetensors"
+        results |= judge_lora(model, params, pretrained, held, path)
+    if "full" in methods:
+        results["full"] = judge_full(model, fitted["full"].trainable, held)
+    for name, method in methods.items():
+        step_ms = 1000 * statistics.median(fitted[name].seconds)
+        results[name] |= {"step_ms": step_ms, "memory": method.memory}
+    results["settings"] = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+    }
+    results["versions"] = versions()
+    text = json.dumps(results, indent=2) + "\n"
+    (args.output / "finetune.json").write_text(text, encoding="utf-8")
+    losses = {name: fit.losses for name, fit in fitted.items()}
+    report.figure(args.output / "finetune.png", results, losses)
+    print(report.table(results))
+    print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
+
+
+# The command line.
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tunes MiniLM for sentiment, with LoRA and in full.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--rank", type=whole(1), default=8, help="of every adapter")
+    add("--alpha", type=positive, default=16.0, help="adapters weigh alpha / rank")
+    add("--targets", nargs="+", default=["layer_*"], help="patterns of what to adapt")
+    add("--steps", type=whole(1), default=240, help="of each method")
+    add("--batch", type=whole(1), default=32, help="sentences of a step")
+    add("--seed", type=whole(0), default=1, help="of the data and of the new weights")
+    add("--lora-lr", type=positive, default=2e-3, help="peak learning rate of LoRA")
+    add("--full-lr", type=positive, default=5e-5, help="peak learning rate in full")
+    add("--method", choices=["both", "lora", "full"], default="both", help="to run")
+    add("--held-out", type=whole(1), default=1000, help="sentences to test on")
+    results = Path(__file__).parent / "results"
+    add("--output", type=folder, default=results, help="where the files are written")
+    add("--weights", type=existing, help="model.safetensors, instead of the download")
+    add("--tokenizer", type=existing, help="tokenizer.json, if not beside --weights")
+    add("--data", type=existing, help="csv of text,label, instead of the download")
+    return parser
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Returns the reader of an option: a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a whole number from {least} to {2**31 - 1}"
+            )
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Reads an option: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return value
+
+
+def existing(text: str) -> Path:
+    """Reads an option: a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """Reads an option: a folder, or a place where there is nothing yet."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    return Path(text)
+
+
+# What both methods start from. What the options get wrong is found before a download.
+
+
+def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, Batch]:
+    """Returns the model, its pretrained parameters, and the two parts of the data.
+
+    Raises:
+      OSError: If a file cannot be read, written or fetched.
+      ValueError: If an option does not fit the model or the data.
+    """
+    sizes, encoder = minilm.SIZES, None
+    if args.weights is not None:
+        tensors = minilm.tensors(args.weights)
+        sizes, encoder = minilm.measure(tensors), minilm.convert(tensors)
+        args.tokenizer = args.tokenizer or args.weights.with_name("tokenizer.json")
+    if args.tokenizer is not None:
+        check_local(sizes, args.tokenizer)
+    model = minilm.Classifier(sizes)
+    if args.method != "full":
+        adapt(shapes(model), args)  # refuses the rank and the targets by shapes alone
+    args.output.mkdir(parents=True, exist_ok=True)
+    parts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
+    if len(parts[0][0]) < args.batch:
+        raise ValueError(
+            f"{len(parts[0][0])} sentences are left to train on, less than one batch "
+            f"of {args.batch}. Write a smaller --batch or --held-out."
+        )
+    pretrained = {
+        "encoder": encoder or minilm.convert(minilm.tensors()),
+        "head": minilm.head(jax.random.key(args.seed), sizes["features"]),
+    }
+    tokenizer = minilm.tokenizer(args.tokenizer)
+    train, held = (
+        (*minilm.encode(tokenizer, texts, LENGTH), labels) for texts, labels in parts
+    )
+    return model, pretrained, train, held
+
+
+def check_local(sizes: Mapping[str, int], tokenizer: Path) -> None:
+    """Raises ValueError unless the local files fit each other and this job."""
+    if sizes["positions"] < LENGTH:
+        raise ValueError(
+            f"--weights has {sizes['positions']} positions: {LENGTH} are needed."
+        )
+    if not tokenizer.is_file():
+        raise ValueError(f"There is no {tokenizer}. Write --tokenizer with its place.")
+    tokens = minilm.tokenizer(tokenizer).get_vocab_size()
+    if tokens > sizes["vocab"]:
+        raise ValueError(
+            f"{tokenizer} has {tokens} tokens, the weights have {sizes['vocab']}: "
+            "write --tokenizer with the model's own."
+        )
+
+
+def shapes(model: minilm.Classifier) -> dict:
+    """Returns the model's parameters as shapes and dtypes, with no numbers made."""
+    ids = jax.ShapeDtypeStruct((1, LENGTH), np.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
+
+
+def adapt(params: dict, args: argparse.Namespace) -> dict:
+    """Adds the adapters; they draw from another key than the head."""
+    key = jax.random.fold_in(jax.random.key(args.seed), 1)
+    return lj.lorafy(params, args.rank, alpha=args.alpha, targets=args.targets, key=key)
+
+
+# Training: the two methods differ in what they train and in the function they call.
+
+
+def start_lora(
+    model: minilm.Classifier, pretrained: dict, data: Batch, args: argparse.Namespace
+) -> Method:
+    """Compiles LoRA: the adapters and the head train, all else is frozen."""
+
+    def apply(adapters, base, ids, mask):
+        params = lj.combine(adapters, base)
+        return lj.lora(model.apply)({"params": params}, ids, mask)
+
+    adapters, base = lj.split(adapt(on_device(pretrained), args), also=HEAD)
+    return start(apply, adapters, base, args.lora_lr, data, args)
+
+
+def start_full(
+    model: minilm.Classifier, pretrained: dict, data: Batch, args: argparse.Namespace
+) -> Method:
+    """Compiles full fine-tuning: everything trains."""
+
+    def apply(params, _, ids, mask):
+        return model.apply({"params": params}, ids, mask)
+
+    return start(apply, on_device(pretrained), {}, args.full_lr, data, args)
+
+
+def on_device(params: dict) -> dict:
+    """Copies the parameters: each method donates its own, so they must not share."""
+    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params)
+
+
+def start(
+    apply: Callable[..., jax.Array],
+    trainable: Any,
+    frozen: Any,
+    rate: float,
+    data: Batch,
+    args: argparse.Namespace,
+) -> Method:
+    """Compiles one training step, with its state donated, and reads what it takes."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, rate, warmup_steps=args.steps // 10, decay_steps=args.steps
+    )
+    tx = optax.adamw(schedule)
+
+    def loss(trainable, frozen, ids, mask, labels):
+        logits = apply(trainable, frozen, ids, mask)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(state, frozen, *batch):
+        trainable, optimizer = state
+        value, grads = jax.value_and_grad(loss)(trainable, frozen, *batch)
+        updates, optimizer = tx.update(grads, optimizer, trainable)
+        return (optax.apply_updates(trainable, updates), optimizer), value
+
+    state = trainable, tx.init(trainable)
+    batch = tuple(x[: args.batch] for x in data)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, *batch).compile()
+    return Method(compiled, state, frozen, memory(compiled, state, frozen, batch))
+
+
+def memory(compiled: Any, state: Any, frozen: Any, batch: Batch) -> dict[str, int]:
+    """Returns the bytes that one training step takes, in parts.
+
+    Parameters and optimizer state are the step's arguments, as XLA counts them too.
+    The gradients live only inside the step: XLA counts them, as far as they exist at
+    one time, within its temporaries, beside the activations. The peak is all that XLA
+    allocates for the step: arguments, temporaries, and outputs that reuse no argument.
+    (XLA's own peak_memory_in_bytes leaves the temporaries out on CPU.)
+    """
+    trainable, optimizer = state
+    parts = {
+        "parameters": nbytes((trainable, frozen)),
+        "gradients": nbytes(trainable),
+        "optimizer": nbytes(optimizer),
+    }
+    stats = compiled.memory_analysis()
+    given = stats.argument_size_in_bytes
+    held = parts["parameters"] + parts["optimizer"] + nbytes(batch)
+    if given < held:  # more is padding, which some devices add
+        raise RuntimeError(
+            f"The step takes {given} bytes of arguments, its trees hold {held}: it "
+            "leaves a part of them unused."
+        )
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes
+    return parts | {"temporaries": temporaries, "peak": given + outputs + temporaries}
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of a tree's arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def fit(
+    methods: Mapping[str, Method], data: Batch, args: argparse.Namespace
+) -> dict[str, Fitted]:
+    """Trains the methods side by side, step by step, so that noise hits them alike."""
+    fitted = {name: Fitted(method.state[0], [], []) for name, method in methods.items()}
+    states = {name: method.state for name, method in methods.items()}
+    show = progress(list(methods), args.steps)
+    for batch in batches(data, args):
+        for name, method in methods.items():
+            began = time.perf_counter()
+            states[name], loss = jax.block_until_ready(
+                method.step(states[name], method.frozen, *batch)
+            )
+            fitted[name].seconds.append(time.perf_counter() - began)
+            fitted[name].losses.append(float(loss))
+            if not math.isfinite(loss):
+                sys.exit(f"The loss became {loss}: write a smaller --{name}-lr.")
+        show(fitted)
+    return {
+        name: fit._replace(trainable=states[name][0]) for name, fit in fitted.items()
+    }
+
+
+def batches(data: Batch, args: argparse.Namespace) -> Iterator[Batch]:
+    """Yields a batch for every step; each round over the data has its own order."""
+    rng = np.random.default_rng(args.seed)
+    count = len(data[-1]) // args.batch
+    for step in range(args.steps):
+        if step % count == 0:
+            order = rng.permutation(len(data[-1]))
+        rows = order[step % count * args.batch :][: args.batch]
+        yield tuple(x[rows] for x in data)
+
+
+def progress(names: list[str], steps: int) -> Callable[[Mapping[str, Fitted]], None]:
+    """Returns the function that shows a step: bars on a terminal, else some lines."""
+
+    def state(fit: Fitted) -> str:
+        rate = 1 / statistics.mean(fit.seconds[-10:])
+        return f"loss {statistics.mean(fit.losses[-10:]):.3f}, {rate:.2f} steps/s"
+
+    def lines(fitted: Mapping[str, Fitted]) -> None:
+        done = len(fitted[names[0]].losses)
+        if done % max(1, steps // 10) == 0 or done == steps:
+            states = "; ".join(f"{name} {state(fitted[name])}" for name in names)
+            print(f"step {done}/{steps}: {states}", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        return lines
+    form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
+    made = {
+        name: tqdm(total=steps, desc=name, position=i, bar_format=form)
+        for i, name in enumerate(names)
+    }
+
+    def bars(fitted: Mapping[str, Fitted]) -> None:
+        for name, bar in made.items():
+            bar.set_postfix_str(state(fitted[name]), refresh=False)
+            bar.update()
+            if bar.n == steps:
+                bar.close()
+
+    return bars
+
+
+# What came of it.
+
+
+def judge_lora(
+    model: minilm.Classifier, params: dict, pretrained: dict, held: Batch, path: Path
+) -> dict[str, Any]:
+    """Saves the adapter, tests it, and tests it again merged, and again reloaded."""
+    adapted = lj.lora(model.apply)
+    lj.save(path, params, also=HEAD)
+    logits = predict(adapted, params, held)
+    merged = predict(model.apply, lj.merge(params), held)
+    reloaded = predict(adapted, lj.load(path, pretrained), held)
+    agree("The merged model", merged, logits, held)
+    agree("The reloaded adapter", reloaded, logits, held)
+    trainable, total = lj.count(params, also=HEAD)
+    return {
+        "lora": {
+            "accuracy": accuracy(logits, held),
+            "trainable": trainable,
+            "total": total,
+            "adapter_bytes": os.path.getsize(path),
+        },
+        "merged_accuracy": accuracy(merged, held),
+        "reloaded_accuracy": accuracy(reloaded, held),
+    }
+
+
+def judge_full(model: minilm.Classifier, params: dict, held: Batch) -> dict[str, Any]:
+    """Tests the model that trained in full; its file would be the whole model."""
+    total = sum(x.size for x in jax.tree.leaves(params))
+    flat = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
+    return {
+        "accuracy": accuracy(predict(model.apply, params, held), held),
+        "trainable": total,
+        "total": total,
+        "adapter_bytes": len(safetensors.numpy.save(flat)),
+    }
+
+
+def predict(apply: Callable[..., jax.Array], params: dict, held: Batch) -> np.ndarray:
+    """Returns the logits of the held-out sentences, (n, 2)."""
+    run = jax.jit(lambda params, ids, mask: apply({"params": params}, ids, mask))
+    ids, mask, _ = held
+    # In full precision, so that on no device rounding alone turns a prediction.
+    with jax.default_matmul_precision("highest"):
+        parts = [
+            run(params, ids[i : i + 250], mask[i : i + 250])
+            for i in range(0, len(ids), 250)
+        ]
+    return np.concatenate(parts)
+
+
+def accuracy(logits: np.ndarray, held: Batch) -> float:
+    """Returns the share of sentences whose label has the larger logit."""
+    return float(np.mean(logits.argmax(1) == held[-1]))
+
+
+def agree(who: str, logits: np.ndarray, expected: np.ndarray, held: Batch) -> None:
+    """Ends the job unless `logits` are the trained model's, up to rounding."""
+    found, wanted = accuracy(logits, held), accuracy(expected, held)
+    worst = np.abs(logits - expected).max()
+    if found != wanted or worst > 1e-3 * max(1, np.abs(expected).max()):
+        sys.exit(
+            f"{who} has held-out accuracy {found}, training ended with {wanted}; the "
+            f"logits differ by up to {worst:.2g}."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the numbers depend on, and the device."""
+    names = "jax", "jaxlib", "flax", "optax", "numpy"
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
+
+
+if __name__ == "__main__":
+    main()

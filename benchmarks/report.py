@@ -1,0 +1,183 @@
+"""What finetune.py found, as a table for the terminal and as a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+NAMES = {"lora": "LoRA", "full": "full"}
+LINES = {"lora": "#0b6e8f", "full": "#c8553d"}
+PARTS = {
+    "parameters": ("parameters", "#7f8c99"),
+    "optimizer": ("optimizer state", "#e0a030"),
+    "temporaries": (
+        "temporaries:\nactivations and\ngradients (hatched,\nat most)",
+        "#4d8f80",
+    ),
+}
+INK = "#333333"
+WIDTH = 21
+HATCH = dict(color="none", edgecolor="white", hatch="////", linewidth=0)
+TOTAL = dict(color=INK, ha="center", fontweight="bold")
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Returns the methods side by side, and how LoRA compares where there are two."""
+    found = {name: results[name] for name in NAMES if name in results}
+    megabytes = {
+        "parameters": "parameters, MB",
+        "optimizer": "optimizer state, MB",
+        "temporaries": "temporaries, MB",
+        "gradients": "  of which gradients, at most, MB",
+        "peak": "all memory of a step, MB",
+    }
+    rows = [
+        ("held-out accuracy", "{:.3f}", [x["accuracy"] for x in found.values()]),
+        ("trainable parameters", "{:,}", [x["trainable"] for x in found.values()]),
+        ("all parameters", "{:,}", [x["total"] for x in found.values()]),
+        ("median step, ms", "{:.0f}", [x["step_ms"] for x in found.values()]),
+        *(
+            (label, "{:.1f}", [x["memory"][part] / 1e6 for x in found.values()])
+            for part, label in megabytes.items()
+        ),
+        (
+            "saved file, MB",
+            "{:.2f}",
+            [x["adapter_bytes"] / 1e6 for x in found.values()],
+        ),
+    ]
+    lines = [["", *(NAMES[name] for name in found)]]
+    lines += [[label, *map(form.format, values)] for label, form, values in rows]
+    if len(found) == 2:
+        lines[0].append("LoRA / full")
+        for line, (_, _, (lora, full)) in zip(lines[1:], rows, strict=True):
+            line.append(f"{lora / full:.3f}" if full else "")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        line[0].ljust(widths[0])
+        + "".join(
+            f"   {cell:>{width}}"
+            for cell, width in zip(line[1:], widths[1:], strict=True)
+        )
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    if "merged_accuracy" in results:
+        text += [
+            "",
+            f"held-out accuracy merged into the plain model: "
+            f"{results['merged_accuracy']:.3f}",
+            f"held-out accuracy reloaded from the saved file: "
+            f"{results['reloaded_accuracy']:.3f}",
+        ]
+    return "\n".join(text)
+
+
+def figure(
+    path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
+) -> None:
+    """Draws the losses, and the memory that one training step takes, into a PNG."""
+    made = Figure(figsize=(10.5, 4.6), dpi=160, layout="constrained")
+    left, right = made.subplots(1, 2, width_ratios=[1.25, 1])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK, length=3)
+    draw_losses(left, results, losses)
+    draw_memory(right, {name: results[name] for name in losses})
+    made.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.06)
+    made.savefig(path)
+
+
+def draw_losses(
+    axes: Axes, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
+) -> None:
+    """Draws every step's loss faintly and its running mean boldly, named at its end."""
+    ends = {}
+    for name, raw in losses.items():
+        steps = np.arange(1, len(raw) + 1)
+        mean = smooth(np.asarray(raw))
+        axes.plot(steps, raw, color=LINES[name], alpha=0.22, linewidth=0.8)
+        axes.plot(steps, mean, color=LINES[name], linewidth=2.2)
+        ends[name] = mean[-1]
+    bottom, top = axes.get_ylim()
+    places = spread(list(ends.values()), 0.18 * (top - bottom))
+    for name, y in zip(ends, places, strict=True):
+        text = f"{NAMES[name]}\n{results[name]['accuracy']:.1%} right\non held-out"
+        beside(axes, text, y, LINES[name])
+    axes.set_xlim(0, max(map(len, losses.values())))
+    axes.set_xlabel("step", color=INK)
+    note = f"thin: every step; thick: the mean of the {WIDTH} steps around it"
+    title(axes, "Training loss", note)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draws one bar of stacked parts for every method, the parts named at the last."""
+    colors = [color for _, color in PARTS.values()]
+    sizes = [[x["memory"][part] / 1e6 for part in PARTS] for x in found.values()]
+    top = max(map(sum, sizes))
+    axes.set_ylim(0, 1.08 * top)
+    axes.set_xlim(-0.45, len(sizes) - 0.62)
+    for x, (bar, result) in enumerate(zip(sizes, found.values(), strict=True)):
+        ends = np.cumsum(bar)
+        middles = ends - np.array(bar) / 2
+        axes.bar(x, bar, 0.56, ends - bar, color=colors)
+        axes.text(x, ends[-1] + 0.015 * top, f"{ends[-1]:,.0f} MB", **TOTAL)
+        for y, size, color in zip(middles, bar, colors, strict=True):
+            if size > 0.05 * top:
+                axes.text(x, y, f"{size:,.0f}", color="white", ha="center", va="center")
+            else:
+                axes.text(x + 0.31, y, f"{size:,.1f}", color=color, va="center")
+        # Of the temporaries, since XLA tells no more than their sum.
+        gradients = min(result["memory"]["gradients"] / 1e6, bar[-1])
+        axes.bar(x, gradients, 0.56, ends[-2], **HATCH)
+    for (name, color), place in zip(PARTS.values(), middles, strict=True):
+        beside(axes, name, place, color)
+    labels = [f"{NAMES[name]}\ntrains {x['trainable']:,}" for name, x in found.items()]
+    axes.set_xticks(range(len(sizes)), labels)
+    for tick, name in zip(axes.get_xticklabels(), found, strict=True):
+        tick.set(color=LINES[name], fontweight="bold")
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="x", length=0)
+    title(axes, "Memory of one training step, MB", "what XLA allocates for it")
+
+
+def beside(axes: Axes, text: str, y: float, color: str) -> None:
+    """Writes in bold to the right of the axes, at the height of `y`."""
+    axes.annotate(
+        text,
+        (1.02, y),
+        xycoords=("axes fraction", "data"),
+        color=color,
+        va="center",
+        fontweight="bold",
+        annotation_clip=False,
+    )
+
+
+def title(axes: Axes, text: str, note: str) -> None:
+    """Writes a title, and below it in grey how to read what it names."""
+    axes.set_title(text + "\n", loc="left", color=INK, fontweight="bold")
+    axes.text(0, 1.02, note, color="#777777", transform=axes.transAxes, fontsize=9)
+
+
+def smooth(raw: np.ndarray) -> np.ndarray:
+    """Averages the `WIDTH` steps around each; at the ends those of them there are."""
+    ends = np.arange(len(raw))[:, None] + [-(WIDTH // 2), WIDTH // 2 + 1]
+    return np.array([raw[max(0, first) : last].mean() for first, last in ends])
+
+
+def spread(values: Sequence[float], gap: float) -> np.ndarray:
+    """Moves values apart to at least `gap`, up and down alike, in their order."""
+    order = np.argsort(values, kind="stable")
+    placed = np.sort(np.asarray(values, float))
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    out = np.empty(len(placed))
+    out[order] = placed - (placed - np.sort(values)).mean()
+    return out

@@ -1,0 +1,318 @@
+"""Any optimizer trains the adapters, and no bit of any other leaf moves."""
+
+import functools
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import lora_jax as lj
+
+pytestmark = pytest.mark.usefixtures("optax_promotion")
+
+RNG = np.random.default_rng(0)
+D, RANK = 256, 2
+
+
+def normal(*shape, scale=1.0):
+    return jnp.asarray(scale * RNG.standard_normal(shape), jnp.float32)
+
+
+# A small tree, with values that a sum could lose. One shape: eager JAX compiles each.
+
+
+def small(dtype=jnp.float32):
+    kernel = np.array([[-0.0, 0.0, 1e-30], [1, -2, 3], [4, 5, 6]], dtype)
+    base = {"m": {"kernel": kernel, "bias": normal(3, 3)}, "head": normal(3, 3)}
+    return lj.lorafy(jax.tree.map(lambda x: jnp.asarray(x, dtype), base), 3)
+
+
+def adapters_of(tree, *more):
+    """The trainable leaves as a plain tree, from their names alone."""
+    only = {name: tree["m"][name] for name in ("lora_a", "lora_b")}
+    return {"m": only} | {name: tree[name] for name in more}
+
+
+def random_like(tree):
+    return jax.tree.map(lambda x: normal(*x.shape).astype(x.dtype), tree)
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def dtype_of(x):
+    return x.dtype
+
+
+def only_b(params):
+    is_b = lambda path, _: "lora_b" in jax.tree_util.keystr(path)
+    return jax.tree.map_with_path(is_b, params)
+
+
+OPTIMIZERS = {
+    "adamw, clipped": lambda: optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(0.1, weight_decay=0.5)
+    ),
+    "decay by a mask": lambda: optax.adamw(0.1, weight_decay=0.5, mask=only_b),
+    "momentum on a schedule": lambda: optax.sgd(
+        optax.linear_schedule(1.0, 0.0, 5), momentum=0.9
+    ),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.exponential_decay(0.1, 1, 0.5)
+    ),
+    "accumulated": lambda: optax.MultiSteps(optax.adam(0.1), every_k_schedule=2),
+    "plateau": lambda: optax.chain(
+        optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)
+    ),
+    "lion": lambda: optax.lion(0.1),
+    "factored": lambda: optax.adafactor(0.1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "also"),
+    [*((name, ()) for name in OPTIMIZERS), ("adamw, clipped", ("head",))],
+)
+def test_it_is_the_optimizer_of_the_adapters_alone(name, also):
+    plain, tx = OPTIMIZERS[name](), lj.adapters_only(OPTIMIZERS[name](), also=also)
+    params = small()
+    trained = adapters_of(params, *also)
+    state, plain_state = tx.init(params), plain.init(trained)
+    extra = {"value": jnp.float32(1.0)} if name == "plateau" else {}
+    frozen = jax.tree.map(lambda x: x, params)
+    for _ in range(3):
+        grads = random_like(params)
+        updates, state = tx.update(grads, state, params, **extra)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        params = optax.apply_updates(params, updates)
+        wanted, plain_state = plain.update(
+            adapters_of(grads, *also), plain_state, trained, **extra
+        )
+        trained = optax.apply_updates(trained, wanted)
+    assert bits(adapters_of(params, *also)) == bits(trained)
+    assert bits(state) == bits(plain_state), "no state but the adapters'"
+    for tree in (params, frozen):
+        del tree["m"]["lora_a"], tree["m"]["lora_b"]
+        for key in also:
+            del tree[key]
+    assert bits(params) == bits(frozen)
+
+
+def test_the_state_of_adam_is_twice_the_adapters_and_a_counter():
+    params = lj.lorafy({"w": {"kernel": np.zeros((500, 400), np.float32)}}, 2)
+    state = lj.adapters_only(optax.adam(1.0)).init(params)
+    sizes = sorted(x.nbytes for x in jax.tree.leaves(state))
+    assert sizes == [4, 3200, 3200, 4000, 4000]
+
+
+def test_it_needs_no_parameters_where_the_optimizer_does_not():
+    params, tx = small(), lj.adapters_only(optax.sgd(0.5))
+    grads = random_like(params)
+    updates, _ = tx.update(grads, tx.init(params))
+    np.testing.assert_array_equal(updates["m"]["lora_a"], -0.5 * grads["m"]["lora_a"])
+    assert not updates["m"]["kernel"].any()
+
+
+def test_unknown_extra_arguments_are_ignored_as_by_optax():
+    strict = optax.GradientTransformation(
+        lambda params: (), lambda updates, state, params=None: (updates, state)
+    )
+    params, tx = small(), lj.adapters_only(strict)
+    tx.update(random_like(params), tx.init(params), params, value=1.0, anything=None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_outside_jit_too_frozen_bits_stay(dtype):
+    params, tx = small(dtype), lj.adapters_only(optax.adamw(0.1, weight_decay=0.5))
+    updates, _ = tx.update(random_like(params), tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert bits(lj.strip(after)) == bits(lj.strip(params))
+    assert bits(after["m"]["lora_scale"]) == bits(params["m"]["lora_scale"])
+    assert bits(after["m"]["lora_a"]) != bits(params["m"]["lora_a"])
+    assert {x.dtype for x in jax.tree.leaves(lj.strip(after))} == {jnp.dtype(dtype)}
+
+
+CONTAINERS = {
+    "frozen": flax.core.freeze,
+    "state": lambda tree: nnx.State(jax.tree.map(nnx.Param, tree)),
+    "boxes": lambda tree: jax.tree.map(lambda x: nn.Partitioned(x, ("a", "b")), tree),
+    "sequence": lambda tree: [{"m": tree["m"]}, tree["head"], None],
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_it_trains_in_every_container(kind):
+    params = lj.lorafy(CONTAINERS[kind](lj.strip(small())), 3)
+    tx = lj.adapters_only(optax.adamw(0.1, weight_decay=0.5))
+    updates, state = tx.update(random_like(params), tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+    assert bits(lj.strip(after)) == bits(lj.strip(params))
+    trained, start = lj.split(after)[0], lj.split(params)[0]
+    pairs = zip(bits(trained), bits(start), strict=True)
+    assert [x != y for x, y in pairs] == [True, True]
+    assert len(jax.tree.leaves(state)) == 5
+
+
+def test_integer_leaves_stay():
+    params = small() | {"table": jnp.arange(6, dtype=jnp.int8), "on": jnp.array(True)}
+    tx = lj.adapters_only(optax.adamw(0.1))
+    loss = lambda params: jnp.sum(params["m"]["lora_a"]) + jnp.sum(params["head"])
+    grads = jax.grad(loss, allow_int=True)(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert jax.tree.map(dtype_of, after) == jax.tree.map(dtype_of, params)
+    assert bits(lj.strip(after)) == bits(lj.strip(params))
+
+
+@pytest.mark.parametrize("also", ["head", "m"])
+def test_what_is_also_named_trains(also):
+    params, tx = small(), lj.adapters_only(optax.sgd(0.5), also=also)
+    updates, _ = tx.update(random_like(params), tx.init(params), params)
+    assert updates["head"].any() == (also == "head")
+    assert updates["m"]["kernel"].any() == (also == "m")
+    assert updates["m"]["lora_b"].any()
+    assert not updates["m"]["lora_scale"].any()
+
+
+def test_a_tree_without_adapters_or_a_typo_is_refused():
+    params, tx = small(), lj.adapters_only(optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy"):
+        tx.init(lj.strip(params))
+    with pytest.raises(ValueError, match="no adapters"):
+        tx.update(lj.strip(params), tx.init(params), lj.strip(params))
+    with pytest.raises(
+        ValueError, match=r"No weight matches 'haed' of also.*\['head'\]"
+    ):
+        lj.adapters_only(optax.sgd(1.0), also="haed").init(params)
+
+
+# A transformer, under one jit
+
+
+def transformer(params, x):
+    for layer in params["layers"]:
+        q, k, v = (x @ layer[name]["kernel"] for name in ("query", "key", "value"))
+        x = x + jax.nn.softmax(q @ k.mT) @ v @ layer["out"]["kernel"]
+        x = x + jax.nn.relu(x @ layer["up"]["kernel"]) @ layer["down"]["kernel"]
+    return x
+
+
+def weights():
+    sizes = dict.fromkeys(("query", "key", "value", "out"), (D, D))
+    sizes |= {"up": (D, 2 * D), "down": (2 * D, D)}
+    layer = lambda: {
+        name: {"kernel": normal(*s, scale=s[0] ** -0.5)} for name, s in sizes.items()
+    }
+    params = {"layers": [layer()]}
+    special = np.array([-0.0, 0.0, 1e-40, -1e-45, 1e-38], np.float32)  # 2 subnormal
+    kernel = np.array(params["layers"][0]["query"]["kernel"])
+    kernel[0, : len(special)] = special
+    params["layers"][0]["query"]["kernel"] = jnp.asarray(kernel)
+    return params
+
+
+@functools.cache
+def compiled():
+    """The step of each way to train, compiled, and its arguments."""
+    base, (x, y) = weights(), normal(2, 16, 8, D)
+    params = lj.lorafy(base, RANK)
+    adapters, frozen = lj.split(params)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1)
+    )
+    only = lj.adapters_only(tx)
+
+    def loss(params):
+        return jnp.mean((lj.lora(transformer)(params, x) - y) ** 2)
+
+    def full_loss(params, _):
+        return jnp.mean((transformer(params, x) - y) ** 2)
+
+    def step(tx, loss, params, state, frozen):
+        updates, state = tx.update(jax.grad(loss)(params, frozen), state, params)
+        return optax.apply_updates(params, updates), state
+
+    ways = {
+        "full": (tx, full_loss, base, None),
+        "adapters_only": (only, lambda params, _: loss(params), params, None),
+        "split": (tx, lambda a, b: loss(lj.combine(a, b)), adapters, frozen),
+    }
+    steps = {}
+    for name, (tx, fn, start, rest) in ways.items():
+        jitted = jax.jit(functools.partial(step, tx, fn), donate_argnums=(0, 1))
+        args = start, tx.init(start), rest
+        steps[name] = jitted.lower(*args).compile(), args
+    return steps
+
+
+def flops(name):
+    return compiled()[name][0].cost_analysis()["flops"]
+
+
+def train(name, steps=3):
+    step, (params, state, frozen) = compiled()[name]
+    params, state = jax.tree.map(jnp.copy, (params, state))
+    for _ in range(steps):
+        donated = jax.tree.leaves(params)[0]
+        params, state = step(params, state, frozen)
+        assert donated.is_deleted()
+    return params
+
+
+def test_a_step_costs_the_flops_of_split_and_two_thirds_of_full_fine_tuning():
+    assert flops("adapters_only") == flops("split")
+    # The floor is two thirds, plus the adapters, less the first layer's inputs.
+    assert flops("adapters_only") < 0.69 * flops("full")
+
+
+def test_a_step_takes_the_memory_of_split_and_a_third_of_the_state_of_full():
+    ours, split, full = (
+        compiled()[name][0].memory_analysis()
+        for name in ("adapters_only", "split", "full")
+    )
+    assert ours.temp_size_in_bytes <= split.temp_size_in_bytes
+    assert ours.argument_size_in_bytes <= split.argument_size_in_bytes
+    assert ours.argument_size_in_bytes < 0.36 * full.argument_size_in_bytes
+    # Donated in, donated out: no second copy of the frozen weights.
+    assert ours.alias_size_in_bytes == ours.argument_size_in_bytes
+
+
+def test_training_leaves_every_frozen_bit_and_moves_every_adapter():
+    _, (before, *_) = compiled()["adapters_only"]
+    after = train("adapters_only")
+    assert bits(lj.strip(after)) == bits(lj.strip(before))
+    start, _ = lj.split(before)
+    end, _ = lj.split(after)
+    pairs = zip(jax.tree.leaves(start), jax.tree.leaves(end), strict=True)
+    assert all((x != y).any() for x, y in pairs)
+
+
+def test_both_ways_to_train_agree(close):
+    adapters, _ = lj.split(train("adapters_only"))
+    close(adapters, train("split"), atol=1e-6)
+
+
+def test_it_fits_a_train_state():
+    _, (params, *_) = compiled()["adapters_only"]
+    tx = lj.adapters_only(optax.adamw(1e-2, weight_decay=0.1))
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    x = normal(4, D)
+
+    @jax.jit
+    def step(state):
+        loss = lambda params: jnp.sum(lj.lora(transformer)(params, x) ** 2)
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    state = step(step(state))
+    assert state.step == 2
+    assert bits(lj.strip(state.params)) == bits(lj.strip(params))
+    moved = state.params["layers"][0]["down"]["lora_a"]
+    assert (moved != params["layers"][0]["down"]["lora_a"]).any()

@@ -1,0 +1,712 @@
+"""Adapters on disk: exact, small, atomic, and never loaded wrong."""
+
+import builtins
+import json
+import math
+import os
+import pickle
+import struct
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import lora_jax as lj
+from lora_jax import _save
+from lora_jax._tree import flatten, path_name, unbox
+
+RNG = np.random.default_rng(0)
+
+
+def weight(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def draw(key, shape, dtype):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def layer(wrap=lambda x, names: x):
+    kernel = wrap(weight(4, 3), ("in", "out"))
+    return {"kernel": kernel, "bias": wrap(weight(3), ("out",))}
+
+
+CONTAINERS = {
+    "dict": lambda: {"m": layer(), "head": layer()},
+    "frozen": lambda: flax.core.freeze({"m": layer(), "head": layer()}),
+    "variables": lambda: {"params": {"m": layer(), "head": layer()}, "stats": None},
+    "list": lambda: {"m": [layer(), layer()], "head": (layer(),)},
+    "state": lambda: nnx.State(
+        jax.tree.map(nnx.Param, {"m": {0: layer()}, "head": layer()})
+    ),
+    "partitioned": lambda: {"m": layer(nn.Partitioned), "head": layer(nn.Partitioned)},
+    "logical": lambda: {
+        "m": layer(nn.LogicallyPartitioned),
+        "head": layer(nn.LogicallyPartitioned),
+    },
+    "slashes in names": lambda: {"m/~/linear": layer(), "head": layer()},
+    "flat": lambda: {"m/kernel": weight(4, 3), "m/bias": weight(3), "head": weight(3)},
+    "numpy": lambda: jax.tree.map(np.asarray, {"m": layer(), "head": layer()}),
+}
+
+each_container = pytest.mark.parametrize("kind", CONTAINERS)
+
+
+def leaves(tree):
+    return {path_name(path): unbox(leaf) for path, leaf in flatten(tree).items()}
+
+
+def same(first, second):
+    """Whether two trees are equal in containers, boxes, dtypes and bits."""
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=False)
+    return jax.tree.structure(first) == jax.tree.structure(second) and all(
+        x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in pairs
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "adapter.safetensors"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """All that is in the folder, hidden or not."""
+    return lambda: sorted(os.listdir(tmp_path))
+
+
+def adapted(base=None, **options):
+    base = {"m": layer(), "head": layer()} if base is None else base
+    return lj.lorafy(base, 2, **{"targets": "m/*", "init": draw, "alpha": 3} | options)
+
+
+# There and back
+
+
+@each_container
+@pytest.mark.parametrize("also", [(), "head"])
+def test_a_round_trip_is_exact_in_every_container(kind, also, path, randomized):
+    base = CONTAINERS[kind]()
+    targets = "m/kernel" if kind == "flat" else "m*/kernel"
+    params = randomized(lj.lorafy(base, 2, alpha=5, targets=targets, init=draw))
+    if also:
+        adapters, frozen = lj.split(params, also=also)
+        adapters = jax.tree.map(lambda x: x + 1, adapters)
+        params = lj.combine(adapters, frozen)
+    lj.save(path, params, also=also)
+    loaded = lj.load(path, base)
+    assert type(loaded) is type(params)
+    assert same(loaded, params)
+    old, new = flatten(base), flatten(loaded)
+    kept = [path for path in old if not (also and also in path)]
+    assert kept and all(new[path] is old[path] for path in kept)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtypes_and_bits_are_kept(dtype, path):
+    base = {"m": layer(), "head": {"w": weight(3, dtype=dtype), "n": jnp.int32(1)}}
+    params = adapted(base, dtype=dtype)
+    special = jnp.array([[-0.0, 1e-40], [1e30, -1e-30]], jnp.float32).astype(dtype)
+    if dtype != "float16":
+        params["m"]["lora_a"] = params["m"]["lora_a"].at[:2].set(special)
+    params["m"]["lora_scale"] = jnp.float32(1 / 3)
+    lj.save(path, params, also="w")
+    assert same(lj.load(path, base), params)
+
+
+def test_float64_is_kept_or_refused_but_never_cut_short(path):
+    with jax.enable_x64(True):
+        base = {"m": {"kernel": jnp.asarray(RNG.standard_normal((4, 3)))}}
+        params = adapted(base)
+        assert params["m"]["lora_a"].dtype == np.float64
+        lj.save(path, params)
+        assert same(lj.load(path, base), params)
+    with pytest.raises(ValueError, match=r"adapter.safetensors.*float64.*enable_x64"):
+        lj.load(path, {"m": {"kernel": weight(4, 3)}})
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.T,
+        lambda x: x[::-1, ::2],
+        lambda x: np.asfortranarray(x),
+        lambda x: x.astype(x.dtype.newbyteorder()),
+        lambda x: x[0, 0],
+    ],
+    ids=["transposed", "strided", "column major", "swapped bytes", "a number"],
+)
+def test_numpy_views_of_any_layout_are_saved_as_they_read(view, path):
+    head = view(RNG.standard_normal((4, 4)).astype(np.float32))
+    plain = np.array(head, np.float32, order="C")
+    lj.save(path, adapted({"m": layer(), "head": head}), also="head")
+    loaded = lj.load(path, {"m": layer(), "head": np.zeros_like(plain)})
+    assert np.asarray(loaded["head"]).tobytes() == plain.tobytes()
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    params = adapted()
+    names = [tmp_path / name for name in ("a", "b", "c")]
+    lj.save(names[0], params, also="head")
+    reordered = dict(reversed(params.items())) | {
+        "m": dict(reversed(params["m"].items()))
+    }
+    lj.save(names[1], reordered, also="head")
+    lj.save(names[2], lj.load(names[0], lj.strip(params)), also="head")
+    assert len({name.read_bytes() for name in names}) == 1
+
+
+def test_the_file_holds_the_adapters_and_little_else(path, files):
+    big = {"m": {"kernel": np.zeros((1000, 500), np.float32), "bias": weight(500)}}
+    lj.save(path, adapted(big))
+    assert 12_000 < path.stat().st_size < 13_500  # 1,500 x 2 floats and a header
+    assert files() == ["adapter.safetensors"]
+    tensors = safetensors.numpy.load_file(path)
+    assert {name: x.shape for name, x in tensors.items()} == {
+        "m/lora_a": (1000, 2),
+        "m/lora_b": (2, 500),
+        "m/lora_scale": (),
+    }
+
+
+def test_the_header_says_what_the_file_is(path):
+    lj.save(path, adapted(alpha=3), also="head/bias")
+    header, _ = parse(path)
+    assert set(header["__metadata__"]) == {"lora_jax"}
+    said = json.loads(header["__metadata__"]["lora_jax"])
+    assert said["version"] == 1
+    assert said["also"] == ["head/bias"]
+    assert set(said["adapters"]) == {"m/kernel"}
+    adapter = said["adapters"]["m/kernel"]
+    assert (adapter["rank"], adapter["scale"], adapter["shape"]) == (2, 1.5, [4, 3])
+    assert set(said["sha256"]) == set(header) - {"__metadata__"}
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_path_may_be_text_and_an_old_file_is_replaced(kind, path, files):
+    lj.save(kind(path), adapted())
+    new = adapted()
+    lj.save(kind(path), new)
+    assert same(lj.load(kind(path), lj.strip(new)), new)
+    assert files() == ["adapter.safetensors"]
+
+
+def test_a_relative_path_and_a_link_are_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("real")
+    os.symlink("real/file", "link")
+    params = adapted()
+    lj.save("link", params)
+    assert os.path.islink("link") and os.listdir("real") == ["file"]
+    assert same(lj.load("link", lj.strip(params)), params)
+
+
+def test_the_longest_name_a_folder_takes(tmp_path):
+    path = tmp_path / ("x" * 255)
+    lj.save(path, adapted())
+    assert os.listdir(tmp_path) == [path.name]
+
+
+# Boxes and places
+
+
+AXES = {
+    "fused": ((8, 4, 3, 2), ((0,), (2,), (1, 3)), ("y", None, None, "x")),
+    "stack": ((2, 8, 4), ((0,), (1,), (2,)), ("x", None, "y")),
+    "out first": ((4, 8), ((), (1,), (0,)), ("y", "x")),
+    "size 1": ((2, 1, 8, 4), ((0,), (2,), (1, 3)), ("x", None, None, "y")),
+    "batch of 1": ((1, 4, 8), ((0,), (2,), (1,)), (None, "y", "x")),
+}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", AXES)
+def test_loaded_adapters_are_placed_and_boxed_as_by_lorafy(name, axis_type, path):
+    shape, axes, spec = AXES[name]
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+    kernel = jax.device_put(weight(*shape), NamedSharding(mesh, PartitionSpec(*spec)))
+    names = ("a", "b", "c", "d")[: len(shape)]
+    for base in ({"w": kernel}, {"w": nn.Partitioned(kernel, names, mesh=mesh)}):
+        axes = lj.Axes(*axes)
+        params = lj.lorafy(base, 2, targets="w", axes={"w": axes}, init=draw)
+        lj.save(path, params)
+        loaded = lj.load(path, base)
+        assert same(loaded, params), "names of boxes are part of the structure"
+        for part, x in leaves(loaded).items():
+            wanted = leaves(params)[part].sharding
+            assert x.sharding.is_equivalent_to(wanted, x.ndim), part
+
+
+def test_loaded_adapters_go_where_their_weight_is(path):
+    params = adapted()
+    lj.save(path, params, also="head")
+    base = jax.device_put(lj.strip(params), jax.devices()[2])
+    loaded = lj.load(path, base)
+    assert {x.device for x in jax.tree.leaves(loaded)} == {jax.devices()[2]}
+    free = lj.load(path, lj.strip(params))
+    assert not free["m"]["lora_a"].committed
+
+
+def test_a_state_gets_lora_params(path):
+    base = nnx.State({"m": {"kernel": nnx.Param(weight(4, 3))}})
+    lj.save(path, adapted(base))
+    assert type(flatten(lj.load(path, base))["m", "lora_a"]) is nnx.LoRAParam
+
+
+# Crashes
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["open", "write", "fsync", "replace"])
+def test_a_crash_leaves_the_old_file_and_nothing_else(
+    where, error, path, files, monkeypatch
+):
+    old = adapted()
+    lj.save(path, old)
+    before = path.read_bytes()
+
+    def crash(*_, **__):
+        raise error
+
+    def torn(*args, **kwargs):
+        file = builtins.open(*args, **kwargs)
+        write = file.write
+
+        class Torn:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+            def write(self, data):
+                write(data[: len(data) // 2])
+                raise error
+
+        return Torn()
+
+    with monkeypatch.context() as patch:
+        if where in ("open", "write"):
+            fake = crash if where == "open" else torn
+            patch.setattr(_save, "open", fake, raising=False)
+        else:
+            patch.setattr(os, where, crash)
+        with pytest.raises(type(error)):
+            lj.save(path, adapted())
+        with pytest.raises(type(error)):
+            lj.save(path.with_name("new"), adapted())
+    assert path.read_bytes() == before
+    assert files() == ["adapter.safetensors"]
+    assert same(lj.load(path, lj.strip(old)), old)
+
+
+def test_the_file_is_on_the_disk_before_it_has_its_name(path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        spy = lambda *args, name=name, real=real: calls.append(name) or real(*args)
+        monkeypatch.setattr(os, name, spy)
+    lj.save(path, adapted())
+    assert calls[:2] == ["fsync", "replace"]
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(OSError):
+        lj.save(tmp_path / "none" / "file", adapted())
+    assert os.listdir(tmp_path) == []
+
+
+# What cannot be saved
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (jnp.full((4, 2), jnp.nan), "'m/lora_a' is not finite: training has diverged"),
+        (jnp.full((4, 2), jnp.inf), "'m/lora_a' is not finite"),
+        (jnp.full((4, 2), -jnp.inf, jnp.bfloat16), "'m/lora_a' is not finite"),
+        (jnp.ones((4, 2), jnp.int8), "'m/lora_a' has dtype int8.*Cast it to one of fl"),
+        (jnp.ones((4, 2), jnp.complex64), "'m/lora_a' has dtype complex64"),
+        (
+            jax.ShapeDtypeStruct((4, 2), jnp.float32),
+            "'m/lora_a' has no values to save: it is a ShapeDtypeStruct.*outside jit",
+        ),
+        (jnp.ones((4, 5)), "'m/kernel' does not fit"),
+    ],
+)
+def test_what_cannot_be_saved_leaves_the_old_file(value, match, path, files):
+    params = adapted()
+    lj.save(path, params)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=match):
+        lj.save(path, params | {"m": params["m"] | {"lora_a": value}})
+    assert path.read_bytes() == before
+    assert files() == ["adapter.safetensors"]
+
+
+def test_save_inside_jit_is_refused(path, files):
+    with pytest.raises(ValueError, match=r"has no values to save.*outside jit"):
+        jax.jit(lambda params: lj.save(path, params))(adapted())
+    assert files() == []
+
+
+def test_also_is_strict_and_its_values_checked(path, files):
+    params = adapted()
+    with pytest.raises(
+        ValueError, match=r"No weight matches 'haed' of also.*\['head'\]"
+    ):
+        lj.save(path, params, also="haed")
+    params["head"]["bias"] = jnp.full(3, jnp.nan)
+    with pytest.raises(ValueError, match="'head/bias' is not finite"):
+        lj.save(path, params, also="head")
+    lj.save(path, params)  # it is not saved, so it does not matter
+    assert files() == ["adapter.safetensors"]
+
+
+# What cannot be loaded: the message names the file, and what is wrong
+
+
+def parse(path):
+    """The header and the data of a safetensors file, by its specification."""
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + n]), data[8 + n :]
+
+
+def compose(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def refuse(path, base, match):
+    copy = jax.tree.map(lambda x: x, base)
+    structure = jax.tree.structure(base)
+    with pytest.raises(ValueError, match=match) as error:
+        lj.load(path, base)
+    assert str(path) in str(error.value)
+    assert jax.tree.structure(base) == structure
+    pairs = zip(jax.tree.leaves(base), jax.tree.leaves(copy), strict=True)
+    assert all(x is y for x, y in pairs), "base is untouched"
+
+
+@pytest.fixture
+def saved(path):
+    """A file, and the base for it."""
+    params = adapted()
+    lj.save(path, params, also="head/bias")
+    return path, lj.strip(params)
+
+
+def test_a_truncated_file_is_refused(saved):
+    path, base = saved
+    data = path.read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    for length in (0, 1, 7, 8, 9, n, 8 + n, 9 + n, len(data) - 4, len(data) - 1):
+        path.write_bytes(data[:length])
+        refuse(path, base, "truncated; save the adapter again")
+    for more in (b"\0", data):
+        path.write_bytes(data + more)
+        refuse(path, base, "no whole safetensors file")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("bomb",))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: b"",
+        lambda: b"not a tensor in sight",
+        lambda: RNG.bytes(1000),
+        lambda: b"\0" * 1000,
+        lambda: b"\xff" * 1000,
+        lambda: pickle.dumps(Bomb()),
+        lambda: struct.pack("<Q", 2) + b"{}",
+        lambda: struct.pack("<Q", 4) + b"null",
+        lambda: safetensors.numpy.save({"w": np.ones(3)}),
+        lambda: safetensors.numpy.save({"w": np.ones(3)}, {"format": "pt"}),
+    ],
+)
+def test_a_foreign_file_is_refused(data, saved, files, monkeypatch):
+    path, base = saved
+    monkeypatch.chdir(path.parent)
+    path.write_bytes(data())
+    refuse(path, base, "no whole safetensors file|was not written by lora_jax.save")
+    assert files() == ["adapter.safetensors"], "nothing in the file is run"
+
+
+def test_no_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        lj.load(tmp_path / "none", {"kernel": weight(4, 3)})
+    with pytest.raises(ValueError, match=r"is a folder\. Pass the file in it"):
+        lj.load(tmp_path, {"kernel": weight(4, 3)})
+
+
+def tamper(path, change):
+    header, data = parse(path)
+    said = json.loads(header["__metadata__"]["lora_jax"])
+    change(said, header)
+    header["__metadata__"]["lora_jax"] = json.dumps(said)
+    compose(path, header, data)
+
+
+def edit(**changes):
+    """A change of the fields of our header."""
+
+    def apply(said, header):
+        for key, value in changes.items():
+            said[key] = value(said[key]) if callable(value) else value
+
+    return apply
+
+
+def edit_adapter(**changes):
+    def apply(said, header):
+        said["adapters"]["m/kernel"] |= changes
+
+    return apply
+
+
+def drop(key):
+    return lambda said, header: said.pop(key)
+
+
+def drop_field(key):
+    return lambda said, header: said["adapters"]["m/kernel"].pop(key)
+
+
+def rename(old, new):
+    def apply(said, header):
+        header[new] = header.pop(old)
+
+    return apply
+
+
+def swap(first, second):
+    def apply(said, header):
+        header[first], header[second] = header[second], header[first]
+
+    return apply
+
+
+TAMPERED = "was tampered with"
+ANY_PATH = "was tampered with|base has no weight|was saved for the shape"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (edit(version=2), r"format version 2.*reads up to 1. Upgrade: pip install -U"),
+        (edit(version=99), "format version 99"),
+        (edit(version=0), TAMPERED),
+        (edit(version=-1), TAMPERED),
+        (edit(version=None), TAMPERED),
+        (edit(version="new"), TAMPERED),
+        (edit(version=1.9), TAMPERED),
+        (edit(version=math.inf), TAMPERED),
+        (edit(version=[1]), TAMPERED),
+        (drop("version"), TAMPERED),
+        (drop("adapters"), TAMPERED),
+        (drop("also"), TAMPERED),
+        (drop("sha256"), TAMPERED),
+        (edit(adapters={}), TAMPERED),
+        (edit(adapters=[]), TAMPERED),
+        (edit(adapters=3), TAMPERED),
+        (edit(adapters={"m/kernel": None}), TAMPERED),
+        (edit(adapters=lambda a: {"m/kernal": a["m/kernel"]}), ANY_PATH),
+        (edit(adapters=lambda a: {"head/kernel": a["m/kernel"]}), ANY_PATH),
+        (edit(adapters=lambda a: a | {"x/kernel": a["m/kernel"]}), ANY_PATH),
+        (edit_adapter(rank=3), "rank or scale of 'm/kernel'"),
+        (edit_adapter(rank="2"), "rank or scale of 'm/kernel'"),
+        (edit_adapter(scale=1.25), "rank or scale of 'm/kernel'"),
+        (edit_adapter(scale=[1.5]), "rank or scale of 'm/kernel'"),
+        (edit_adapter(scale=None), "rank or scale of 'm/kernel'"),
+        (edit_adapter(shape=[4, 4]), r"'m/kernel' was saved for the shape \(4, 4\)"),
+        (edit_adapter(shape=[4]), r"'m/kernel' was saved for the shape \(4,\)"),
+        (edit_adapter(shape="43"), TAMPERED),
+        (edit_adapter(shape=[4, 3.5]), TAMPERED),
+        (edit_adapter(shape=None), TAMPERED),
+        (drop_field("rank"), TAMPERED),
+        (drop_field("scale"), TAMPERED),
+        (drop_field("shape"), TAMPERED),
+        (edit(also=[]), "tensor 'head/bias' belongs to no adapter"),
+        (edit(also=["head/bias", "head/kernel"]), "tensor 'head/kernel' is missing"),
+        (edit(also=["head/kernel"]), "tensor 'head/"),
+        (edit(also=None), TAMPERED),
+        (edit(also=[3]), TAMPERED),
+        (edit(sha256={}), "tensor 'head/bias' has changed"),
+        (edit(sha256=None), TAMPERED),
+        (edit(sha256=lambda d: d | {"m/lora_a": "0" * 64}), "'m/lora_a' has changed"),
+        (
+            edit(sha256=lambda d: d | {"m/lora_a": d["m/lora_b"]}),
+            "'m/lora_a' has changed",
+        ),
+        (swap("m/lora_a", "m/lora_b"), "'m/lora_a' has changed"),
+        (rename("m/lora_a", "m/lora_c"), "'m/lora_"),
+        (rename("head/bias", "head/kernel"), "'head/"),
+        (
+            lambda said, header: header["m/lora_a"].update(shape=[2, 4]),
+            "'m/lora_a' has",
+        ),
+        (
+            lambda said, header: header["m/lora_a"].update(shape=[8]),
+            "'m/lora_a' has ch",
+        ),
+        (lambda said, header: header["m/lora_a"].update(dtype="I32"), "'m/lora_a' has"),
+        (
+            lambda said, header: header["m/lora_a"].update(dtype="F16"),
+            "no whole safete",
+        ),
+        (lambda said, header: header["m/lora_a"].update(dtype="X"), "no whole safeten"),
+        (lambda said, header: header.pop("m/lora_a"), "no whole safetensors"),
+    ],
+)
+def test_a_tampered_header_is_refused(change, match, saved):
+    path, base = saved
+    tamper(path, change)
+    refuse(path, base, match)
+
+
+def test_factors_that_do_not_fit_the_header_are_refused(saved):
+    path, base = saved
+    tamper(path, edit_adapter(shape=[3, 4]))
+    base["m"]["kernel"] = weight(3, 4)
+    refuse(path, base, r"tampered with: the factors of 'm/kernel'.*\(4, 2\).*\(3, 4\)")
+
+
+@pytest.mark.parametrize(
+    "said", ["", "null", "3", "[]", "{", '"text"', "NaN", "{}", "[" * 100_000]
+)
+def test_a_header_that_is_no_header_is_refused(said, saved):
+    path, base = saved
+    header, data = parse(path)
+    header["__metadata__"]["lora_jax"] = said
+    compose(path, header, data)
+    refuse(path, base, "tampered with: its header cannot be read")
+
+
+@pytest.mark.parametrize("name", ["m/lora_a", "m/lora_b", "m/lora_scale", "head/bias"])
+def test_a_changed_missing_or_extra_tensor_is_refused_by_name(name, saved):
+    path, base = saved
+    header, _ = parse(path)
+    tensors = safetensors.numpy.load_file(path)
+
+    def write(**changes):
+        new = {n: x for n, x in (tensors | changes).items() if x is not None}
+        data = safetensors.numpy.save(new, header["__metadata__"])
+        path.write_bytes(data)
+
+    write()
+    lj.load(path, base)  # rewritten alone, it is as good as before
+    x = tensors[name]
+    for value in (x + np.float32(1), -x, x.astype(np.float16)):
+        write(**{name: np.asarray(value)})
+        refuse(path, base, f"tampered with: tensor '{name}' has changed")
+    write(**{name: None})
+    refuse(path, base, f"tampered with: tensor '{name}' is missing")
+    write(extra=np.ones(3, np.float32))
+    refuse(path, base, "tampered with: tensor 'extra' belongs to no adapter")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_file_that_is_not_finite_is_refused(value, path, monkeypatch):
+    params = adapted()
+    bad = params | {"m": params["m"] | {"lora_b": jnp.full((2, 3), value)}}
+    with monkeypatch.context() as patch:
+        patch.setattr(_save, "_check_finite", lambda *_: None)
+        lj.save(path, bad)
+    refuse(path, lj.strip(params), "'m/lora_b' is not finite")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda m: {"kernel": weight(4, 5)},
+            r"'m/kernel' was saved for the shape \(4, 3",
+        ),
+        (lambda m: {"kernel": weight(3, 4)}, r"and base has \(3, 4\). Pass the param"),
+        (lambda m: {"w": m["kernel"]}, "base has no weight 'm/kernel'. It has .*'m/w'"),
+        (lambda m: {"kernel": None}, "base has no weight 'm/kernel'"),
+        (lambda m: m | {"lora_a": weight(4, 2)}, r"'m/kernel' has an adapter.*strip\("),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_by_path(change, match, saved):
+    path, base = saved
+    refuse(path, base | {"m": change(base["m"])}, match)
+
+
+def test_also_must_find_its_leaf_with_its_shape_and_dtype(saved):
+    path, base = saved
+    head = base["head"]
+    half = head | {"bias": head["bias"].astype(jnp.bfloat16)}
+    refuse(
+        path, base | {"head": half}, "'head/bias' was saved as float32.*bfloat16.*Cast"
+    )
+    long = head | {"bias": weight(5)}
+    refuse(path, base | {"head": long}, r"'head/bias' was saved for the shape \(3,\)")
+    del base["head"]["bias"]
+    refuse(path, base, "base has no weight 'head/bias'")
+
+
+class Weights(NamedTuple):
+    w: Any
+
+
+def test_a_container_that_takes_no_leaf_is_refused(path):
+    lj.save(path, adapted({"m": {"w": weight(4, 3)}}))
+    with pytest.raises(ValueError, match="m is a Weights, which cannot gain or lose"):
+        lj.load(path, {"m": Weights(weight(4, 3))})
+
+
+def fuzz(path, base, params, mutations):
+    """Loads each mutation: an error that names the file, or the very same adapters."""
+    survived = 0
+    for data in mutations:
+        path.write_bytes(data)
+        try:
+            loaded = lj.load(path, base)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert same(loaded, params)
+            survived += 1
+    return survived
+
+
+def test_no_flipped_byte_loads_wrong(path):
+    params = lj.lorafy({"m": {"kernel": weight(3, 2)}}, 1, init=draw)
+    lj.save(path, params)
+    data = path.read_bytes()
+
+    flips = (
+        data[:i] + bytes([data[i] ^ (1 << (i % 8))]) + data[i + 1 :]
+        for i in range(len(data))
+    )
+    survived = fuzz(path, lj.strip(params), params, flips)
+    assert survived < 0.05 * len(data)
+
+
+def test_no_cut_doubled_or_moved_bytes_load_wrong(path):
+    params = lj.lorafy({"m": {"kernel": weight(3, 2)}}, 1, init=draw)
+    lj.save(path, params)
+    data = path.read_bytes()
+
+    def changes():
+        for _ in range(100):
+            i, j, k = sorted(int(n) for n in RNG.integers(0, len(data), 3))
+            yield data[:i] + data[j:]
+            yield data[:j] + data[i:]
+            yield data[:i] + data[j:k] + data[i:j] + data[k:]
+
+    fuzz(path, lj.strip(params), params, changes())

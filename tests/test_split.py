@@ -1,0 +1,273 @@
+"""The two halves of a tree, its mask and its count, in every container."""
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lora_jax as lj
+from lora_jax._tree import flatten, path_name, unbox
+
+
+def layer(wrap=lambda x, names: x):
+    kernel = wrap(jnp.arange(12.0).reshape(4, 3), ("in", "out"))
+    return {"kernel": kernel, "bias": wrap(jnp.ones(3), ("out",))}
+
+
+CONTAINERS = {
+    "dict": lambda: {"m": layer(), "head": layer()},
+    "frozen": lambda: flax.core.freeze({"m": layer(), "head": layer()}),
+    "state": lambda: nnx.State(
+        jax.tree.map(nnx.Param, {"m": layer(), "head": layer()})
+    ),
+    "list": lambda: {"m": [layer(), layer()], "head": layer()},
+    "partitioned": lambda: {"m": layer(nn.Partitioned), "head": layer(nn.Partitioned)},
+    "logical": lambda: {
+        "m": layer(nn.LogicallyPartitioned),
+        "head": layer(nn.LogicallyPartitioned),
+    },
+    "abstract": lambda: jax.eval_shape(lambda: {"m": layer(), "head": layer()}),
+    "others": lambda: {
+        "params": {"m": layer(), "head": layer()},
+        "stats": {"n": np.int32(3), "mean": np.zeros(3, np.float32), "none": None},
+        "key": jax.random.key(0),
+    },
+}
+
+each_container = pytest.mark.parametrize("kind", CONTAINERS)
+each_also = pytest.mark.parametrize("also", [(), "head", ["head/bias", "bias"]])
+
+
+def adapted(kind):
+    return lj.lorafy(CONTAINERS[kind](), 2, targets="m", init=normal)
+
+
+def normal(key, shape, dtype):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+
+
+def names(tree):
+    return {path_name(path): leaf for path, leaf in flatten(tree).items()}
+
+
+def expected(params, also):
+    """The paths that train, from their names alone."""
+    also = (also,) if isinstance(also, str) else also
+    adapters = {n for n in names(params) if n.endswith(("lora_a", "lora_b"))}
+    more = {
+        name
+        for name in names(params)
+        for pattern in also
+        if f"/{pattern}/" in f"/{name}/" and "lora" not in name
+    }
+    return adapters | more
+
+
+@each_also
+@each_container
+def test_split_and_combine_are_inverse(kind, also):
+    params = adapted(kind)
+    adapters, base = lj.split(params, also=also)
+    first, second = names(adapters), names(base)
+    for name, leaf in names(params).items():
+        if name in expected(params, also):
+            assert first[name] is leaf and second[name] is None
+        else:
+            assert first[name] is None and second[name] is leaf
+    joined = lj.combine(adapters, base)
+    assert type(joined) is type(params)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    assert all(names(joined)[n] is leaf for n, leaf in names(params).items())
+
+
+@each_container
+def test_to_jax_the_holes_are_no_leaves(kind):
+    params = adapted(kind)
+    adapters, base = lj.split(params)
+    n = len(jax.tree.leaves(params))
+    assert len(jax.tree.leaves(adapters)) == len(expected(params, ())) > 0
+    assert len(jax.tree.leaves(base)) == n - len(jax.tree.leaves(adapters))
+    for half in (adapters, base):
+        visited = []
+        mapped = jax.tree.map(lambda x, seen=visited: seen.append(x) or x, half)
+        assert len(visited) == len(jax.tree.leaves(half))
+        assert jax.tree.structure(mapped) == jax.tree.structure(half)
+
+
+@each_also
+@each_container
+def test_the_mask_is_true_where_it_trains(kind, also):
+    params = adapted(kind)
+    mask = lj.mask(params, also=also)
+    assert {name for name, flag in names(mask).items() if flag is True} == expected(
+        params, also
+    )
+    assert {type(x) for x in names(mask).values()} == {bool}
+
+
+@pytest.mark.parametrize("kind", ["dict", "frozen", "state", "list", "partitioned"])
+def test_the_mask_is_one_for_optax(kind):
+    params = adapted(kind)
+    frozen = jax.tree.map(lambda x: not x, lj.mask(params))
+    tx = optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), frozen))
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    for name, update in names(updates).items():
+        value = -1.0 if name in expected(params, ()) else 0.0
+        np.testing.assert_array_equal(
+            unbox(update), np.full(unbox(update).shape, value)
+        )
+
+
+@each_also
+@each_container
+def test_count_counts_numbers_but_no_scale(kind, also):
+    params = adapted(kind)
+    sizes = {
+        name: unbox(leaf).size
+        for name, leaf in names(params).items()
+        if leaf is not None and not name.endswith("lora_scale")
+    }
+    trains = sum(sizes[name] for name in expected(params, also))
+    assert lj.count(params, also=also) == (trains, sum(sizes.values()))
+
+
+def test_count_prints_itself():
+    params = lj.lorafy({"kernel": jax.ShapeDtypeStruct((1000, 2000), jnp.float32)}, 1)
+    count = lj.count(params)
+    assert isinstance(count, tuple)
+    assert (count.trainable, count.total) == (3000, 2_003_000)
+    assert str(count) == f"{count}" == "trainable 3,000 of 2,003,000 (0.15 %)"
+
+
+def test_stacked_scales_are_not_counted():
+    params = {"w": jax.ShapeDtypeStruct((5, 4, 3), jnp.float32)}
+    axes = {"w": lj.Axes((0,), (1,), (2,))}
+    adapted = lj.lorafy(params, 2, targets="w", axes=axes)
+    assert lj.count(adapted) == (5 * (8 + 6), 5 * (8 + 6 + 12))
+
+
+def test_split_works_under_jit_and_grad():
+    params = adapted("dict")
+    adapters, base = lj.split(params)
+
+    @jax.jit
+    def loss(adapters):
+        joined = lj.combine(adapters, base)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(joined))
+
+    grads = jax.grad(loss)(adapters)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+    assert all((g == 1).all() for g in jax.tree.leaves(grads))
+
+
+# What is refused
+
+USES = {
+    "merge": lj.merge,
+    "strip": lj.strip,
+    "split": lj.split,
+    "mask": lj.mask,
+    "count": lj.count,
+    "save": lambda params: lj.save("never-written.safetensors", params),
+    "lora": lambda params: lj.lora(lambda p: p)(params),
+    "adapters_only": lambda params: lj.adapters_only(optax.sgd(1.0)).init(params),
+}
+GOOD = {"kernel": (4, 3), "lora_a": (4, 2), "lora_b": (2, 3), "lora_scale": ()}
+
+
+def tree(**changes):
+    shapes = {name: s for name, s in (GOOD | changes).items() if s is not None}
+    leaves = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+    return {"m": leaves, "ok": {"kernel": jax.ShapeDtypeStruct((2,), jnp.float32)}}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (lambda: CONTAINERS["dict"](), r"no adapters. Write params = lorafy\(params"),
+        (lambda: {}, "no adapters"),
+        (lambda: tree(lora_a=None), "'m/kernel' is broken: 'm/lora_a' is .*combine"),
+        (lambda: tree(lora_scale=None), "'m/kernel' is broken: 'm/lora_scale' is "),
+        (
+            lambda: tree(kernel=None),
+            "'m/lora_a' belongs to no weight: found 0 of .*Rem",
+        ),
+        (lambda: tree(embedding=(4, 3)), "'m/lora_a' belongs to no weight: found 2"),
+        (lambda: tree(w_lora_b=(2, 3)), "'m/w_lora_b' belongs to no weight"),
+        (
+            lambda: tree(lora_a=(4, 5)),
+            r"'m/kernel' does not fit: lora_a \(4, 5\), lora_b \(2, 3\) and lora_scale "
+            r"\(\) make no update of a weight \(4, 3\).*lorafy on these",
+        ),
+        (lambda: lj.split(tree())[0], "'m/kernel' is broken: 'm/kernel' is .*combine"),
+        (lambda: lj.split(tree())[1], "'m/kernel' is broken: 'm/lora_a' is .*combine"),
+        (lambda: tree() | {"m": tree()["m"] | {"lora_scale": 2.0}}, "'m/lora_scale'"),
+    ],
+)
+def test_every_use_refuses_no_adapter_and_a_broken_one_by_path(use, params, match):
+    with pytest.raises(ValueError, match=match):
+        USES[use](params())
+
+
+LAYOUTS = {  # weight, A, B, scale
+    "matrix": ((4, 3), (4, 2), (2, 3), ()),
+    "stack": ((5, 4, 3), (5, 4, 2), (5, 2, 3), (5,)),
+    "heads": ((4, 2, 3), (4, 2), (2, 2, 3), ()),
+    "aligned": ((3, 2, 5, 4), (3, 1, 5, 1, 2), (3, 2, 1, 4, 2), (3,)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_size_off_anywhere_does_not_fit(layout):
+    shapes = dict(zip(GOOD, LAYOUTS[layout], strict=True))
+    assert lj.count(tree(**shapes)).trainable > 0
+    for name, shape in shapes.items():
+        changed = [(*shape[:d], n + 1, *shape[d + 1 :]) for d, n in enumerate(shape)]
+        changed += [shape[:d] + shape[d + 1 :] for d in range(len(shape))]
+        for wrong in [*changed, (7, *shape), (*shape, 7)]:
+            with pytest.raises(ValueError, match="'m/kernel' does not fit"):
+                lj.count(tree(**shapes | {name: wrong}))
+
+
+@pytest.mark.parametrize("use", [lj.split, lj.mask, lj.count])
+@pytest.mark.parametrize(
+    ("also", "match"),
+    [
+        (
+            "haed",
+            r"No weight matches 'haed' of also. Close: 'params/head/.*also=\['head'\]",
+        ),
+        (["head", "lora_scale"], "No weight matches 'lora_scale' of also"),
+        ("stats/n", r"No weight matches 'stats/n' of also. Close: (?!.*dimensions)"),
+        ("", "also takes patterns of paths, found ''"),
+        ([3], "also takes patterns of paths, found 3"),
+    ],
+)
+def test_also_is_strict(use, also, match):
+    with pytest.raises(ValueError, match=match):
+        use(adapted("others"), also=also)
+
+
+def test_combine_refuses_what_is_no_pair_of_halves():
+    params = adapted("dict")
+    adapters, base = lj.split(params)
+    one_split = r"Pass the two trees of one split\(params\)"
+    with pytest.raises(
+        ValueError, match=f"'m/kernel' is in adapters and in.*{one_split}"
+    ):
+        lj.combine(params, base)
+    with pytest.raises(ValueError, match="'m/lora_a' is in adapters and in base"):
+        lj.combine(adapters, params)
+    without = {"m": adapters["m"]}
+    with pytest.raises(
+        ValueError, match=f"'head/.*' is missing in adapters.*{one_split}"
+    ):
+        lj.combine(without, base)
+    with pytest.raises(ValueError, match=f"'head/.*' is missing in base.*{one_split}"):
+        lj.combine(adapters, {"m": base["m"]})

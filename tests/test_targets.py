@@ -1,0 +1,356 @@
+"""Patterns, ranks, alphas and dimensions: each decides exactly what it says, or fails.
+
+All on abstract trees, through `lorafy`: the plan needs no array.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax._tree import flatten, path_name
+
+
+def w(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def block():
+    return {
+        "attn": {
+            "query": {"kernel": w(8, 2, 4), "bias": w(2, 4)},
+            "out": {"kernel": w(2, 4, 8), "bias": w(8)},
+        },
+        "mlp": {"wi": {"kernel": w(8, 12), "bias": w(12)}, "gate": w(8, 12)},
+        "norm": {"scale": w(8), "bias": w(8)},
+    }
+
+
+PARAMS = {
+    "embed": {"embedding": w(16, 8)},
+    "block_1": block(),
+    "block_2": block(),
+    "block_10": block(),
+    "steps": w(2, 2, dtype=jnp.int32),
+}
+KERNELS = [
+    f"block_{i}/{kernel}/kernel"
+    for i in (1, 2, 10)
+    for kernel in ("attn/query", "attn/out", "mlp/wi")
+]
+
+
+def weights(params):
+    """The paths of the adapted weights."""
+    leaves = {path_name(path) for path in flatten(params)}
+    found = set()
+    for name in leaves:
+        if name.endswith("/lora_a"):
+            module = name.removesuffix("lora_a")
+            found |= leaves & {f"{module}kernel", f"{module}embedding"}
+        elif name.endswith("_lora_a"):
+            found.add(name.removesuffix("_lora_a"))
+    return found
+
+
+def only(*parts):
+    return {name for name in KERNELS if any(part in name for part in parts)}
+
+
+GATES = {f"block_{i}/mlp/gate" for i in (1, 2, 10)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (None, set(KERNELS)),
+        ("query", only("query")),
+        ("/query/", only("query")),
+        ("kernel", set(KERNELS)),
+        ("quer", None),
+        ("uery", None),
+        ("block_1", only("block_1/") | {"block_1/mlp/gate"}),
+        ("block_1*/attn", only("block_1/attn", "block_10/attn")),
+        ("block_[12]/attn", only("block_1/attn", "block_2/attn")),
+        ("block_?/attn/q*", only("block_1/attn/q", "block_2/attn/q")),
+        ("attn/*/kernel", only("attn")),
+        ("block_2/*/kernel", only("block_2")),
+        ("mlp/*", only("mlp") | GATES),
+        ("gate", GATES),
+        ("embedding", {"embed/embedding"}),
+        (["query", "embed"], only("query") | {"embed/embedding"}),
+        (("out", "out/kernel"), only("out")),
+        ("*", {*KERNELS, *GATES, "embed/embedding"}),
+        (lambda path, x: path.endswith("mlp/wi/kernel"), only("wi")),
+        (lambda path, x: x.shape == (16, 8), {"embed/embedding"}),
+        (lambda path, x: True, {*KERNELS, *GATES, "embed/embedding"}),
+    ],
+)
+def test_a_pattern_selects_whole_components(targets, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match=f"No weight matches '{targets}'"):
+            lj.lorafy(PARAMS, 2, targets=targets)
+    else:
+        assert weights(lj.lorafy(PARAMS, 2, targets=targets)) == expected
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        ("attn", only("mlp")),
+        (["query", "block_1*"], only("block_2/attn/out", "block_2/mlp")),
+        (lambda path, x: len(x.shape) == 3, only("mlp")),
+        ([], set(KERNELS)),
+        ("embed", set(KERNELS)),
+    ],
+)
+def test_exclude_wins(exclude, expected):
+    assert weights(lj.lorafy(PARAMS, 2, exclude=exclude)) == expected
+
+
+def test_targets_see_the_array_without_its_box():
+    boxed = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+    seen = []
+    lj.lorafy(boxed, 1, targets=lambda path, x: not seen.append((path, x.shape)))
+    assert seen == [("kernel", (4, 3))]
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "targets", "expected"),
+    [
+        (2, None, "query", {"query": (2, 1.0)}),
+        (4, 8, "query", {"query": (4, 2.0)}),
+        (4, 0.5, "query", {"query": (4, 0.125)}),
+        (np.int64(4), np.float32(8), "query", {"query": (4, 2.0)}),
+        ({"query": 4, "out": 2}, None, None, {"query": (4, 1.0), "out": (2, 1.0)}),
+        ({"query": 4, "attn": 2}, 8, None, {"query": (4, 2.0), "out": (2, 4.0)}),
+        ({"attn": 4}, {"query": 8}, None, {"query": (4, 2.0), "out": (4, 1.0)}),
+        (4, {"query": 8, "attn": 2}, "attn", {"query": (4, 2.0), "out": (4, 0.5)}),
+        (4, {}, "query", {"query": (4, 1.0)}),
+        ({"*": 2}, None, "out", {"out": (2, 1.0)}),
+    ],
+)
+def test_rank_and_alpha_by_pattern_first_match_wins(rank, alpha, targets, expected):
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), block())
+    params = lj.lorafy(zeros, rank, alpha=alpha, targets=targets)
+    leaves = flatten(params)
+    found = {}
+    for path, scale in leaves.items():
+        if path[-1] == "lora_scale":
+            a, b = (leaves[*path[:-1], part] for part in ("lora_a", "lora_b"))
+            assert a.shape[-1] == b.shape[0]
+            found[path[-2]] = (a.shape[-1], float(scale))
+    assert found == expected
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
+def test_rslora_divides_by_the_root_of_the_rank(rslora, scale):
+    zeros = {"kernel": np.zeros((8, 8), np.float32)}
+    params = lj.lorafy(zeros, 4, alpha=16, rslora=rslora)
+    assert params["lora_scale"].shape == ()
+    assert params["lora_scale"] == scale
+
+
+NAMED = {  # name: (module, kernel, bias or None, inputs of A, outputs of B)
+    "query": ("query", (8, 2, 4), None, (8,), (2, 4)),
+    "key with a bias": ("Key", (8, 2, 4), (2, 4), (8,), (2, 4)),
+    "value of 4": ("value", (8, 3, 2, 2), (3, 2, 2), (8,), (3, 2, 2)),
+    "out": ("out", (2, 4, 8), None, (2, 4), (8,)),
+    "out with a bias": ("out", (2, 4, 8), (8,), (2, 4), (8,)),
+    "out of 4": ("out", (2, 2, 2, 8), (8,), (2, 2, 2), (8,)),
+    "conv": ("Conv_0", (3, 3, 4, 8), (8,), (3, 3, 4), (8,)),
+    "conv without a bias": ("conv1", (3, 3, 4, 8), None, (3, 3, 4), (8,)),
+    "1-D conv": ("conv", (3, 4, 8), None, (3, 4), (8,)),
+    "3-D conv": ("ConvTranspose_1", (2, 2, 2, 4, 8), None, (2, 2, 2, 4), (8,)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_flax_names_tell_inputs_from_outputs(name):
+    module, kernel, bias, inputs, outputs = NAMED[name]
+    leaves = {"kernel": w(*kernel)} | ({"bias": w(*bias)} if bias else {})
+    params = lj.lorafy({module: leaves}, 2)
+    assert params[module]["lora_a"].shape == (*inputs, 2)
+    assert params[module]["lora_b"].shape == (2, *outputs)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "shape", "bias"),
+    [
+        ("dense", "kernel", (3, 8, 8), None),  # heads, or a stack of layers?
+        ("query", "kernel", (3, 8, 8), (3, 8)),  # a stack: its bias is one as well
+        ("query", "kernel", (3, 8, 2, 4), None),
+        ("out", "kernel", (3, 8, 8), (3, 8)),
+        ("out", "kernel", (3, 2, 4, 8), None),
+        ("Conv_0", "kernel", (3, 3, 3, 4, 8), (3, 8)),
+        ("embed", "embedding", (3, 16, 8), None),
+        ("experts", "w", (3, 8, 8), None),
+    ],
+)
+def test_undecided_dimensions_are_an_error_that_says_what_to_write(
+    module, name, shape, bias
+):
+    params = {module: {name: w(*shape)} | ({"bias": w(*bias)} if bias else {})}
+    path = f"{module}/{name}"
+    match = f"'{path}', of shape .*axes=find_axes.*axes={{'{path}': Axes.*exclude="
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, 2, targets="*")
+    axes = {path: lj.Axes((0,), (1,), tuple(range(2, len(shape))))}
+    assert weights(lj.lorafy(params, 2, targets="*", axes=axes)) == {path}
+
+
+def test_axes_overrule_the_names():
+    params = {"query": {"kernel": w(3, 8, 6)}}
+    axes = {"query/kernel": ((0,), [1], (2,))}
+    assert lj.lorafy(params, 2, axes=axes)["query"]["lora_a"].shape == (3, 8, 2)
+
+
+def test_axes_may_name_more_than_the_targets():
+    axes = {"block_1/attn/query/kernel": lj.Axes((), (0,), (1, 2))}
+    assert weights(lj.lorafy(PARAMS, 2, targets="wi", axes=axes)) == only("wi")
+
+
+@pytest.mark.parametrize(
+    ("n_in", "n_out"), [(5, 5), (3, 7), (7, 3), (1, 4)], ids=lambda n: str(n)
+)
+def test_the_rank_may_be_full_but_no_more(n_in, n_out):
+    params, full = {"m": {"kernel": w(n_in, n_out)}}, min(n_in, n_out)
+    assert lj.lorafy(params, full)["m"]["lora_a"].shape == (n_in, full)
+    match = (
+        f"rank {full + 1} is above the full rank of 'm/kernel'.*{n_in} inputs and "
+        f"{n_out} outputs. Write rank={full} or less.*exclude="
+    )
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, full + 1)
+
+
+@pytest.mark.parametrize("name", ["targets", "exclude", "rank", "alpha"])
+@pytest.mark.parametrize(
+    ("typo", "close", "better"),
+    [
+        ("qury", "block_1/attn/query/kernel", "query"),
+        ("atn/*/kernel", "block_1/attn/query/kernel", "attn/*/kernel"),
+        ("Attn", "block_1/attn/query/kernel", "attn"),
+        ("block_3/atn", "block_2/attn/query/kernel", "block_2/attn"),
+        ("attn/block_1", "block_1/", None),
+        ("bias", "/", None),
+        ("steps", "/", None),
+        ("zzz", "/", None),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_near_misses(name, typo, close, better):
+    options = {
+        "targets": {"rank": 2, "targets": ["query", typo]},
+        "exclude": {"rank": 2, "exclude": typo},
+        "rank": {"rank": {"query": 2, typo: 2}},
+        "alpha": {"rank": 2, "alpha": {typo: 2}},
+    }[name]
+    with pytest.raises(
+        ValueError, match=f"No weight matches '{re.escape(typo)}' of {name}"
+    ) as error:
+        lj.lorafy(PARAMS, **options)
+    message = str(error.value)
+    near = re.findall("'(.*?)'", message.partition("Close: ")[2].partition(". ")[0])
+    assert 1 <= len(near) <= 6
+    assert set(near) <= {*KERNELS, *GATES, "embed/embedding"}
+    assert close in near[0]
+    if better is None:
+        assert "A weight is floating, has 2 or more dimensions" in message
+    elif name in ("targets", "exclude"):
+        assert f"Write {name}=['{better}']." in message
+    else:
+        assert f"Write {name}={{'{better}': ...}}." in message
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1, found 0"),
+        ({"rank": -3}, "at least 1, found -3"),
+        ({"rank": 2.0}, "whole number of at least 1, found 2.0"),
+        ({"rank": True}, "found True"),
+        ({"rank": None}, "found None"),
+        ({"rank": "8"}, "found '8'"),
+        ({"rank": {"query": 0}}, "rank must be .* found 0"),
+        ({"rank": {"query": {"query": 2}}}, "rank must be .* found {'query': 2}"),
+        ({"rank": {}}, "rank is an empty mapping. Write rank={pattern: number}"),
+        ({"rank": {"query": 2}, "targets": "attn"}, "target 'block_1/attn/out/kernel'"),
+        ({"rank": {"attn": 2, "query": 4}}, "rank of 'query' is never used.*before"),
+        ({"rank": {"query": 2, "/query/": 4}}, "rank has one pattern twice"),
+        ({"rank": {"": 2}}, "rank takes patterns of paths, found ''"),
+        ({"alpha": 0}, "alpha must be a finite number above 0, found 0"),
+        ({"alpha": -1.0}, "above 0, found -1.0"),
+        ({"alpha": math.nan}, "finite number above 0, found nan"),
+        ({"alpha": math.inf}, "found inf"),
+        ({"alpha": True}, "found True"),
+        ({"alpha": "16"}, "found '16'"),
+        ({"alpha": {"query": 0}}, "alpha must be .* found 0"),
+        ({"alpha": {"query": None}}, "alpha must be .* found None"),
+        ({"alpha": {"query": {"query": 2}}}, "alpha must be .* found {'query': 2}"),
+        ({"alpha": {"attn": 2, "query": 4}}, "alpha of 'query' is never used"),
+        ({"targets": ""}, "targets takes patterns of paths, found ''"),
+        ({"targets": ["query", "/"]}, "targets takes patterns of paths, found '/'"),
+        ({"targets": [None]}, "targets takes patterns of paths, found None"),
+        ({"exclude": ""}, "exclude takes patterns of paths, found ''"),
+        ({"targets": []}, "nothing to adapt.*selected"),
+        ({"targets": lambda path, x: False}, "nothing to adapt.*selected"),
+        ({"exclude": "*"}, "nothing to adapt.*named kernel and not excluded"),
+        ({"axes": {"attn": ((), (0,), (1,))}}, "'attn', which is no path.*Close: 'bl"),
+        ({"axes": {"embed/embedding": ((), (0,), (0,))}}, "each of its 2 dim.*once"),
+        ({"axes": {"embed/embedding": ((), (0,), (2,))}}, "each of its 2 dimensions"),
+        ({"axes": {"embed/embedding": ((0,), (1,), ())}}, "an input and one an output"),
+        ({"axes": {"embed/embedding": ((0,), (), (1,))}}, "an input and one an output"),
+        ({"axes": {"embed/embedding": ((0,), (1,))}}, "each of its 2 dimensions"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_options_out_of_range_say_so(options, match):
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(PARAMS, **{"rank": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("params", "targets", "match"),
+    [
+        ({"m": {"w": w(4, 4)}}, None, r"named kernel.*Weights: 'm/w'.*targets=\["),
+        ({"m": {"bias": w(4, 4)}}, lambda *_: True, "nothing to adapt"),
+        ({"m": {"scale": w(4, 4)}}, lambda *_: True, "nothing to adapt"),
+        ({}, None, "nothing to adapt"),
+        ({"m": {"kernel": w(4)}}, None, "nothing to adapt"),
+        ({"m": {"kernel": w(4, 4, dtype=jnp.int8)}}, None, "nothing to adapt"),
+        (
+            {"m": {"kernel": w(4, 4), "embedding": w(4, 4)}},
+            "m",
+            "'m' holds a kernel an",
+        ),
+        ({"m": {"kernel": w(4, 4), "embedding": w(4, 4)}}, "embedding", "'m' holds a"),
+        ({"m": {0: w(4, 4)}}, "m", "'m/0'"),
+        ({"m": [w(4, 4)]}, "m", "m is a list.*a mapping of its own"),
+    ],
+)
+def test_trees_that_cannot_be_adapted_say_why(params, targets, match):
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, 2, targets=targets)
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "w"])
+def test_an_adapted_weight_is_refused_by_path(leaf):
+    once = lj.lorafy({"m": {leaf: w(4, 4)}, "n": {leaf: w(4, 4)}}, 2, targets="m")
+    match = f"'m/{leaf}' already has an adapter. .*strip.*merge.*exclude="
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(once, 2, targets=leaf)
+    assert weights(lj.lorafy(once, 2, targets="n")) == {f"m/{leaf}", f"n/{leaf}"}
+
+
+def test_checks_come_before_any_array():
+    def init(*_):
+        raise AssertionError("an array was drawn")
+
+    params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2)}}
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+    with pytest.raises(ValueError, match="full rank of 'b/kernel'"):
+        lj.lorafy(params, 3, init=init)
