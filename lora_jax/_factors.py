@@ -75,12 +75,18 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
     return found
 
 
+def without_adapters(leaves: dict[Path, Any]) -> dict[Path, Any]:
+    """The plain tree's leaves; the same errors as `find_adapters`."""
+    gone = {part for adapter in find_adapters(leaves).values() for part in adapter}
+    return {path: leaf for path, leaf in leaves.items() if path not in gone}
+
+
 def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> None:
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
             raise ValueError(
                 f"The adapter of {path_name(weight)!r} is broken: "
-                f"{path_name(path)!r} is missing. Pass the whole tree, or "
+                f"{path_name(path)!r} is missing, or no array. Pass the whole tree, or "
                 "combine(adapters, base) if it was split."
             )
     shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
@@ -131,6 +137,18 @@ def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple) -> Axes:
     return Axes(dims[:batch], dims[batch : len(a) - 1], dims[len(a) - 1 :])
 
 
+class Label(str):
+    """A weight's name, for messages. All are equal, so that no name ever recompiles."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
@@ -140,7 +158,7 @@ class Factors:
     a: jax.Array
     b: jax.Array
     scale: jax.Array
-    name: str = dataclasses.field(default="", metadata={"static": True})
+    name: Label = dataclasses.field(default=Label(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,7 +185,7 @@ def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
         n if n == i == o else 1
         for n, i, o in zip(w.shape, a.shape[:-1], b.shape[:-1], strict=True)
     )
-    return Factors(w, a, b, jnp.reshape(scale, tuple(sizes)), name)
+    return Factors(w, a, b, jnp.reshape(scale, tuple(sizes)), Label(name))
 
 
 def delta(f: Factors) -> jax.Array:

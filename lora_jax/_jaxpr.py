@@ -6,6 +6,7 @@ closed) is settled here, through `jax.extend.core` alone.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,9 @@ from jax.extend import core
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
 CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
+    "closed_call": "call_jaxpr",  # up to 0.10
+    "eval_jaxpr": "call_jaxpr",  # the same in 0.12
     "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
@@ -74,7 +73,11 @@ def evaluate(
         for v in set(_variables(eqn.invars)):
             if last_use[v] == i and v not in kept:
                 del values[v]
-        values |= zip(eqn.outvars, apply(i, eqn, operands), strict=True)
+        scope = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
+            results = apply(i, eqn, operands)
+        pairs = zip(eqn.outvars, results, strict=True)
+        values |= ((v, x) for v, x in pairs if v in last_use or v in kept)
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -82,8 +85,7 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is on other operands, with its own derivative rules."""
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
-    with eqn.ctx.manager:
-        out = eqn.primitive.bind(*functions, *args, **params)
+    out = eqn.primitive.bind(*functions, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -1,12 +1,14 @@
 """The same function on adapted parameters: traced once, evaluated on the factors."""
 
 import functools
+import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from lora_jax._factors import Factors, align, find_adapters
+from lora_jax._factors import Factors, align, find_adapters, without_adapters
 from lora_jax._jaxpr import trace, used_inputs
 from lora_jax._rules import Run, plain, run_jaxpr
 from lora_jax._tree import flatten, is_array, leaf_order, path_name, unbox, unflatten
@@ -39,8 +41,10 @@ def lora(
         "allow" the same in silence, or "error".
 
     Returns:
-      A function of the same arguments, and of an optional `dropout_key`. Arrays among
-      the arguments are traced; anything else is passed through as it is, in and out.
+      A function of the same arguments, and of an optional `dropout_key`, which `fn`
+      gets too if it has such a parameter. Arrays among the arguments are traced;
+      anything else is passed through as it is, in and out. Each call outside of `jit`
+      traces `fn` again, as with `jax.grad`: put `jit` around it.
 
     Raises:
       ValueError: If an option is not one of those above. When called: if the parameters
@@ -59,11 +63,15 @@ def lora(
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
       https://arxiv.org/abs/2106.09685
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    several = isinstance(argnums, Sequence)
+    positions = tuple(map(operator.index, argnums if several else [argnums]))
     _check_options(positions, dropout, unused, materialize)
+    shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)
     def adapted(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+        if shares_key:
+            kwargs["dropout_key"] = dropout_key
         key = dropout_key if dropout else None
         run = Run(materialize, float(dropout), key)
         return _call(fn, args, kwargs, positions, unused, run)
@@ -84,7 +92,7 @@ def _call(
         if not -len(args) <= position < len(args):
             raise TypeError(
                 f"argnums={position} names no argument: the call has {len(args)} "
-                "positional. Pass the parameters by position."
+                "positional. Pass the parameters by position, not by keyword."
             )
         base[position], found = _take_apart(args[position])
         factors.append((position % len(args), found))
@@ -120,12 +128,10 @@ def _take_apart(params: Any) -> tuple[Any, dict[int, Factors]]:
     """The plain tree, and the `Factors` in place of some of its `jax.tree.leaves`."""
     leaves = flatten(params)
     factors = {}
-    adapters = find_adapters(leaves)
-    for weight, paths in adapters.items():
+    for weight, paths in find_adapters(leaves).items():
         parts = (unbox(leaves[path]) for path in (weight, *paths))
         factors[weight] = align(*parts, name=path_name(weight))
-    gone = {path for paths in adapters.values() for path in paths}
-    base = unflatten(params, {p: leaf for p, leaf in leaves.items() if p not in gone})
+    base = unflatten(params, without_adapters(leaves))
     order = enumerate(leaf_order(base))
     return base, {i: factors[path] for i, path in order if path in factors}
 
@@ -143,6 +149,13 @@ def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:
             "adapter there would learn nothing. Leave them out, lorafy(params, rank, "
             "exclude=[...]), or write lora(fn, unused='ignore')."
         )
+
+
+def _has_parameter(fn: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return False
 
 
 def _check_options(

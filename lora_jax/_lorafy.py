@@ -85,32 +85,33 @@ def lorafy(
     leaves = flatten(params)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
     key = jax.random.key(0) if key is None else key
+    # Each new leaf must find its place before any array is made.
+    parts = [part for path in plans for part in adapter_of(path)]
+    unflatten(params, leaves | dict.fromkeys(parts))
     new: dict[Path, Any] = {}
-    for path, (r, weight_alpha, axes) in plans.items():
-        leaf = leaves[path]
-        w = unbox(leaf)
-        kind = wider(w.dtype) if dtype is None else dtype
+    for path, (r, weight_alpha, dims) in plans.items():
+        w = unbox(leaves[path])
+        factor_dtype = wider(w.dtype) if dtype is None else dtype
         scale = weight_alpha / (math.sqrt(r) if rslora else r)
         path_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
         fills = (
-            (functools.partial(_draw, w.shape, axes, r, init, kind, path_key), kind),
-            (functools.partial(jnp.zeros, dtype=kind), kind),
-            (functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32), None),
+            functools.partial(_draw, w.shape, dims, r, init, factor_dtype, path_key),
+            functools.partial(jnp.zeros, dtype=factor_dtype),
+            functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32),
         )
-        sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
-        all_dims = factor_dims(axes, w.shape, aligned=not axes.standard)
-        for part, dims, (fill, kind) in zip(
-            adapter_of(path), all_dims, fills, strict=True
+        dtypes = (factor_dtype, factor_dtype, jnp.float32)
+        all_dims = factor_dims(dims, w.shape, aligned=not dims.standard)
+        for part, own, fill, kind in zip(
+            adapter_of(path), all_dims, fills, dtypes, strict=True
         ):
-            shape = tuple(sizes[d] for d in dims)
+            sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
+            shape = tuple(sizes[d] for d in own)
             if isinstance(w, jax.ShapeDtypeStruct):
-                sharding = _sharding(w, dims)
-                value = jax.ShapeDtypeStruct(
-                    shape, kind or jnp.float32, sharding=sharding
-                )
+                sharding = _sharding(w, own)
+                value = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
             else:
-                value = place(fill(shape), dims, w)
-            new[part] = box(value, dims, leaf)
+                value = place(fill(shape), own, w)
+            new[part] = box(value, own, leaves[path])
     return unflatten(params, leaves | new)
 
 
@@ -125,7 +126,8 @@ def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter
             ]
             for others in (axes.outputs, axes.inputs)
         )
-        return Adapter((*in_a, RANK), (*in_b, RANK), axes.batch)
+        batch = tuple(n if shape[n] > 1 else ABSENT for n in axes.batch)
+        return Adapter((*in_a, RANK), (*in_b, RANK), batch)
     a = (*axes.batch, *axes.inputs, RANK)
     return Adapter(a, (*axes.batch, RANK, *axes.outputs), axes.batch)
 

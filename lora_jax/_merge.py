@@ -2,8 +2,15 @@
 
 from typing import Any
 
-from lora_jax._factors import align, find_adapters, materialize
-from lora_jax._tree import Path, flatten, rebox, unbox, unflatten
+import jax
+
+from lora_jax._factors import (
+    align,
+    find_adapters,
+    materialize,
+    without_adapters,
+)
+from lora_jax._tree import flatten, rebox, unbox, unflatten
 
 
 def merge(params: Any) -> Any:
@@ -31,8 +38,14 @@ def merge(params: Any) -> Any:
     merged = {}
     for weight, adapter in find_adapters(leaves).items():
         parts = (unbox(leaves[path]) for path in (weight, *adapter))
-        merged[weight] = rebox(leaves[weight], materialize(align(*parts)))
+        merged[weight] = rebox(leaves[weight], _merged(*parts))
     return unflatten(params, without_adapters(leaves) | merged)
+
+
+def _merged(*parts: Any) -> Any:
+    whole = lambda *parts: materialize(align(*parts))
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in parts)
+    return jax.eval_shape(whole, *parts) if abstract else whole(*parts)
 
 
 def strip(params: Any) -> Any:
@@ -53,11 +66,4 @@ def strip(params: Any) -> Any:
       >>> lj.strip(lj.lorafy(base, rank=2))["kernel"] is base["kernel"]
       True
     """
-    leaves = flatten(params)
-    find_adapters(leaves)
-    return unflatten(params, without_adapters(leaves))
-
-
-def without_adapters(leaves: dict[Path, Any]) -> dict[Path, Any]:
-    gone = {part for adapter in find_adapters(leaves).values() for part in adapter}
-    return {path: leaf for path, leaf in leaves.items() if path not in gone}
+    return unflatten(params, without_adapters(flatten(params)))

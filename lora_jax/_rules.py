@@ -8,6 +8,7 @@ materialised for this one use, which is slower and never wrong.
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 import weakref
@@ -65,7 +66,7 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 def _plain(run: Run, f: Factors, cause: str) -> jax.Array:
     in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
     if in_a <= in_b or in_b <= in_a:
-        return materialize(f)  # some rows or columns: a thin product, not a weight
+        return materialize(f)  # a row, a column, or some: no dearer than a product
     problem = f"{f.name!r} meets {cause!r}, which needs the whole weight"
     if run.materialize == "error":
         raise ValueError(
@@ -151,6 +152,26 @@ def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return _maybe(_factors.cut(f, w, cut))
 
 
+def _split(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    if 0 in sizes:
+        return None
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        _factors.cut(
+            f,
+            w,
+            lambda x, present, start=start, size=size: (
+                lax.slice_in_dim(x, start, start + size, axis=axis)
+                if axis in present
+                else x
+            ),
+        )
+        for w, start, size in zip(bind(eqn, [f.w]), starts, sizes, strict=False)
+    ]
+
+
 def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (f,) = operands
     axes = eqn.params["axes"]
@@ -174,9 +195,10 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     if swapped and eqn.primitive.name == "div":
         return None
     (w,) = bind(eqn, [x if x is not f else f.w for x in operands])
-    numbers = [jnp.asarray(x, f.scale.dtype) for x in numbers]
+    dtype = _factors.wider(f.scale.dtype, f.dtype)
+    numbers = [jnp.asarray(x, dtype) for x in numbers]
     operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
-    scale = operation[eqn.primitive.name](f.scale, *numbers)
+    scale = operation[eqn.primitive.name](f.scale.astype(dtype), *numbers)
     return [dataclasses.replace(f, w=w, scale=scale)]
 
 
@@ -190,11 +212,10 @@ def _maybe(f: Factors | None) -> list[Factors] | None:
 def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     lhs, rhs = operands
     if isinstance(lhs, Factors) and isinstance(rhs, Factors):
-        smaller = min(operands, key=lambda f: f.w.size)
-        operands = [
-            _plain(run, x, "dot_general") if x is smaller else x for x in operands
-        ]
-        lhs, rhs = operands
+        if lhs.w.size < rhs.w.size:
+            lhs = _plain(run, lhs, "dot_general")
+        else:
+            rhs = _plain(run, rhs, "dot_general")
     swap = isinstance(lhs, Factors)
     x, f = (rhs, lhs) if swap else (lhs, rhs)
     return [_ops.dot_general(x, f, swap=swap, drop=_dropout(run), **eqn.params)]
@@ -208,8 +229,8 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     named = eqn.params["dimension_numbers"].start_index_map
     if all(d in _factors.present(f.scale[..., None]) for d in named):
         return [found]  # one layer, or expert, of a stack: a weight still
-    # The rows of an embedding. The plain function forms them too, so that adding the
-    # thin product to them takes no more memory.
+    # The rows of an embedding. The plain function forms as many numbers, so that adding
+    # the thin product to them takes no more memory.
     return [materialize(found)]
 
 
@@ -439,8 +460,9 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     init = plain(run, init, "while")
 
     def cond(state):
-        _, carry = state
-        (go,) = run_jaxpr(run, params["cond_jaxpr"], [*cond_consts, *carry])
+        key, carry = state
+        here = run._replace(key=key)
+        (go,) = run_jaxpr(here, params["cond_jaxpr"], [*cond_consts, *carry])
         return go
 
     def body(state):
@@ -466,19 +488,19 @@ def _cond(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 RULES: dict[str, Callable[[Run, Any, list[Any]], list[Any] | None]] = {
     "convert_element_type": _on_weight,
     "copy": _on_weight,
-    "copy_p": _on_weight,
     "reduce_precision": _on_weight,
     "sharding_constraint": _on_weight,
+    "reshard": _on_weight,
     "stop_gradient": _on_each,
     "name": _on_each,
     "optimization_barrier": _on_each,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _reshape,
-    "expand_dims": _reshape,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "split": _split,
     "reduce_sum": _reduce_sum,
     "neg": _scaled,
     "mul": _scaled,
@@ -488,9 +510,7 @@ RULES: dict[str, Callable[[Run, Any, list[Any]], list[Any] | None]] = {
     "conv_general_dilated": _conv,
     **dict.fromkeys(CALLS, _inline),
     "jit": _jit,
-    "pjit": _jit,
     "remat2": _remat,
-    "checkpoint": _remat,
     "custom_jvp_call": _custom_jvp,
     "custom_vjp_call": _custom_vjp,
     "scan": _scan,

@@ -90,7 +90,9 @@ def matches(pattern: str, path: Path) -> bool:
 
 def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
     """One pattern or several, as a tuple of non-empty strings."""
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = (patterns,)
+    patterns = tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.strip("/"):
             raise ValueError(f"{name} takes patterns of paths, found {pattern!r}.")
@@ -120,7 +122,7 @@ def axes_of(path: Path, leaves: dict[Path, Any]) -> Axes:
         bias = unbox(leaves.get((*path[:-1], "bias")))
         first = module in ("query", "key", "value")
         last = module == "out" or module.startswith("conv")
-        known = n == 3 or module.startswith("conv")
+        known = module.startswith("conv") or (n == 3 and _has_heads(path, leaves))
         if first and (known if bias is None else bias.shape == shape[1:]):
             return Axes((), (0,), tuple(range(1, n)))
         if last and (known if bias is None else bias.shape == shape[-1:]):
@@ -132,6 +134,14 @@ def axes_of(path: Path, leaves: dict[Path, Any]) -> Axes:
         f"axes={{{path_name(path)!r}: Axes(batch, inputs, outputs)}}, "
         "or leave it out: exclude=[...]."
     )
+
+
+def _has_heads(path: Path, leaves: dict[Path, Any]) -> bool:
+    """Whether query and out, if both are there, agree on heads: a stack's do not."""
+    query, out = (
+        unbox(leaves.get((*path[:-2], name, "kernel"))) for name in ("query", "out")
+    )
+    return query is None or out is None or query.shape[1:] == out.shape[:-1]
 
 
 def _choose(
@@ -223,7 +233,7 @@ def _check_positive(alpha: Any) -> float:
 
 
 def _check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Axes]:
-    names = {path_name(path): path for path in leaves}
+    names = {path_name(p): p for p, leaf in leaves.items() if is_array(unbox(leaf))}
     checked = {}
     for name, dims in axes.items():
         if name not in names:
@@ -295,4 +305,5 @@ def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
 
 def _listed(names: Sequence[Any]) -> str:
     names = [n if isinstance(n, str) else path_name(n) for n in names]
-    return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+    listed = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+    return listed or "there is none"

@@ -192,7 +192,10 @@ def test_adapters_are_found_by_name():
             {"lora_b": None},
             "The adapter of 'm/kernel' is broken: 'm/lora_b' is missing",
         ),
-        ({"kernel": None}, "'m/kernel' is missing. Pass the whole tree, or combine"),
+        (
+            {"kernel": None},
+            "'m/kernel' is missing, or no array. Pass the whole tree, or combine",
+        ),
         ({"lora_a": normal((5, 2))}, r"'m/kernel' does not fit: lora_a \(5, 2\)"),
         ({"embedding": normal((4, 5))}, "'m/lora_a' belongs to no weight: found 2 of"),
         ({"w_lora_a": normal((4, 2))}, "'m/w_lora_a' belongs to no weight: found 0 of"),

@@ -190,6 +190,7 @@ FACTORED = {
     "layer by layer": layer_by_layer,
     "chosen layer": chosen_layer,
     "expert of each example": per_example_expert,
+    "fused": lambda p, x: (x @ jnp.split(p["w"], [1], axis=1)[1]) * 2.0,
     "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
     "convolution": convolution,
     "jit": jax.jit(lambda p, x: jnp.sin(x @ p["w"])),
@@ -214,6 +215,7 @@ MATERIALIZED = {
     "elementwise": lambda p, x: x @ jnp.tanh(p["w"]),
     "sorted": lambda p, x: jnp.sort(p["w"], axis=0),
     "two weights": lambda p, x: x @ (p["w"] @ p["table"].T),
+    "squared": lambda p, x: x @ (p["w"] @ p["w"]),
     "concatenated": lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], axis=1),
     "in and out merged": lambda p, x: p["w"].reshape(-1),
     "returned": lambda p, x: p["w"],
@@ -402,6 +404,7 @@ def test_argnums(randomized, close):
     fn = lambda x, p, q: x @ p["kernel"] @ q["kernel"]
     want = fn(X, lj.merge(p), lj.merge(q))
     close(lj.lora(fn, argnums=(1, 2))(X, p, q), want)
+    close(lj.lora(fn, argnums=np.array([1, 2])[0])(X, p, lj.merge(q)), want)
     close(lj.lora(fn, argnums=-1)(X, lj.merge(p), q), want)
     with pytest.raises(TypeError, match="argnums=3 names no argument: the call has 3"):
         lj.lora(fn, argnums=3)(X, p, q)
@@ -441,6 +444,32 @@ def test_unused_inside_calls_is_an_error(randomized):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         lj.lora(model, **options)
+
+
+def test_a_key_reaches_a_function_that_asks_for_it(params):
+    fn = lambda p, x, *, dropout_key=None: (x @ p["w"], dropout_key)
+    key = jax.random.key(0)
+    assert lora(fn)(params, X, dropout_key=key)[1] == key
+    assert lora(fn, dropout=0.5)(params, X)[1] is None
+
+
+def test_scopes_keep_their_names(params):
+    def fn(p, x):
+        with jax.named_scope("a_layer"):
+            return x @ p["w"]
+
+    text = jax.jit(lora(fn)).lower(params, X).as_text(debug_info=True)
+    assert "a_layer/dot_general" in text
+
+
+def test_equal_layers_share_one_compiled_function(params):
+    layer = jax.jit(lambda w, x: jnp.sin(x @ w))
+    fn = lambda p, x: layer(p["w"], layer(p["v"], x))
+    params = lj.lorafy({"w": jnp.ones((D, D)), "v": jnp.ones((D, D))}, 2, targets="*")
+    text = jax.jit(lj.lora(fn)).lower(params, X).as_text()
+    assert text.count("func.func") == jax.jit(fn).lower(
+        lj.strip(params), X
+    ).as_text().count("func.func")
 
 
 def test_no_adapters_is_an_error():

@@ -180,3 +180,8 @@ def test_a_broken_adapter_is_refused_by_path(use, part):
     match = "'m/lora_a' belongs to no weight" if part == "kernel" else f"'m/{part}' is"
     with pytest.raises(ValueError, match=match):
         use(adapted)
+
+
+def test_abstract_parameters_merge_to_abstract_ones():
+    base = {"m": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.bfloat16)}}
+    assert lj.merge(lj.lorafy(base, 2)) == base

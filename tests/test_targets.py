@@ -354,3 +354,22 @@ def test_checks_come_before_any_array():
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
     with pytest.raises(ValueError, match="full rank of 'b/kernel'"):
         lj.lorafy(params, 3, init=init)
+
+
+def test_a_stack_that_only_looks_like_heads_is_refused():
+    # Scanned layers of nn.Dense(use_bias=False): (layers, in, out), not (in, heads, d).
+    stack = {n: {"kernel": w(3, 4, 4)} for n in ("query", "key", "value", "out")}
+    with pytest.raises(ValueError, match=r"'attn/query/kernel', of shape .*axes=find"):
+        lj.lorafy({"attn": stack}, 2)
+    heads = {n: {"kernel": w(4, 3, 2)} for n in ("query", "key", "value")}
+    adapted = lj.lorafy({"attn": heads | {"out": {"kernel": w(3, 2, 4)}}}, 2)
+    assert adapted["attn"]["out"]["lora_a"].shape == (3, 2, 2)
+
+
+def test_a_selector_of_no_known_kind_is_refused():
+    with pytest.raises(ValueError, match="targets takes patterns of paths, found 3"):
+        lj.lorafy(PARAMS, 2, targets=3)
+    with pytest.raises(
+        ValueError, match=r"No weight matches 'w' of targets.*there is no"
+    ):
+        lj.lorafy({"bias": w(4)}, 2, targets="w")
