@@ -75,9 +75,11 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
     return found
 
 
-def without_adapters(leaves: dict[Path, Any]) -> dict[Path, Any]:
-    """The plain tree's leaves; the same errors as `find_adapters`."""
-    gone = {part for adapter in find_adapters(leaves).values() for part in adapter}
+def without_adapters(
+    leaves: dict[Path, Any], adapters: dict[Path, Adapter]
+) -> dict[Path, Any]:
+    """The plain tree's leaves: all but those that `find_adapters` found."""
+    gone = {part for adapter in adapters.values() for part in adapter}
     return {path: leaf for path, leaf in leaves.items() if path not in gone}
 
 

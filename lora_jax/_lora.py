@@ -11,7 +11,15 @@ import jax
 from lora_jax._factors import Factors, align, find_adapters, without_adapters
 from lora_jax._jaxpr import trace, used_inputs
 from lora_jax._rules import Run, plain, run_jaxpr
-from lora_jax._tree import flatten, is_array, leaf_order, path_name, unbox, unflatten
+from lora_jax._tree import (
+    flatten,
+    is_array,
+    leaf_order,
+    listed,
+    path_name,
+    unbox,
+    unflatten,
+)
 
 
 def lora(
@@ -128,26 +136,26 @@ def _take_apart(params: Any) -> tuple[Any, dict[int, Factors]]:
     """The plain tree, and the `Factors` in place of some of its `jax.tree.leaves`."""
     leaves = flatten(params)
     factors = {}
-    for weight, paths in find_adapters(leaves).items():
+    adapters = find_adapters(leaves)
+    for weight, paths in adapters.items():
         parts = (unbox(leaves[path]) for path in (weight, *paths))
         factors[weight] = align(*parts, name=path_name(weight))
-    base = unflatten(params, without_adapters(leaves))
+    base = unflatten(params, without_adapters(leaves, adapters))
     order = enumerate(leaf_order(base))
     return base, {i: factors[path] for i, path in order if path in factors}
 
 
 def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:
     idle = [
-        repr(f.name)
+        str(f.name)
         for f, use in zip(operands, used, strict=True)
         if isinstance(f, Factors) and not use
     ]
     if idle:
-        names = ", ".join(idle[:6]) + (", ..." if len(idle) > 6 else "")
         raise ValueError(
-            f"The function never uses {len(idle)} adapted weight(s): {names}. An "
-            "adapter there would learn nothing. Leave them out, lorafy(params, rank, "
-            "exclude=[...]), or write lora(fn, unused='ignore')."
+            f"The function never uses {len(idle)} adapted weight(s): {listed(idle)}. "
+            "An adapter there would learn nothing. Leave them out, "
+            "lorafy(params, rank, exclude=[...]), or write lora(fn, unused='ignore')."
         )
 
 

@@ -100,11 +100,11 @@ def lorafy(
             functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32),
         )
         dtypes = (factor_dtype, factor_dtype, jnp.float32)
+        sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
         all_dims = factor_dims(dims, w.shape, aligned=not dims.standard)
         for part, own, fill, kind in zip(
             adapter_of(path), all_dims, fills, dtypes, strict=True
         ):
-            sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
             shape = tuple(sizes[d] for d in own)
             if isinstance(w, jax.ShapeDtypeStruct):
                 sharding = _sharding(w, own)

@@ -36,10 +36,11 @@ def merge(params: Any) -> Any:
     """
     leaves = flatten(params)
     merged = {}
-    for weight, adapter in find_adapters(leaves).items():
+    adapters = find_adapters(leaves)
+    for weight, adapter in adapters.items():
         parts = (unbox(leaves[path]) for path in (weight, *adapter))
         merged[weight] = rebox(leaves[weight], _merged(*parts))
-    return unflatten(params, without_adapters(leaves) | merged)
+    return unflatten(params, without_adapters(leaves, adapters) | merged)
 
 
 def _merged(*parts: Any) -> Any:
@@ -66,4 +67,5 @@ def strip(params: Any) -> Any:
       >>> lj.strip(lj.lorafy(base, rank=2))["kernel"] is base["kernel"]
       True
     """
-    return unflatten(params, without_adapters(flatten(params)))
+    leaves = flatten(params)
+    return unflatten(params, without_adapters(leaves, find_adapters(leaves)))

@@ -8,7 +8,6 @@ materialised for this one use, which is slower and never wrong.
 
 import dataclasses
 import functools
-import itertools
 import math
 import warnings
 import weakref
@@ -127,14 +126,27 @@ def _slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (f,) = operands
     (w,) = bind(eqn, [f.w])
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    strides = eqn.params["strides"] or (1,) * f.ndim
+    return _maybe(_cut(f, w, starts, limits, eqn.params["strides"] or (1,) * f.ndim))
 
+
+def _split(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axis, ones = eqn.params["axis"], (1,) * f.ndim
+    starts, parts = [0] * f.ndim, []
+    for w in bind(eqn, [f.w]):
+        limits = [i + n for i, n in zip(starts, w.shape, strict=True)]
+        parts.append(_cut(f, w, tuple(starts), limits, ones))
+        starts[axis] = limits[axis]
+    return None if any(part is None for part in parts) else parts
+
+
+def _cut(f: Factors, w: jax.Array, starts: Any, limits: Any, strides: Any):
     def cut(x, present):
         for d in present:
             x = lax.slice_in_dim(x, starts[d], limits[d], strides[d], axis=d)
         return x
 
-    return _maybe(_factors.cut(f, w, cut))
+    return _factors.cut(f, w, cut)
 
 
 def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -150,26 +162,6 @@ def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return x
 
     return _maybe(_factors.cut(f, w, cut))
-
-
-def _split(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
-    if 0 in sizes:
-        return None
-    starts = itertools.accumulate(sizes, initial=0)
-    return [
-        _factors.cut(
-            f,
-            w,
-            lambda x, present, start=start, size=size: (
-                lax.slice_in_dim(x, start, start + size, axis=axis)
-                if axis in present
-                else x
-            ),
-        )
-        for w, start, size in zip(bind(eqn, [f.w]), starts, sizes, strict=False)
-    ]
 
 
 def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:

@@ -134,13 +134,12 @@ def load(path: str | os.PathLike[str], base: Any) -> Any:
     for name in header["also"]:
         value = tensors[name]
         leaf = leaves[_find(path, name, paths, leaves, value.shape)]
-        dtype = unbox(leaf).dtype
-        if value.dtype != dtype:
+        w = unbox(leaf)
+        if value.dtype != w.dtype:
             raise ValueError(
-                f"{path}: {name!r} was saved as {value.dtype}, and base has {dtype}. "
+                f"{path}: {name!r} was saved as {value.dtype}, and base has {w.dtype}. "
                 "Cast the base to the dtype that was trained."
             )
-        w = unbox(leaf)
         x = place(jnp.asarray(value), tuple(range(w.ndim)), w)
         new[paths[name]] = rebox(leaf, x)
     return unflatten(base, leaves | new)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lora_jax._factors import Axes, adapter_of, is_adapter
-from lora_jax._tree import Path, is_array, path_name, unbox
+from lora_jax._tree import Path, is_array, listed, path_name, unbox
 
 Patterns = str | Iterable[str]
 Selector = Patterns | Callable[[str, Any], bool]
@@ -98,7 +98,7 @@ def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
             raise ValueError(f"{name} takes patterns of paths, found {pattern!r}.")
     patterns = tuple(pattern.strip("/") for pattern in patterns)
     if len(set(patterns)) < len(patterns):
-        raise ValueError(f"{name} has one pattern twice, in {_listed(patterns)}.")
+        raise ValueError(f"{name} has one pattern twice, in {listed(patterns)}.")
     return patterns
 
 
@@ -163,7 +163,7 @@ def _choose(
         raise ValueError(
             "There is nothing to adapt: no floating weight of 2 or more dimensions is "
             f"{'named kernel' if targets is None else 'selected'} and not excluded. "
-            f"Weights: {_listed(weights)}. Write lorafy(params, rank, targets=[...])."
+            f"Weights: {listed(weights)}. Write lorafy(params, rank, targets=[...])."
         )
     return chosen
 
@@ -181,7 +181,6 @@ def _assign(
 ) -> dict[Path, Any]:
     """The value of the first pattern that matches each path; each must decide one."""
     patterns = as_patterns(values, name)
-    match_each(patterns, chosen, name)
     numbers = dict(zip(patterns, values.values(), strict=True))
     first = {
         path: next(p for p in patterns if matches(p, path))
@@ -240,7 +239,7 @@ def _check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, A
             close = difflib.get_close_matches(name, names, n=6, cutoff=0.0)
             raise ValueError(
                 f"axes names {name!r}, which is no path of the parameters. Close: "
-                f"{', '.join(map(repr, close))}. Pass the same tree to find_axes."
+                f"{listed(close)}. Pass the same tree to find_axes."
             )
         groups = [tuple(group) for group in dims]
         n = len(unbox(leaves[names[name]]).shape)
@@ -299,11 +298,5 @@ def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
         advice = "A leaf that trains is floating."
         if name != "also":
             advice = "A weight is floating, has 2 or more dimensions and is no bias."
-    found = f"No weight matches {pattern!r} of {name}. Close: {_listed(close)}. "
+    found = f"No weight matches {pattern!r} of {name}. Close: {listed(close)}. "
     return found + advice
-
-
-def _listed(names: Sequence[Any]) -> str:
-    names = [n if isinstance(n, str) else path_name(n) for n in names]
-    listed = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
-    return listed or "there is none"

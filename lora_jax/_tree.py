@@ -5,7 +5,7 @@ path is the tuple of the keys that lead to it, without the box.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,13 @@ def rebox(like: Any, value: Any) -> Any:
 
 def path_name(path: Path) -> str:
     return "/".join(map(str, path))
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Some names or paths for a message: six of them, then an ellipsis."""
+    names = [path_name(n) if isinstance(n, tuple) else n for n in names]
+    text = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
+    return text or "there is none"
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
