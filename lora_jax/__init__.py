@@ -6,6 +6,7 @@ The names stand in the order of the data flow; each file imports from those abov
 
 from lora_jax._factors import Axes as Axes
 from lora_jax._lorafy import lorafy as lorafy
+from lora_jax._axes import find_axes as find_axes
 from lora_jax._lora import lora as lora
 from lora_jax._layers import Conv as Conv
 from lora_jax._layers import Dense as Dense

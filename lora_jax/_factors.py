@@ -265,11 +265,11 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
     """A reshape that merges and splits dimensions of one kind."""
     if 0 in f.shape:
         return None
-    segments = list(_segments(f.shape, w.shape))
+    runs = list(segments(f.shape, w.shape))
 
     def sizes(x) -> list[int] | None:
         new_sizes = []
-        for old, new in segments:
+        for old, new in runs:
             have = [x.shape[d] for d in old]
             if have == [f.shape[d] for d in old]:
                 new_sizes += [w.shape[d] for d in new]
@@ -291,7 +291,7 @@ def cut(f: Factors, w: jax.Array, fn: Callable[[jax.Array, list[int]], jax.Array
     return view(f, w, lambda x: fn(x, present(x)))
 
 
-def _segments(old: tuple[int, ...], new: tuple[int, ...]):
+def segments(old: tuple[int, ...], new: tuple[int, ...]):
     """Pairs of runs of dimensions of equal size, as short as can be."""
     i = j = 0
     while i < len(old) or j < len(new):

@@ -5,12 +5,18 @@ A jaxpr is a list of equations over typed variables. What differs between releas
 closed) is settled here, through `jax.extend.core` alone.
 """
 
-from collections.abc import Callable, Sequence
+import math
+import os
+import sysconfig
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import flax
 import jax
 from jax.extend import core
+
+from lora_jax._tree import is_array
 
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
 CALLS = {
@@ -20,7 +26,13 @@ CALLS = {
     "remat2": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
+    "shard_map": "jaxpr",
 }
+
+# Where the frames of libraries are, which no user would call a place in the model.
+_LIBRARIES = tuple(os.path.dirname(module.__file__) for module in (jax, flax))
+_STANDARD = sysconfig.get_paths()["stdlib"]
+_HERE = os.path.dirname(__file__)
 
 
 class Trace(NamedTuple):
@@ -50,6 +62,26 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
         return jax.tree.unflatten(out_tree, leaves)
 
     return Trace(jaxpr, restore)
+
+
+def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any):
+    """Traces `fn(*args, **kwargs)` over the arrays among its arguments.
+
+    Returns:
+      The trace, and which of `jax.tree.leaves((args, kwargs))` it takes: the others
+      are no arrays, and reach `fn` as they are.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, x in enumerate(leaves) if is_array(x)]
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for i, x in zip(dynamic, arrays, strict=True):
+            filled[i] = x
+        args, kwargs = treedef.unflatten(filled)
+        return fn(*args, **kwargs)
+
+    return trace(flat, *(leaves[i] for i in dynamic)), dynamic
 
 
 def evaluate(
@@ -101,39 +133,168 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def manual_axes(eqn: Any) -> frozenset:
+    """The mesh axes that a `shard_map` maps over."""
+    new = eqn.params.get("newly_manual_axes")  # up to 0.10 it was `manual_axes`
+    return eqn.params["manual_axes"] if new is None else new
+
+
+def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of an equation's operands, and of its results."""
+    return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
+
+
+def place(eqn: Any) -> str:
+    """The line of the user's source that an equation stands for, as `file:line`.
+
+    The innermost frame, within the traced function, that is in no library: neither in
+    JAX or Flax nor in Python's own. If all are, the innermost that is not JAX's.
+    """
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    inside = []
+    for frame in frames:
+        if frame.file_name.startswith(_HERE):
+            break
+        inside.append(frame)
+    own = [frame for frame in inside if not _in_library(frame.file_name)]
+    flaxs = [frame for frame in inside if frame.file_name.startswith(_LIBRARIES[1:])]
+    for frame in (*own, *flaxs):
+        path = os.path.relpath(frame.file_name)
+        if path.startswith(os.pardir):
+            path = os.path.basename(path)
+        return f"{path}:{frame.line_num}"
+    return "?"
+
+
+def _in_library(file: str) -> bool:
+    standard = file.startswith(_STANDARD) and "site-packages" not in file
+    return standard or file.startswith((*_LIBRARIES, "<frozen"))
+
+
 def passed_on(jaxpr: Any, output: int, operand: int) -> bool:
-    """Whether an output is just that operand, untouched."""
+    """Whether an output is just that operand, untouched, through calls as well."""
     jaxpr, _ = _opened(jaxpr)
-    return jaxpr.outvars[output] is jaxpr.invars[operand]
+    v, target = jaxpr.outvars[output], jaxpr.invars[operand]
+    for eqn in reversed(jaxpr.eqns):
+        if v in eqn.outvars:
+            if eqn.primitive.name not in CALLS:
+                return False
+            n, inner = eqn.outvars.index(v), call_jaxpr(eqn)
+            sources = [i for i in range(len(eqn.invars)) if passed_on(inner, n, i)]
+            if not sources:
+                return False
+            v = eqn.invars[sources[0]]
+    return v is target
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]:
     """Which inputs the given outputs (all, if `None`) or an effect depend on."""
+
+    def operands(eqn, results):
+        return [any(results) or bool(eqn.effects)] * len(eqn.invars)
+
+    return _backward(jaxpr, outputs, operands)
+
+
+def leads_to(
+    jaxpr: Any, index: int, products: Container[str], views: Container[str]
+) -> bool:
+    """Whether a result of equation `index` meets one of the primitives `products`.
+
+    It may pass through `views` and through calls on its way there, but not out of the
+    jaxpr itself.
+    """
+
+    def operands(eqn, results):
+        name = eqn.primitive.name
+        hit = name in products or (name in views and any(results))
+        return [hit] * len(eqn.invars)
+
+    jaxpr, _ = _opened(jaxpr)
+    live: set[Any] = set()
+    for eqn in reversed(jaxpr.eqns[index + 1 :]):
+        live |= _live_operands(eqn, live, operands)
+    return any(v in live for v in jaxpr.eqns[index].outvars)
+
+
+def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Any) -> list[bool]:
+    """Which inputs matter, if these outputs do, by `rule(eqn, results) -> operands`."""
     jaxpr, _ = _opened(jaxpr)
     wanted = [True] * len(jaxpr.outvars) if outputs is None else outputs
     pairs = zip(jaxpr.outvars, wanted, strict=True)
     live = set(_variables(v for v, want in pairs if want))
     for eqn in reversed(jaxpr.eqns):
-        results = [v in live for v in eqn.outvars]
-        if not any(results) and not eqn.effects:
-            continue
-        used = _used_operands(eqn, results)
-        live.update(
-            _variables(v for v, use in zip(eqn.invars, used, strict=True) if use)
-        )
+        live |= _live_operands(eqn, live, rule)
     return [v in live for v in jaxpr.invars]
 
 
-def _used_operands(eqn: Any, results: list[bool]) -> list[bool]:
-    name = eqn.primitive.name
+def _live_operands(eqn: Any, live: set[Any], rule: Any) -> set[Any]:
+    name, results = eqn.primitive.name, [v in live for v in eqn.outvars]
     if name in CALLS:
-        return used_inputs(call_jaxpr(eqn), results)
+        used = _backward(call_jaxpr(eqn), results, rule)
+    elif name == "scan":
+        consts, carry = scan_counts(eqn)
+        used = _loop(eqn.params["jaxpr"], consts, carry, results, rule)
+    elif name == "while":
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        test = _backward(eqn.params["cond_jaxpr"], None, rule)
+        wanted = [any(pair) for pair in zip(results, test[n:], strict=True)]
+        body = _loop(eqn.params["body_jaxpr"], m, len(results), wanted, rule)
+        carry = [any(pair) for pair in zip(test[n:], body[m:], strict=True)]
+        used = [*test[:n], *body[:m], *carry]
+    elif name == "cond":
+        branches = [_backward(b, results, rule) for b in eqn.params["branches"]]
+        used = [True, *map(any, zip(*branches, strict=True))]
+    else:
+        used = rule(eqn, results)
+    return set(_variables(v for v, use in zip(eqn.invars, used, strict=True) if use))
+
+
+def _loop(
+    jaxpr: Any, n_consts: int, n_carry: int, results: Sequence[bool], rule: Any
+) -> list[bool]:
+    """The operands of a loop's body that matter, in this round or in a later one."""
+    while True:
+        used = _backward(jaxpr, results, rule)
+        carry = used[n_consts : n_consts + n_carry]
+        carry += [False] * (len(results) - n_carry)
+        wanted = [any(pair) for pair in zip(results, carry, strict=True)]
+        if wanted == list(results):
+            return used
+        results = wanted
+
+
+def flops(jaxpr: Any) -> int:
+    """The FLOPs of a jaxpr's products: two for each number multiplied and added.
+
+    The body of a `scan` counts as often as it runs, that of a `while` once.
+    """
+    jaxpr, _ = _opened(jaxpr)
+    return sum(_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: Any) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        return flops(call_jaxpr(eqn))
     if name == "scan":
-        return used_inputs(eqn.params["jaxpr"])
+        return params["length"] * flops(params["jaxpr"])
+    if name == "while":
+        return flops(params["cond_jaxpr"]) + flops(params["body_jaxpr"])
     if name == "cond":
-        branches = [used_inputs(branch, results) for branch in eqn.params["branches"]]
-        return [True, *map(any, zip(*branches, strict=True))]
-    return [True] * len(eqn.invars)
+        return max(map(flops, params["branches"]))
+    if name not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+        return 0
+    (lhs, rhs, *_), (out,) = shapes(eqn)
+    if name == "conv_general_dilated":
+        out_channel = params["dimension_numbers"].rhs_spec[0]
+        return 2 * math.prod(out) * math.prod(rhs) // max(rhs[out_channel], 1)
+    if name == "ragged_dot_general":
+        dims = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    else:
+        dims = params["dimension_numbers"]
+    (summed, _), _ = dims
+    return 2 * math.prod(out) * math.prod(lhs[d] for d in summed)
 
 
 def _variables(atoms: Any) -> list[Any]:

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 
 from lora_jax._factors import Factors, align, find_adapters, without_adapters
-from lora_jax._jaxpr import trace, used_inputs
+from lora_jax._jaxpr import trace_call, used_inputs
 from lora_jax._rules import Run, plain, run_jaxpr
 from lora_jax._tree import (
     flatten,
-    is_array,
     leaf_order,
     listed,
     path_name,
@@ -105,26 +104,12 @@ def _call(
         base[position], found = _take_apart(args[position])
         factors.append((position % len(args), found))
 
-    offsets, leaves = [], []
-    for arg in base:
-        offsets.append(len(leaves))
-        leaves += jax.tree.leaves(arg)
-    treedef = jax.tree.structure((base, kwargs))
-    leaves += jax.tree.leaves(kwargs)
-    dynamic = [i for i, x in enumerate(leaves) if is_array(x)]
-
-    def flat(*arrays):
-        filled = list(leaves)
-        for i, x in zip(dynamic, arrays, strict=True):
-            filled[i] = x
-        base, kwargs = treedef.unflatten(filled)
-        return fn(*base, **kwargs)
-
-    traced = trace(flat, *(leaves[i] for i in dynamic))
-    operands = list(leaves)
+    traced, dynamic = trace_call(fn, base, kwargs)
+    operands = jax.tree.leaves((base, kwargs))
     for position, found in factors:
+        before = len(jax.tree.leaves(base[:position]))
         for i, f in found.items():
-            operands[offsets[position] + i] = f
+            operands[before + i] = f
     operands = [operands[i] for i in dynamic]
     if unused == "error":
         _check_used(operands, used_inputs(traced.jaxpr))

@@ -13,7 +13,7 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ORDER = (
-    "_tree _factors _ops _targets _lorafy _jaxpr _rules _lora _layers _split "
+    "_tree _factors _ops _targets _lorafy _jaxpr _axes _rules _lora _layers _split "
     "_optimizer _merge _save"
 ).split()
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
@@ -78,7 +78,7 @@ def test_docstrings_have_an_example(name):
 def test_docstrings_name_every_argument(name):
     doc = inspect.getdoc(PUBLIC[name])
     for parameter in inspect.signature(PUBLIC[name]).parameters:
-        assert re.search(rf"^ *{parameter}: ", doc, re.MULTILINE)
+        assert re.search(rf"^ *\**{parameter}: ", doc, re.MULTILINE)
 
 
 def test_it_is_typed():
