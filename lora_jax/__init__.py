@@ -8,6 +8,8 @@ from lora_jax._factors import Axes as Axes
 from lora_jax._lorafy import lorafy as lorafy
 from lora_jax._axes import find_axes as find_axes
 from lora_jax._lora import lora as lora
+from lora_jax._explain import Report as Report
+from lora_jax._explain import explain as explain
 from lora_jax._layers import Conv as Conv
 from lora_jax._layers import Dense as Dense
 from lora_jax._layers import DenseGeneral as DenseGeneral

@@ -21,20 +21,14 @@ from lora_jax._jaxpr import (
     trace_call,
     used_inputs,
 )
+from lora_jax._rules import VIEWS
 from lora_jax._targets import is_adaptable
 from lora_jax._tree import Path, flatten, leaf_order, path_name, unbox
 
 Dims = frozenset[int]
 
-# Primitives that keep each dimension where it is, and those that only shorten or
-# lengthen it.
+# Primitives that only shorten or lengthen dimensions, or turn them round.
 CUTS = {"slice", "dynamic_slice", "split", "pad", "concatenate", "tile", "rev"}
-VIEWS = CUTS | {
-    *("convert_element_type", "copy", "reduce_precision", "device_put", "name", "neg"),
-    *("sharding_constraint", "reshard", "stop_gradient", "optimization_barrier"),
-    *("pvary", "transpose", "broadcast_in_dim", "reshape", "squeeze", "stack"),
-    *("unstack", "reduce_sum"),
-}
 
 
 class View(NamedTuple):
@@ -315,9 +309,8 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
 
 def _is_sure(eqn: Any, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a weight that goes through stays one: no lookup, no sum with another."""
-    name = eqn.primitive.name
-    by_a_number = name in ("add", "sub", "mul", "div") and () in shapes
-    return name in VIEWS or by_a_number
+    elementwise = eqn.primitive.name in ("add", "sub", "mul", "div")
+    return eqn.primitive.name in VIEWS and (() in shapes or not elementwise)
 
 
 def _looked_up(eqn: Any, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str, Any]:

@@ -228,6 +228,11 @@ def present(factor: jax.Array) -> list[int]:
     return [d for d, n in enumerate(factor.shape[:-1]) if n > 1]
 
 
+def stacked(f: Factors) -> set[int]:
+    """The dimensions along which each has a product of its own: layers, experts."""
+    return {*present(f.a)} & {*present(f.b)}
+
+
 def squeeze_absent(factor: jax.Array) -> jax.Array:
     """An aligned factor with the dimensions `present` and the rank alone."""
     return jnp.reshape(
@@ -236,7 +241,7 @@ def squeeze_absent(factor: jax.Array) -> jax.Array:
 
 
 # Views: each takes the weight's own view `w` and gives the factors the same one. That
-# costs no arithmetic, and is None where the factors cannot follow.
+# costs no arithmetic, or thin one, and is None where the factors cannot follow.
 
 
 def view(f: Factors, w: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> Factors:
@@ -266,22 +271,36 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
     if 0 in f.shape:
         return None
     runs = list(segments(f.shape, w.shape))
+    varying = {*present(f.a), *present(f.b)}
+
+    def long(x) -> list[int]:  # a factor repeats what the whole weight repeats
+        sizes = list(x.shape)
+        for old, _ in runs:
+            if any(x.shape[d] > 1 for d in old):
+                repeated = [d for d in old if d not in varying]
+                sizes = [
+                    f.shape[d] if d in repeated else n for d, n in enumerate(sizes)
+                ]
+        return sizes
 
     def sizes(x) -> list[int] | None:
-        new_sizes = []
+        new_sizes, have = [], long(x)
         for old, new in runs:
-            have = [x.shape[d] for d in old]
-            if have == [f.shape[d] for d in old]:
+            if all(have[d] == f.shape[d] for d in old):
                 new_sizes += [w.shape[d] for d in new]
-            elif all(n == 1 for n in have):
+            elif all(have[d] == 1 for d in old):
                 new_sizes += [1] * len(new)
             else:
                 return None
         return new_sizes
 
+    def repeat(x):
+        whole = jnp.broadcast_to(x, (*long(x)[: f.ndim], x.shape[-1]))
+        return jnp.reshape(whole, (*sizes(whole), x.shape[-1]))
+
     if None in map(sizes, (f.a, f.b, f.scale)):
         return None
-    return view(f, w, lambda x: jnp.reshape(x, (*sizes(x), x.shape[-1])))
+    return view(f, w, repeat)
 
 
 def cut(f: Factors, w: jax.Array, fn: Callable[[jax.Array, list[int]], jax.Array]):
@@ -289,6 +308,89 @@ def cut(f: Factors, w: jax.Array, fn: Callable[[jax.Array, list[int]], jax.Array
     if 0 in w.shape:
         return None
     return view(f, w, lambda x: fn(x, present(x)))
+
+
+def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
+    """Weights, and plain arrays, side by side as the one weight `w`.
+
+    Along an input, outputs stay apart: `a` becomes block diagonal and the ranks add up,
+    but for pieces of one weight, which share their `b`. Along an output likewise. Along
+    a stack both are stacked.
+    """
+    weights = [x for x in parts if isinstance(x, Factors)]
+    roles = {
+        frozenset((d, n) for n in "ab" for d in present(getattr(f, n)) if d != axis)
+        for f in weights
+    }
+    owned = [(axis in present(f.a), axis in present(f.b)) for f in weights]
+    in_a, in_b = map(any, zip(*owned, strict=True))
+    stack = in_a == in_b
+    if 0 in w.shape or len(roles) > 1 or (stack and any(i != o for i, o in owned)):
+        return None
+    owner, other = ("a", "b") if in_a and not in_b else ("b", "a")
+    dtype = _common([getattr(f, n) for f in weights for n in "ab"])
+    others = [getattr(f, other) for f in weights]
+    together = stack or all(x is others[0] for x in others)
+    ranks = [x.a.shape[-1] if isinstance(x, Factors) else 0 for x in parts]
+    rank = max(ranks) if together else sum(ranks)
+
+    def side_by_side(name):
+        pieces, low = [], 0
+        for x, r in zip(parts, ranks, strict=True):
+            long = lambda shape, n=x.shape[axis]: (*shape[:axis], n, *shape[axis + 1 :])
+            if isinstance(x, Factors):
+                factor = getattr(_folded(x, owner), name).astype(dtype)
+                factor = jnp.broadcast_to(factor, long(factor.shape))
+                edges = [(0, 0, 0)] * w.ndim + [(low, rank - low - r, 0)]
+                pieces.append(lax.pad(factor, jnp.zeros((), dtype), edges))
+            else:
+                shape = getattr(weights[0], name).shape[:-1]
+                pieces.append(jnp.zeros((*long(shape), rank), dtype))
+            low += 0 if together else r
+        return lax.concatenate(pieces, axis)
+
+    new = {owner: side_by_side(owner)}
+    if stack:
+        new[other] = side_by_side(other)
+    elif together:
+        new[other] = others[0]
+    else:
+        new[other] = lax.concatenate([x.astype(dtype) for x in others], w.ndim)
+    return Factors(w, **new, scale=_one(w), name=weights[0].name)
+
+
+def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
+    """The sum `w` of two weights, whose ranks add up."""
+    a, b = ({*present(x)} | {*present(y)} for x, y in ((f.a, g.a), (f.b, g.b)))
+    if a & b != stacked(f) | stacked(g):
+        return None
+    f, g = _folded(f, "b"), _folded(g, "b")
+    dtype = _common([f.a, f.b, g.a, g.b])
+
+    def both(x, y, own):
+        sizes = [n if d in own else 1 for d, n in enumerate(w.shape)]
+        wide = [
+            jnp.broadcast_to(z, (*sizes, z.shape[-1])).astype(dtype) for z in (x, y)
+        ]
+        return lax.concatenate(wide, w.ndim)
+
+    return Factors(w, both(f.a, g.a, a), both(f.b, g.b, b), _one(w), f.name)
+
+
+def _folded(f: Factors, name: str) -> Factors:
+    """The same weight with its scale multiplied into `a` or `b`."""
+    x = getattr(f, name)
+    x = x * f.scale.astype(x.dtype)[..., None]
+    return dataclasses.replace(f, **{name: x}, scale=_one(f.w))
+
+
+def _one(w: jax.Array) -> jax.Array:
+    return jnp.ones((1,) * w.ndim, jnp.float32)
+
+
+def _common(arrays: list[jax.Array]) -> np.dtype:
+    dtypes = {x.dtype for x in arrays}
+    return dtypes.pop() if len(dtypes) == 1 else wider(*dtypes)
 
 
 def segments(old: tuple[int, ...], new: tuple[int, ...]):

@@ -139,6 +139,13 @@ def manual_axes(eqn: Any) -> frozenset:
     return eqn.params["manual_axes"] if new is None else new
 
 
+def varying_axes(x: jax.Array) -> frozenset:
+    """The axes of `shard_map` along which devices may hold different values of x."""
+    aval = jax.typeof(x)
+    kinds = getattr(aval, "manual_axis_type", None)  # up to 0.11 it was `vma`
+    return aval.vma if kinds is None else kinds.varying
+
+
 def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Of an equation's operands, and of its results."""
     return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from lora_jax._factors import Factors, align, find_adapters, without_adapters
 from lora_jax._jaxpr import trace_call, used_inputs
-from lora_jax._rules import Run, plain, run_jaxpr
+from lora_jax._rules import Note, Run, noting, plain, run_jaxpr
 from lora_jax._tree import (
     flatten,
     leaf_order,
@@ -81,12 +82,16 @@ def lora(
             kwargs["dropout_key"] = dropout_key
         key = dropout_key if dropout else None
         run = Run(materialize, float(dropout), key)
-        return _call(fn, args, kwargs, positions, unused, run)
+        with noting() as notes:
+            results = call(fn, args, kwargs, positions, unused, run)
+        if materialize == "warn":
+            _warn(list(notes.values()))
+        return results
 
     return adapted
 
 
-def _call(
+def call(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -128,6 +133,23 @@ def _take_apart(params: Any) -> tuple[Any, dict[int, Factors]]:
     base = unflatten(params, without_adapters(leaves, adapters))
     order = enumerate(leaf_order(base))
     return base, {i: factors[path] for i, path in order if path in factors}
+
+
+def _warn(notes: list[Note]) -> None:
+    formed = [f"{n.name!r} meets {n.primitive!r}{_at(n)}" for n in notes if n.formed]
+    if formed:
+        formed = list(dict.fromkeys(formed))
+        listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
+        warnings.warn(
+            f"{listing}, which needs the whole weight: W + scale * A B is formed "
+            "there, exactly, for more time and memory. Write lora(fn, "
+            "materialize='allow') if that is meant.",
+            stacklevel=3,
+        )
+
+
+def _at(note: Note) -> str:
+    return f" at {note.place}" if note.place else ""
 
 
 def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:

@@ -6,6 +6,7 @@ factors: first with the one that holds more of what is summed over, then with th
 No custom derivative: forward mode, second derivatives and transposition are JAX's own.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +17,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from lora_jax._factors import Factors, present, squeeze_absent, view
+from lora_jax._factors import Factors, materialize, present, squeeze_absent, view
 
 Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
-RANK = -1
+RANK, GROUP = -1, -2
 
 
 def dot_general(
@@ -28,7 +29,7 @@ def dot_general(
     dimension_numbers: Any,
     *,
     swap: bool = False,
-    drop: Callable[[jax.Array], jax.Array] = lambda x: x,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
     **params: Any,
 ) -> jax.Array:
     """`lax.dot_general(x, w + scale * a b)`, any dimensions contracted.
@@ -67,7 +68,8 @@ def dot_general(
     needed = {*out, *second[2]}
     kept = list(dict.fromkeys(n for n in (*x_labels, *first[2]) if n in needed))
     precision = params.get("precision")
-    h = einsum(drop(x).astype(dtype), x_labels, *first[1:], kept, precision)
+    x = x if drop is None else drop(x)
+    h = einsum(x.astype(dtype), x_labels, *first[1:], kept, precision)
     product = einsum(h, kept, *second[1:], out, precision, y.dtype)
     return y + product.astype(y.dtype)
 
@@ -77,7 +79,7 @@ def conv_general_dilated(
     f: Factors,
     *,
     dimension_numbers: Any,
-    drop: Callable[[jax.Array], jax.Array] = lambda x: x,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
     **params: Any,
 ) -> jax.Array | None:
     """`lax.conv_general_dilated(x, w + scale * a b)`; `None` where it has no factors.
@@ -88,28 +90,107 @@ def conv_general_dilated(
     slide, mix = f.a, scaled(f)
     if in_channel in present(mix) or out_channel in present(slide):
         slide, mix = mix, slide
+    groups = params["feature_group_count"]
     misplaced = {in_channel, *window} & {*present(mix)} or out_channel in present(slide)
-    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    if misplaced or grouped:
+    if misplaced or params["batch_group_count"] != 1:
         return None
 
-    y = lax.conv_general_dilated(x, f.w, dimension_numbers=dimension_numbers, **params)
+    convolve = functools.partial(
+        lax.conv_general_dilated, dimension_numbers=dimension_numbers, **params
+    )
+    out, r = f.shape[out_channel], slide.shape[-1]
+    if drop is None and groups * r > out:
+        # As where each channel is by itself: the factors would make r times as many
+        # numbers as the kernel, which is small.
+        return convolve(x, materialize(f))
+    y = convolve(x, f.w)
     dtype = _compute_dtype(x.dtype, y.dtype)
-    # A kernel with r output channels: (..., 1, ..., r) -> (..., r, ...).
-    kernel = jnp.moveaxis(jnp.squeeze(slide, out_channel), -1, out_channel)
-    h = lax.conv_general_dilated(
-        drop(x).astype(dtype),
-        kernel.astype(dtype),
-        dimension_numbers=dimension_numbers,
-        **params,
-    )
+    # A kernel with r output channels a group: (..., 1, ..., r) -> (..., groups r, ...).
+    sizes = [1 if d == out_channel else n for d, n in enumerate(f.shape)]
+    slide = jnp.broadcast_to(slide, (*sizes, r)).astype(dtype)
+    kernel = lax.concatenate([lax.squeeze(slide, [out_channel])] * groups, f.ndim - 1)
+    kernel = jnp.moveaxis(kernel, -1, out_channel)
+    h = convolve((x if drop is None else drop(x)).astype(dtype), kernel)
+    # The channels of h, and of y, are (groups, r) and (groups, out of a group).
     channel = dimension_numbers.out_spec[1]
-    places = [RANK if d == channel else d for d in range(y.ndim)]
-    mix = jnp.reshape(mix, (f.shape[out_channel], -1)).astype(h.dtype)  # (out, r)
+    group = [GROUP] if groups > 1 else []
+    split = lambda labels: [
+        n for d in range(y.ndim) for n in (labels if d == channel else [d])
+    ]
+    sizes = dict(enumerate(h.shape)) | {GROUP: groups, RANK: r}
+    h = jnp.reshape(h, [sizes[n] for n in split([*group, RANK])])
+    mix = jnp.broadcast_to(jnp.reshape(mix, (-1, r)), (out, r)).astype(h.dtype)
+    mix = jnp.reshape(mix, (*(groups for _ in group), out // groups, r))
     product = einsum(
-        h, places, mix, [channel, RANK], range(y.ndim), params.get("precision")
+        *(h, split([*group, RANK]), mix, [*group, channel, RANK]),
+        *(split([*group, channel]), params.get("precision")),
     )
+    product = jnp.reshape(product, y.shape)
     return y + product.astype(y.dtype)
+
+
+def ragged_dot_general(
+    x: jax.Array,
+    f: Factors,
+    group_sizes: jax.Array,
+    *,
+    ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
+    drop: Callable[[jax.Array], jax.Array] | None = None,
+    **params: Any,
+) -> jax.Array | None:
+    """`lax.ragged_dot_general(x, w + scale * a b, sizes)`: rows of x in groups.
+
+    `None` unless each group has a matrix of its own, as experts have.
+    """
+    numbers = ragged_dot_dimension_numbers
+    (x_sum, f_sum), (x_batch, f_batch) = numbers.dot_dimension_numbers
+    (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
+    first, second = f.a, scaled(f)
+    if free.intersection(present(first)) or {*f_sum}.intersection(present(second)):
+        first, second = second, first
+    if free.intersection(present(first)) or {*f_sum}.intersection(present(second)):
+        return None
+    if not groups or row in (*x_sum, *x_batch):
+        return None
+
+    product = functools.partial(
+        lax.ragged_dot_general, group_sizes=group_sizes, **params
+    )
+    y = product(x, f.w, ragged_dot_dimension_numbers=numbers)
+    dtype = _compute_dtype(x.dtype, y.dtype)
+
+    def thin(x, factor, x_dims, absent, summed, row):
+        """The product with a factor that has all but the `absent` dimensions."""
+        kept = [d for d in range(f.ndim) if d not in absent]
+        sizes = [f.shape[d] if d in kept else 1 for d in range(f.ndim)]
+        factor = jnp.broadcast_to(factor, (*sizes, factor.shape[-1]))
+        factor = lax.squeeze(factor, absent).astype(dtype)
+        at = {d: i for i, d in enumerate([*kept, RANK])}
+        x_sum, x_batch = x_dims
+        dims = lax.RaggedDotDimensionNumbers(
+            (
+                (x_sum, [at[d] for d in summed]),
+                (x_batch, [at[d] for d in f_batch]),
+            ),
+            [row],
+            [at[d] for d in groups],
+        )
+        return product(x.astype(dtype), factor, ragged_dot_dimension_numbers=dims)
+
+    h = thin(
+        x if drop is None else drop(x),
+        first,
+        (x_sum, x_batch),
+        sorted(free),
+        f_sum,
+        row,
+    )
+    # (batch..., rows and other dimensions of x..., r)
+    order = [*x_batch, *(d for d in range(x.ndim) if d not in (*x_sum, *x_batch))]
+    dims = [h.ndim - 1], list(range(len(x_batch)))
+    delta = thin(h, second, dims, sorted(f_sum), [RANK], order.index(row))
+    return y + delta.astype(y.dtype)
 
 
 def gather(

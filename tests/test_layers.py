@@ -61,7 +61,7 @@ LAYERS = {
         "Conv",
         {"features": 6, "kernel_size": (3, 3), "feature_group_count": 2},
         IMAGE,
-        False,
+        True,
     ),
     "Einsum": (
         "Einsum",

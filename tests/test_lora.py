@@ -216,7 +216,6 @@ MATERIALIZED = {
     "sorted": lambda p, x: jnp.sort(p["w"], axis=0),
     "two weights": lambda p, x: x @ (p["w"] @ p["table"].T),
     "squared": lambda p, x: x @ (p["w"] @ p["w"]),
-    "concatenated": lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], axis=1),
     "in and out merged": lambda p, x: p["w"].reshape(-1),
     "returned": lambda p, x: p["w"],
     "scanned out": lambda p, x: lax.scan(lambda c, w: (c, w), 0, p["stack"])[1],

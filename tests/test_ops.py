@@ -118,10 +118,14 @@ CONVOLUTIONS = {
         STANDARD,
         {"padding": [(1, 2), (0, 1)], "lhs_dilation": (1, 2), "rhs_dilation": (2, 1)},
     ),
+    "groups": (STANDARD, {"feature_group_count": 2}),
+    "each channel by itself": (
+        ((3, 3, 1, 6), (3, 3, 1, 2), (2, 6)),
+        {"feature_group_count": 6},
+    ),
     "1 x 1": (((1, 1, 4, 5), (1, 1, 4, 2), (2, 5)), {"padding": "VALID"}),
 }
 APART = {
-    "groups": (STANDARD, {"feature_group_count": 2}),
     "window with the outputs": (((3, 3, 4, 5), (1, 1, 4, 1, 2), (3, 3, 1, 5, 2)), {}),
     "outputs first": (SWAPPED, {}),
 }
@@ -132,7 +136,7 @@ def convolve(shapes, options):
     f = factors(*shapes)
     groups = options.get("feature_group_count", 1)
     x = jnp.asarray(normal(2, 7, 7, shapes[0][2] * groups))
-    if groups > 1:
+    if groups == 2:
         f = factors((*shapes[0][:3], 6), shapes[1], (2, 6))
     options = {"window_strides": (1, 1), "padding": "VALID"} | CHANNELS_LAST | options
     plain = lambda x, w: lax.conv_general_dilated(x, w, **options)

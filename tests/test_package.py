@@ -13,12 +13,12 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ORDER = (
-    "_tree _factors _ops _targets _lorafy _jaxpr _axes _rules _lora _layers _split "
+    "_tree _factors _ops _targets _lorafy _jaxpr _rules _axes _lora _explain _layers _split "
     "_optimizer _merge _save"
 ).split()
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
-FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count"}
+FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Report"}
 
 
 def imports(path):
@@ -70,7 +70,7 @@ def test_options_are_keyword_only(name):
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstrings_have_an_example(name):
     doc = inspect.getdoc(PUBLIC[name])
-    assert name in ("Axes", "Count") or ">>> " in doc
+    assert name in ("Axes", "Count", "Report") or ">>> " in doc
     assert doc.splitlines()[0].endswith(".")
 
 
