@@ -151,18 +151,21 @@ def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
 
 
-def place(eqn: Any) -> str:
+def place(eqn: Any, within: str | None = None) -> str:
     """The line of the user's source that an equation stands for, as `file:line`.
 
     The innermost frame, within the traced function, that is in no library: neither in
-    JAX or Flax nor in Python's own. If all are, the innermost that is not JAX's.
+    JAX or Flax nor in Python's own; or the innermost of Flax; or "". What a jitted
+    function did is known from its first call: `within` it, other callers do not count.
     """
-    frames = getattr(eqn.source_info.traceback, "frames", ())
     inside = []
-    for frame in frames:
+    for frame in getattr(eqn.source_info.traceback, "frames", ()):
         if frame.file_name.startswith(_HERE):
             break
         inside.append(frame)
+    if within is not None:
+        depths = [i for i, f in enumerate(inside) if f.function_name == within]
+        inside = inside[: depths[-1] + 1] if depths else []
     own = [frame for frame in inside if not _in_library(frame.file_name)]
     flaxs = [frame for frame in inside if frame.file_name.startswith(_LIBRARIES[1:])]
     for frame in (*own, *flaxs):
@@ -170,7 +173,7 @@ def place(eqn: Any) -> str:
         if path.startswith(os.pardir):
             path = os.path.basename(path)
         return f"{path}:{frame.line_num}"
-    return "?"
+    return ""
 
 
 def _in_library(file: str) -> bool:

@@ -68,6 +68,12 @@ notes: contextvars.ContextVar[dict[Any, Note] | None] = contextvars.ContextVar(
 )
 
 
+# The calls of jitted functions that an evaluation is in; a context for the same reason.
+calls: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar(
+    "calls", default=()
+)
+
+
 def run_jaxpr(run: Run, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     """The results of a jaxpr on arrays and `Factors`; they are such themselves."""
 
@@ -97,7 +103,7 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 
 def _plain(run: Run, f: Factors, cause: str) -> jax.Array:
     in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
-    where = place(run.eqn) if run.eqn is not None else ""
+    where = _place(run)
     cost = 2 * math.prod(f.shape[d] for d in in_a | in_b) * f.a.shape[-1]
     if in_a <= in_b or in_b <= in_a:
         # A row, a column, or some: no dearer than a product.
@@ -123,7 +129,7 @@ def _count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
     whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
     base = trace(lambda *xs: bind(eqn, xs), *_avals(operands))
     added = flops(whole.jaxpr) - flops(base.jaxpr)
-    note = Note(str(f.name), eqn.primitive.name, place(eqn), False, added)
+    note = Note(str(f.name), eqn.primitive.name, _place(run), False, added)
     _note(run, note)
 
 
@@ -136,6 +142,16 @@ def noting() -> Iterator[dict[Any, Note]]:
         yield found
     finally:
         notes.reset(token)
+
+
+def _place(run: Run) -> str:
+    """Where in the user's source an evaluation stands, or ""."""
+    if run.eqn is None:
+        return ""
+    chain = [*calls.get(), run.eqn]
+    names = [None, *(call.params["name"] for call in chain[:-1])]
+    places = map(place, reversed(chain), reversed(names))
+    return next(filter(None, places), "")
 
 
 def _note(run: Run, note: Note) -> None:
@@ -482,15 +498,23 @@ _jitted: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDiction
 
 
 def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    token = calls.set((*calls.get(), eqn))
+    try:
+        if run.counting:  # a shared form is traced, and noted, but once
+            return _inline(run, eqn, operands)
+        return _jitted_form(run, eqn)(run.key, operands)
+    finally:
+        calls.reset(token)
+
+
+def _jitted_form(run: Run, eqn: Any) -> Callable[..., list[Any]]:
     jaxpr, params = call_jaxpr(eqn), eqn.params
     shardings = params["in_shardings"], params["out_shardings"]
-    if run.counting:  # a shared form would be traced, and noted, but once
-        return _inline(run, eqn, operands)
     options = params.get("compiler_options_kvs", ())
-    how = (Run(run.materialize, run.rate), params["inline"], shardings, options)
+    keyless = Run(run.materialize, run.rate)
+    how = (keyless, params["inline"], shardings, options)
     forms = _jitted.setdefault(jaxpr, {})
     if how not in forms:
-        keyless = how[0]
         # Holding the jaxpr itself would keep its own entry alive for ever.
         held = weakref.ref(jaxpr)
 
@@ -503,7 +527,7 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         forms[how] = jax.jit(
             call, inline=params["inline"], compiler_options=dict(options) or None
         )
-    return forms[how](run.key, operands)
+    return forms[how]
 
 
 def _constrained(x: Any, sharding: Any) -> Any:
@@ -630,19 +654,19 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     slices, restore = zip(*stacks, strict=True) if stacks else ((), ())
     keys = None if run.key is None else jax.random.split(run.key, length)
 
-    def step(carry, x):
+    def step(run, carry, x):
         slices, key = x
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
-        here = run._replace(key=key)
-        results = run_jaxpr(here, jaxpr, [*consts, *_filled(carry, fixed), *xs])
-        return _free(results[:n_carry], fixed), plain(here, results[n_carry:], "scan")
+        run = run._replace(key=key)
+        results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
+        return _free(results[:n_carry], fixed), plain(run, results[n_carry:], "scan")
 
     xs = (list(slices), keys)
     first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
-    carry = _steady(run, _free(init, fixed), lambda carry: step(carry, first)[0])
+    carry = _steady(run, _free(init, fixed), lambda run, c: step(run, c, first)[0])
 
     def body(carry, x):
-        after, ys = step(carry, x)
+        after, ys = step(run, carry, x)
         return _alike(run, carry, after), ys
 
     options = {
@@ -674,9 +698,10 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
 
 def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
     """The carry in which what enters the loop as a weight also leaves it as one."""
+    quiet = run._replace(materialize="allow")
     while any(isinstance(x, Factors) for x in carry):
         with noting():  # and not telling: this was no evaluation
-            after = jax.eval_shape(step, carry)
+            after = jax.eval_shape(functools.partial(step, quiet), carry)
         kept = [
             not isinstance(x, Factors) or _avals_of(x) == _avals_of(y)
             for x, y in zip(carry, after, strict=True)
@@ -684,15 +709,17 @@ def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
         if all(kept):
             break
         pairs = zip(carry, kept, strict=True)
-        carry = [x if keep else _plain(run, x, "a loop") for x, keep in pairs]
+        carry = [
+            x if keep else _plain(run, x, run.eqn.primitive.name) for x, keep in pairs
+        ]
     return carry
 
 
 def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
     """What a loop hands on, weights only where it took weights."""
-    pairs = zip(before, after, strict=True)
     return [
-        y if isinstance(x, Factors) else plain(run, [y], "a loop")[0] for x, y in pairs
+        y if isinstance(x, Factors) else plain(run, [y], run.eqn.primitive.name)[0]
+        for x, y in zip(before, after, strict=True)
     ]
 
 
@@ -730,17 +757,17 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         (go,) = run_jaxpr(here, params["cond_jaxpr"], [*cond_consts, *carry])
         return go
 
-    def step(key, carry):
-        here, carry = run._replace(key=key), _filled(carry, fixed)
-        results = run_jaxpr(here, params["body_jaxpr"], [*body_consts, *carry])
+    def step(run, carry):
+        carry = _filled(carry, fixed)
+        results = run_jaxpr(run, params["body_jaxpr"], [*body_consts, *carry])
         return _free(results, fixed)
 
     def body(state):
         key, carry = state
-        key, here = (None, None) if key is None else jax.random.split(key)
-        return key, _alike(run, carry, step(here, carry))
+        key, own = (None, None) if key is None else jax.random.split(key)
+        return key, _alike(run, carry, step(run._replace(key=own), carry))
 
-    carry = _steady(run, _free(init, fixed), lambda carry: step(run.key, carry))
+    carry = _steady(run, _free(init, fixed), step)
     return _filled(lax.while_loop(cond, body, (run.key, carry))[1], fixed)
 
 
