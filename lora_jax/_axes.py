@@ -21,9 +21,9 @@ from lora_jax._jaxpr import (
     trace_call,
     used_inputs,
 )
-from lora_jax._rules import VIEWS
 from lora_jax._targets import is_adaptable
 from lora_jax._tree import Path, flatten, leaf_order, path_name, unbox
+from lora_jax._views import VIEWS
 
 Dims = frozenset[int]
 

@@ -11,7 +11,8 @@ import jax
 
 from lora_jax._factors import Factors, align, find_adapters, without_adapters
 from lora_jax._jaxpr import trace_call, used_inputs
-from lora_jax._rules import Note, Run, noting, plain, run_jaxpr
+from lora_jax._rules import run_jaxpr
+from lora_jax._run import Note, Run, noting, plain
 from lora_jax._tree import (
     flatten,
     leaf_order,

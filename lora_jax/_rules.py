@@ -1,4 +1,4 @@
-"""One rule per primitive: what becomes of an adapted weight that JAX hands to it.
+"""The evaluation of a jaxpr on factors, a rule per primitive, and the rules of calls.
 
 A rule takes the equation and its operands, of which at least one is `Factors`, and
 gives the results: another `Factors` for a change of view, an array for a product. A
@@ -6,72 +6,32 @@ call carries the factors inside. No rule, or a rule that gives `None`: the weigh
 materialised for this one use, which is slower and never wrong.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax import _factors, _ops
+from lora_jax import _factors
 from lora_jax._factors import Factors, materialize
 from lora_jax._jaxpr import (
     CALLS,
     bind,
     call_jaxpr,
     evaluate,
-    flops,
-    leads_to,
     manual_axes,
     passed_on,
-    place,
     scan_counts,
     trace,
-    varying_axes,
 )
-
-
-class Run(NamedTuple):
-    """One evaluation of a jaxpr: how to treat what cannot be factored, and dropout."""
-
-    materialize: str  # "warn", "error" or "allow"
-    rate: float = 0.0
-    key: jax.Array | None = None  # None: no dropout
-    counting: bool = False  # whether to note every product, with its FLOPs
-    jaxpr: Any = None  # where the evaluation stands: the jaxpr, the equation in it,
-    eqn: Any = None
-    trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
-
-
-class Note(NamedTuple):
-    """What became of a weight in one equation."""
-
-    name: str  # the weight's
-    primitive: str
-    place: str  # file:line in the user's source
-    formed: bool  # W + scale * A B was formed, instead of a factored product
-    flops: int = 0  # added by the adapter, if they were counted
-
-
-# What an evaluation has to tell its caller, by equation and weight: an equation that
-# JAX traces twice is told once. A context, because the jitted forms below are shared.
-notes: contextvars.ContextVar[dict[Any, Note] | None] = contextvars.ContextVar(
-    "notes", default=None
-)
-
-
-# The calls of jitted functions that an evaluation is in; a context for the same reason.
-calls: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar(
-    "calls", default=()
-)
+from lora_jax._products import PRODUCTS
+from lora_jax._run import Rule, Run, avals, calls, count, noting, plain, plain_one
+from lora_jax._views import VIEWS
 
 
 def run_jaxpr(run: Run, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
@@ -90,365 +50,10 @@ def run_jaxpr(run: Run, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         if results is None:
             return bind(eqn, plain(here, operands, name))
         if run.counting and name in PRODUCTS:
-            _count(here, rule, operands)
+            count(here, rule, operands)
         return results
 
     return evaluate(jaxpr, args, apply)
-
-
-def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
-    """The values with every `Factors` among them materialised."""
-    return [_plain(run, x, cause) if isinstance(x, Factors) else x for x in values]
-
-
-def _plain(run: Run, f: Factors, cause: str) -> jax.Array:
-    in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
-    where = _place(run)
-    cost = 2 * math.prod(f.shape[d] for d in in_a | in_b) * f.a.shape[-1]
-    if in_a <= in_b or in_b <= in_a:
-        # A row, a column, or some: no dearer than a product.
-        _note(run, Note(str(f.name), cause, where, False, cost))
-        return materialize(f)
-    if run.materialize == "error":
-        at = f" at {where}" if where else ""
-        raise ValueError(
-            f"{f.name!r} meets {cause!r}{at}, which needs the whole weight, so it "
-            "cannot stay factored. Write lora(fn, materialize='allow') to form "
-            "W + scale * A B there, or leave the weight out: "
-            "lorafy(params, rank, exclude=[...])."
-        )
-    _note(run, Note(str(f.name), cause, where, True, cost))
-    return materialize(f)
-
-
-def _count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
-    """Notes a product that stayed factored, and what it adds to the plain one."""
-    eqn = run.eqn
-    (f, *_) = (x for x in operands if isinstance(x, Factors))
-    quiet = run._replace(materialize="allow", counting=False)
-    whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
-    base = trace(lambda *xs: bind(eqn, xs), *_avals(operands))
-    added = flops(whole.jaxpr) - flops(base.jaxpr)
-    note = Note(str(f.name), eqn.primitive.name, _place(run), False, added)
-    _note(run, note)
-
-
-@contextlib.contextmanager
-def noting() -> Iterator[dict[Any, Note]]:
-    """Collects what evaluations within it have to tell."""
-    found: dict[Any, Note] = {}
-    token = notes.set(found)
-    try:
-        yield found
-    finally:
-        notes.reset(token)
-
-
-def _place(run: Run) -> str:
-    """Where in the user's source an evaluation stands, or ""."""
-    if run.eqn is None:
-        return ""
-    chain = [*calls.get(), run.eqn]
-    names = [None, *(call.params["name"] for call in chain[:-1])]
-    places = map(place, reversed(chain), reversed(names))
-    return next(filter(None, places), "")
-
-
-def _note(run: Run, note: Note) -> None:
-    found = notes.get()
-    if found is not None:
-        times = math.prod(n for _, n in run.trail)
-        key = (run.trail, note.name, note.formed)
-        found[key] = note._replace(flops=times * note.flops)
-
-
-# Views.
-
-
-def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """What changes the weight's storage or digits, and not the factors'."""
-    weights = [x.w if isinstance(x, Factors) else x for x in operands]
-    moved = bind(eqn, weights)
-    if not jnp.issubdtype(moved[0].dtype, jnp.inexact):
-        return None
-    pairs = zip(operands, moved, strict=True)
-    return [
-        dataclasses.replace(f, w=w) if isinstance(f, Factors) else w for f, w in pairs
-    ]
-
-
-def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    """Identities with a meaning for gradients or memory, one part at a time."""
-    leaves, treedef = jax.tree.flatten(operands)
-    if eqn.primitive.multiple_results:
-        return treedef.unflatten(bind(eqn, leaves))
-    return treedef.unflatten([bind(eqn, [leaf])[0] for leaf in leaves])
-
-
-def _pvary(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    """Within `shard_map`: parts equal on all devices no longer count as that."""
-    axes = set(eqn.params["axes"])
-
-    def vary(x):
-        return x if axes <= varying_axes(x) else bind(eqn, [x])[0]
-
-    return jax.tree.map(vary, operands)
-
-
-def _transpose(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    (f,) = operands
-    (w,) = bind(eqn, [f.w])
-    return [_factors.transpose(f, w, eqn.params["permutation"])]
-
-
-def _reshape(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    (w,) = bind(eqn, [f.w])
-    return _maybe(_factors.reshape(f, w))
-
-
-def _broadcast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    f, *dynamic_shape = operands
-    if dynamic_shape:
-        return None
-    (w,) = bind(eqn, [f.w])
-    return [_factors.broadcast(f, w, eqn.params["broadcast_dimensions"])]
-
-
-def _slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    (w,) = bind(eqn, [f.w])
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
-    return _maybe(_cut(f, w, starts, limits, eqn.params["strides"] or (1,) * f.ndim))
-
-
-def _split(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    axis, ones = eqn.params["axis"], (1,) * f.ndim
-    starts, parts = [0] * f.ndim, []
-    for w in bind(eqn, [f.w]):
-        limits = [i + n for i, n in zip(starts, w.shape, strict=True)]
-        parts.append(_cut(f, w, tuple(starts), limits, ones))
-        starts[axis] = limits[axis]
-    return None if any(part is None for part in parts) else parts
-
-
-def _unstack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    axis = eqn.params["axis"]
-
-    def nth(i, w):
-        def pick(x):
-            own = axis in _factors.present(x)
-            return lax.index_in_dim(x, i if own else 0, axis, keepdims=False)
-
-        return _factors.view(f, w, pick)
-
-    return [nth(i, w) for i, w in enumerate(bind(eqn, [f.w]))]
-
-
-def _rev(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    (f,) = operands
-    (w,) = bind(eqn, [f.w])
-    # Along a dimension that a factor lacks there is one number, and nothing to turn.
-    return [_factors.view(f, w, lambda x: lax.rev(x, eqn.params["dimensions"]))]
-
-
-def _tile(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    (f,) = operands
-    (w,) = bind(eqn, [f.w])
-    reps = eqn.params["reps"]
-
-    def tile(x):
-        own = _factors.present(x)
-        return jnp.tile(x, [n if d in own else 1 for d, n in enumerate(reps)] + [1])
-
-    return [_factors.view(f, w, tile)]
-
-
-def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    f, padding = operands
-    if not isinstance(f, Factors) or isinstance(padding, Factors):
-        return None
-    config = eqn.params["padding_config"]
-    changed = [d for d, edges in enumerate(config) if any(edges)]
-    in_either = {*_factors.present(f.a), *_factors.present(f.b)}
-    if not in_either.issuperset(changed):
-        return None  # what a weight repeats, it does not repeat in its padding
-    (w,) = bind(eqn, [f.w, padding])
-
-    def pad(x):
-        own = _factors.present(x)
-        edges = [c if d in own else (0, 0, 0) for d, c in enumerate(config)]
-        return lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)])
-
-    return [_factors.view(f, w, pad)]
-
-
-def _concatenate(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """Weights side by side, as fused projections are: each keeps its own rank."""
-    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
-        return None
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
-    return _maybe(_factors.concatenate(operands, w, eqn.params["dimension"]))
-
-
-def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
-        return None
-    axis = eqn.params["axis"]
-    rows = []
-    for x in operands:
-        part = lax.expand_dims(x.w if isinstance(x, Factors) else x, [axis])
-        if isinstance(x, Factors):
-            part = _factors.view(x, part, lambda x: lax.expand_dims(x, [axis]))
-        rows.append(part)
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
-    return _maybe(_factors.concatenate(rows, w, axis))
-
-
-def _is_weight(run: Run) -> bool:
-    """Whether a product awaits what the equation makes of weights and plain arrays.
-
-    If not, it is rather an activation, as where a table of positions is added: in
-    factors it would be formed again by whatever comes next.
-    """
-    return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, VIEWS)
-
-
-def _cut(f: Factors, w: jax.Array, starts: Any, limits: Any, strides: Any):
-    def cut(x, present):
-        for d in present:
-            x = lax.slice_in_dim(x, starts[d], limits[d], strides[d], axis=d)
-        return x
-
-    return _factors.cut(f, w, cut)
-
-
-def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    f, *starts = operands
-    if not isinstance(f, Factors):
-        return None
-    (w,) = bind(eqn, [f.w, *starts])
-    sizes = eqn.params["slice_sizes"]
-
-    def cut(x, present):
-        for d in present:
-            x = lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis=d)
-        return x
-
-    return _maybe(_factors.cut(f, w, cut))
-
-
-def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    (f,) = operands
-    axes = eqn.params["axes"]
-    in_a, in_b = _factors.present(f.a), _factors.present(f.b)
-    if _factors.stacked(f).intersection(axes):
-        return None  # a sum over layers or experts is no product of two factors
-    (w,) = bind(eqn, [f.w])
-    repeats = math.prod(f.shape[d] for d in axes if d not in (*in_a, *in_b))
-    summed = _factors.view(f, w, lambda x: jnp.sum(x, axes))
-    return [dataclasses.replace(summed, scale=summed.scale * repeats)]
-
-
-def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """A sum, or a difference, with a number or an array, or with another weight."""
-    f, g = operands
-    minus = eqn.primitive.name == "sub"
-    numbers = [x for x in operands if np.ndim(x) == 0]
-    if not (numbers or _is_weight(run)):
-        return None
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
-    if isinstance(g, Factors) and minus:
-        g = dataclasses.replace(g, scale=-g.scale)
-    if not isinstance(g, Factors):
-        return [dataclasses.replace(f, w=w)]
-    if not isinstance(f, Factors):
-        return [dataclasses.replace(g, w=w)]
-    return _maybe(_factors.add(f, g, w))
-
-
-def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """Negation, and multiplication or division by a number."""
-    f, *numbers = sorted(operands, key=lambda x: not isinstance(x, Factors))
-    swapped = f is not operands[0]
-    if any(isinstance(x, Factors) or np.ndim(x) > 0 for x in numbers):
-        return None
-    if any(jnp.iscomplexobj(x) for x in numbers):
-        return None
-    if swapped and eqn.primitive.name == "div":
-        return None
-    (w,) = bind(eqn, [x if x is not f else f.w for x in operands])
-    dtype = _factors.wider(f.scale.dtype, f.dtype)
-    numbers = [jnp.asarray(x, dtype) for x in numbers]
-    operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
-    scale = operation[eqn.primitive.name](f.scale.astype(dtype), *numbers)
-    return [dataclasses.replace(f, w=w, scale=scale)]
-
-
-def _maybe(f: Factors | None) -> list[Factors] | None:
-    return None if f is None else [f]
-
-
-# Products.
-
-
-def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    lhs, rhs = operands
-    if isinstance(lhs, Factors) and isinstance(rhs, Factors):
-        if lhs.w.size < rhs.w.size:
-            lhs = _plain(run, lhs, "dot_general")
-        else:
-            rhs = _plain(run, rhs, "dot_general")
-    swap = isinstance(lhs, Factors)
-    x, f = (rhs, lhs) if swap else (lhs, rhs)
-    return [_ops.dot_general(x, f, swap=swap, drop=_dropout(run), **eqn.params)]
-
-
-def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    f, indices = operands
-    if not isinstance(f, Factors):
-        return None
-    found = _ops.gather(f, indices, **eqn.params)
-    named = eqn.params["dimension_numbers"].start_index_map
-    if _factors.stacked(f).issuperset(named):
-        return [found]  # one layer, or expert, of a stack: a weight still
-    # The rows of an embedding. The plain function forms as many numbers, so that adding
-    # the thin product to them takes no more memory.
-    return [materialize(found)]
-
-
-def _conv(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    x, f = operands
-    if isinstance(x, Factors):
-        return None
-    y = _ops.conv_general_dilated(x, f, drop=_dropout(run), **eqn.params)
-    return None if y is None else [y]
-
-
-def _ragged_dot(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    x, f, sizes = operands
-    if isinstance(x, Factors) or isinstance(sizes, Factors):
-        return None
-    y = _ops.ragged_dot_general(x, f, sizes, drop=_dropout(run), **eqn.params)
-    return None if y is None else [y]
-
-
-def _dropout(run: Run) -> Callable[[jax.Array], jax.Array] | None:
-    if run.key is None:
-        return None
-
-    def drop(x):
-        keep = jax.random.bernoulli(run.key, 1 - run.rate, x.shape)
-        return jnp.where(
-            keep, x / jnp.asarray(1 - run.rate, x.dtype), jnp.zeros_like(x)
-        )
-
-    return drop
-
-
-# Calls.
 
 
 def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -563,7 +168,7 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         jvp = lambda xs, dots: jax.jvp(
             lambda *smooth_xs: fn(xs, smooth_xs), [xs[i] for i in smooth], dots
         )
-        traced = trace(jvp, _avals(operands), _avals(dots))
+        traced = trace(jvp, avals(operands), avals(dots))
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*operands, *dots])
         out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
@@ -588,7 +193,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         vjp = lambda *xs: jax.vjp(
             lambda *smooth_xs: fn(xs, smooth_xs), *[xs[i] for i in smooth]
         )
-        traced = trace(vjp, *_avals(operands))
+        traced = trace(vjp, *avals(operands))
         results = run_jaxpr(run._replace(key=key), traced.jaxpr, operands)
         n = len(eqn.outvars)
         out = plain(run, results[:n], "custom_vjp_call")
@@ -600,7 +205,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         key, operands, residuals = saved
         _, smooth = _smooth(eqn, operands)
         back = lambda residuals, ct: pullback(residuals)(ct)
-        traced = trace(back, _avals(residuals), _avals(cotangents))
+        traced = trace(back, avals(residuals), avals(cotangents))
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
         grads = traced.restore(plain(inner, results, "custom_vjp_call"))
@@ -619,9 +224,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _smooth(eqn: Any, operands: Sequence[Any]):
     """The equation as a function of its differentiable operands, and which they are."""
     smooth = [
-        i
-        for i, x in enumerate(_avals(operands))
-        if jnp.issubdtype(x.dtype, jnp.inexact)
+        i for i, x in enumerate(avals(operands)) if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
 
     def fn(xs, smooth_xs):
@@ -636,11 +239,6 @@ def _smooth(eqn: Any, operands: Sequence[Any]):
 def _tangent(x: Any, dot: Any) -> Any:
     """The tangent of the whole weight: a custom rule sees no other."""
     return jax.jvp(materialize, (x,), (dot,))[1] if isinstance(x, Factors) else dot
-
-
-def _avals(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    arrays = (x.w if isinstance(x, Factors) else x for x in values)
-    return [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
 
 
 def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -698,7 +296,7 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
 
 def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
     """The carry in which what enters the loop as a weight also leaves it as one."""
-    quiet = run._replace(materialize="allow")
+    quiet, cause = run._replace(materialize="allow"), run.eqn.primitive.name
     while any(isinstance(x, Factors) for x in carry):
         with noting():  # and not telling: this was no evaluation
             after = jax.eval_shape(functools.partial(step, quiet), carry)
@@ -709,9 +307,7 @@ def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
         if all(kept):
             break
         pairs = zip(carry, kept, strict=True)
-        carry = [
-            x if keep else _plain(run, x, run.eqn.primitive.name) for x, keep in pairs
-        ]
+        carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
     return carry
 
 
@@ -781,45 +377,6 @@ def _cond(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return lax.switch(index, branches, operands)
 
 
-Rule = Callable[[Run, Any, list[Any]], list[Any] | None]
-
-VIEWS: dict[str, Rule] = {
-    "convert_element_type": _on_weight,
-    "copy": _on_weight,
-    "reduce_precision": _on_weight,
-    "device_put": _on_weight,
-    "sharding_constraint": _on_weight,
-    "reshard": _on_weight,
-    "stop_gradient": _on_each,
-    "name": _on_each,
-    "optimization_barrier": _on_each,
-    "pvary": _pvary,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-    "unstack": _unstack,
-    "rev": _rev,
-    "tile": _tile,
-    "pad": _pad,
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "reduce_sum": _reduce_sum,
-    "add": _sum,
-    "sub": _sum,
-    "neg": _scaled,
-    "mul": _scaled,
-    "div": _scaled,
-}
-PRODUCTS: dict[str, Rule] = {
-    "dot_general": _dot_general,
-    "gather": _gather,
-    "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged_dot,
-}
 RULES: dict[str, Rule] = {
     **VIEWS,
     **PRODUCTS,

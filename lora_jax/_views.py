@@ -1,0 +1,283 @@
+"""What becomes of an adapted weight that JAX hands on: one rule per primitive.
+
+A rule takes the equation and its operands, of which at least one is `Factors`, and
+gives other `Factors`. `None`: the weight has to be materialised.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax import _factors
+from lora_jax._factors import Factors
+from lora_jax._jaxpr import (
+    bind,
+    leads_to,
+    varying_axes,
+)
+from lora_jax._products import PRODUCTS
+from lora_jax._run import Rule, Run
+
+
+def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """What changes the weight's storage or digits, and not the factors'."""
+    weights = [x.w if isinstance(x, Factors) else x for x in operands]
+    moved = bind(eqn, weights)
+    if not jnp.issubdtype(moved[0].dtype, jnp.inexact):
+        return None
+    pairs = zip(operands, moved, strict=True)
+    return [
+        dataclasses.replace(f, w=w) if isinstance(f, Factors) else w for f, w in pairs
+    ]
+
+
+def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """Identities with a meaning for gradients or memory, one part at a time."""
+    leaves, treedef = jax.tree.flatten(operands)
+    if eqn.primitive.multiple_results:
+        return treedef.unflatten(bind(eqn, leaves))
+    return treedef.unflatten([bind(eqn, [leaf])[0] for leaf in leaves])
+
+
+def _pvary(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """Within `shard_map`: parts equal on all devices no longer count as that."""
+    axes = set(eqn.params["axes"])
+
+    def vary(x):
+        return x if axes <= varying_axes(x) else bind(eqn, [x])[0]
+
+    return jax.tree.map(vary, operands)
+
+
+def _transpose(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    return [_factors.transpose(f, w, eqn.params["permutation"])]
+
+
+def _reshape(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    return _maybe(_factors.reshape(f, w))
+
+
+def _broadcast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    f, *dynamic_shape = operands
+    if dynamic_shape:
+        return None
+    (w,) = bind(eqn, [f.w])
+    return [_factors.broadcast(f, w, eqn.params["broadcast_dimensions"])]
+
+
+def _slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    return _maybe(_cut(f, w, starts, limits, eqn.params["strides"] or (1,) * f.ndim))
+
+
+def _split(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axis, ones = eqn.params["axis"], (1,) * f.ndim
+    starts, parts = [0] * f.ndim, []
+    for w in bind(eqn, [f.w]):
+        limits = [i + n for i, n in zip(starts, w.shape, strict=True)]
+        parts.append(_cut(f, w, tuple(starts), limits, ones))
+        starts[axis] = limits[axis]
+    return None if any(part is None for part in parts) else parts
+
+
+def _unstack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axis = eqn.params["axis"]
+
+    def nth(i, w):
+        def pick(x):
+            own = axis in _factors.present(x)
+            return lax.index_in_dim(x, i if own else 0, axis, keepdims=False)
+
+        return _factors.view(f, w, pick)
+
+    return [nth(i, w) for i, w in enumerate(bind(eqn, [f.w]))]
+
+
+def _rev(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    # Along a dimension that a factor lacks there is one number, and nothing to turn.
+    return [_factors.view(f, w, lambda x: lax.rev(x, eqn.params["dimensions"]))]
+
+
+def _tile(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    reps = eqn.params["reps"]
+
+    def tile(x):
+        own = _factors.present(x)
+        return jnp.tile(x, [n if d in own else 1 for d, n in enumerate(reps)] + [1])
+
+    return [_factors.view(f, w, tile)]
+
+
+def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    f, padding = operands
+    if not isinstance(f, Factors) or isinstance(padding, Factors):
+        return None
+    config = eqn.params["padding_config"]
+    changed = [d for d, edges in enumerate(config) if any(edges)]
+    in_either = {*_factors.present(f.a), *_factors.present(f.b)}
+    if not in_either.issuperset(changed):
+        return None  # what a weight repeats, it does not repeat in its padding
+    (w,) = bind(eqn, [f.w, padding])
+
+    def pad(x):
+        own = _factors.present(x)
+        edges = [c if d in own else (0, 0, 0) for d, c in enumerate(config)]
+        return lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)])
+
+    return [_factors.view(f, w, pad)]
+
+
+def _concatenate(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Weights side by side, as fused projections are: each keeps its own rank."""
+    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
+        return None
+    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
+    return _maybe(_factors.concatenate(operands, w, eqn.params["dimension"]))
+
+
+def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
+        return None
+    axis = eqn.params["axis"]
+    rows = []
+    for x in operands:
+        part = lax.expand_dims(x.w if isinstance(x, Factors) else x, [axis])
+        if isinstance(x, Factors):
+            part = _factors.view(x, part, lambda x: lax.expand_dims(x, [axis]))
+        rows.append(part)
+    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
+    return _maybe(_factors.concatenate(rows, w, axis))
+
+
+def _is_weight(run: Run) -> bool:
+    """Whether a product awaits what the equation makes of weights and plain arrays.
+
+    If not, it is rather an activation, as where a table of positions is added: in
+    factors it would be formed again by whatever comes next.
+    """
+    return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, VIEWS)
+
+
+def _cut(f: Factors, w: jax.Array, starts: Any, limits: Any, strides: Any):
+    def cut(x, present):
+        for d in present:
+            x = lax.slice_in_dim(x, starts[d], limits[d], strides[d], axis=d)
+        return x
+
+    return _factors.cut(f, w, cut)
+
+
+def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    f, *starts = operands
+    if not isinstance(f, Factors):
+        return None
+    (w,) = bind(eqn, [f.w, *starts])
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(x, present):
+        for d in present:
+            x = lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis=d)
+        return x
+
+    return _maybe(_factors.cut(f, w, cut))
+
+
+def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    (f,) = operands
+    axes = eqn.params["axes"]
+    in_a, in_b = _factors.present(f.a), _factors.present(f.b)
+    if _factors.stacked(f).intersection(axes):
+        return None  # a sum over layers or experts is no product of two factors
+    (w,) = bind(eqn, [f.w])
+    repeats = math.prod(f.shape[d] for d in axes if d not in (*in_a, *in_b))
+    summed = _factors.view(f, w, lambda x: jnp.sum(x, axes))
+    return [dataclasses.replace(summed, scale=summed.scale * repeats)]
+
+
+def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """A sum, or a difference, with a number or an array, or with another weight."""
+    f, g = operands
+    minus = eqn.primitive.name == "sub"
+    numbers = [x for x in operands if np.ndim(x) == 0]
+    if not (numbers or _is_weight(run)):
+        return None
+    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
+    if isinstance(g, Factors) and minus:
+        g = dataclasses.replace(g, scale=-g.scale)
+    if not isinstance(g, Factors):
+        return [dataclasses.replace(f, w=w)]
+    if not isinstance(f, Factors):
+        return [dataclasses.replace(g, w=w)]
+    return _maybe(_factors.add(f, g, w))
+
+
+def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Negation, and multiplication or division by a number."""
+    f, *numbers = sorted(operands, key=lambda x: not isinstance(x, Factors))
+    swapped = f is not operands[0]
+    if any(isinstance(x, Factors) or np.ndim(x) > 0 for x in numbers):
+        return None
+    if any(jnp.iscomplexobj(x) for x in numbers):
+        return None
+    if swapped and eqn.primitive.name == "div":
+        return None
+    (w,) = bind(eqn, [x if x is not f else f.w for x in operands])
+    dtype = _factors.wider(f.scale.dtype, f.dtype)
+    numbers = [jnp.asarray(x, dtype) for x in numbers]
+    operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
+    scale = operation[eqn.primitive.name](f.scale.astype(dtype), *numbers)
+    return [dataclasses.replace(f, w=w, scale=scale)]
+
+
+def _maybe(f: Factors | None) -> list[Factors] | None:
+    return None if f is None else [f]
+
+
+VIEWS: dict[str, Rule] = {
+    "convert_element_type": _on_weight,
+    "copy": _on_weight,
+    "reduce_precision": _on_weight,
+    "device_put": _on_weight,
+    "sharding_constraint": _on_weight,
+    "reshard": _on_weight,
+    "stop_gradient": _on_each,
+    "name": _on_each,
+    "optimization_barrier": _on_each,
+    "pvary": _pvary,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "unstack": _unstack,
+    "rev": _rev,
+    "tile": _tile,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "reduce_sum": _reduce_sum,
+    "add": _sum,
+    "sub": _sum,
+    "neg": _scaled,
+    "mul": _scaled,
+    "div": _scaled,
+}
