@@ -20,6 +20,7 @@ from jax import lax
 from lora_jax._tree import Path, is_array, path_name, unbox
 
 PARTS = ("lora_a", "lora_b", "lora_scale")
+JOIN = " + "  # between the names of weights that have become one
 
 
 class Adapter(NamedTuple):
@@ -317,11 +318,10 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
     but for pieces of one weight, which share their `b`. Along an output likewise. Along
     a stack both are stacked.
     """
+    first = next(x for x in parts if isinstance(x, Factors))
+    parts = [_turned(x, first, axis) if isinstance(x, Factors) else x for x in parts]
     weights = [x for x in parts if isinstance(x, Factors)]
-    roles = {
-        frozenset((d, n) for n in "ab" for d in present(getattr(f, n)) if d != axis)
-        for f in weights
-    }
+    roles = {_roles(f, axis) for f in weights}
     owned = [(axis in present(f.a), axis in present(f.b)) for f in weights]
     in_a, in_b = map(any, zip(*owned, strict=True))
     stack = in_a == in_b
@@ -356,11 +356,12 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
         new[other] = others[0]
     else:
         new[other] = lax.concatenate([x.astype(dtype) for x in others], w.ndim)
-    return Factors(w, **new, scale=_one(w), name=weights[0].name)
+    return Factors(w, **new, scale=_one(w), name=_names(weights))
 
 
 def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
     """The sum `w` of two weights, whose ranks add up."""
+    g = _turned(g, f)
     a, b = ({*present(x)} | {*present(y)} for x, y in ((f.a, g.a), (f.b, g.b)))
     if a & b != stacked(f) | stacked(g):
         return None
@@ -374,7 +375,19 @@ def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
         ]
         return lax.concatenate(wide, w.ndim)
 
-    return Factors(w, both(f.a, g.a, a), both(f.b, g.b, b), _one(w), f.name)
+    return Factors(w, both(f.a, g.a, a), both(f.b, g.b, b), _one(w), _names([f, g]))
+
+
+def _roles(f: Factors, but: int | None = None) -> tuple[frozenset[int], ...]:
+    """The dimensions that each factor has, but for one."""
+    return tuple(frozenset(present(x)) - {but} for x in (f.a, f.b))
+
+
+def _turned(f: Factors, like: Factors, but: int | None = None) -> Factors:
+    """The same weight, its factors in the order of another's."""
+    turned = dataclasses.replace(f, a=f.b, b=f.a)
+    same = _roles(f, but) != _roles(like, but) == _roles(turned, but)
+    return turned if same else f
 
 
 def _folded(f: Factors, name: str) -> Factors:
@@ -382,6 +395,11 @@ def _folded(f: Factors, name: str) -> Factors:
     x = getattr(f, name)
     x = x * f.scale.astype(x.dtype)[..., None]
     return dataclasses.replace(f, **{name: x}, scale=_one(f.w))
+
+
+def _names(weights: list[Factors]) -> Label:
+    names = (name for f in weights for name in f.name.split(JOIN))
+    return Label(JOIN.join(dict.fromkeys(names)))
 
 
 def _one(w: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax import _factors
-from lora_jax._factors import Factors, materialize
+from lora_jax._factors import JOIN, Factors, materialize
 from lora_jax._jaxpr import (
     CALLS,
     bind,
@@ -30,7 +30,19 @@ from lora_jax._jaxpr import (
     trace,
 )
 from lora_jax._products import PRODUCTS
-from lora_jax._run import Rule, Run, avals, calls, count, noting, plain, plain_one
+from lora_jax._run import (
+    Note,
+    Rule,
+    Run,
+    avals,
+    calls,
+    count,
+    note,
+    noting,
+    place_of,
+    plain,
+    plain_one,
+)
 from lora_jax._views import VIEWS
 
 
@@ -98,27 +110,48 @@ def _part_specs(f: Factors, spec: PartitionSpec) -> list[PartitionSpec]:
     ]
 
 
-# The jitted forms of a jaxpr, so that calling a jitted function again compiles nothing.
-_jitted: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+class Form(NamedTuple):
+    """A jaxpr, jitted on factors, and what its evaluation had to tell."""
+
+    run: Callable[..., list[Any]]
+    told: dict[Any, list[tuple[int, Note]]]  # by the operands' shapes: (operand, note)
+
+
+# So that calling a jitted function again compiles nothing.
+_forms: weakref.WeakKeyDictionary[Any, dict[Any, Form]] = weakref.WeakKeyDictionary()
 
 
 def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    names = [str(x.name) if isinstance(x, Factors) else "" for x in operands]
     token = calls.set((*calls.get(), eqn))
     try:
         if run.counting:  # a shared form is traced, and noted, but once
             return _inline(run, eqn, operands)
-        return _jitted_form(run, eqn)(run.key, operands)
+        form, shapes = _form(run, eqn), _avals_of(operands)
+        with noting() as new:
+            results = form.run(run.key, operands)
     finally:
         calls.reset(token)
+    for told in new.values():
+        note(run, told)
+    if new:
+        owner = lambda told: next(
+            i for i, name in enumerate(names) if told.name in name.split(JOIN)
+        )
+        form.told[shapes] = [(owner(told), told) for told in new.values()]
+    else:
+        for i, told in form.told.get(shapes, ()):
+            note(run, told._replace(name=names[i], place=place_of(run)))
+    return results
 
 
-def _jitted_form(run: Run, eqn: Any) -> Callable[..., list[Any]]:
+def _form(run: Run, eqn: Any) -> Form:
     jaxpr, params = call_jaxpr(eqn), eqn.params
     shardings = params["in_shardings"], params["out_shardings"]
     options = params.get("compiler_options_kvs", ())
     keyless = Run(run.materialize, run.rate)
     how = (keyless, params["inline"], shardings, options)
-    forms = _jitted.setdefault(jaxpr, {})
+    forms = _forms.setdefault(jaxpr, {})
     if how not in forms:
         # Holding the jaxpr itself would keep its own entry alive for ever.
         held = weakref.ref(jaxpr)
@@ -129,9 +162,10 @@ def _jitted_form(run: Run, eqn: Any) -> Callable[..., list[Any]]:
             return list(map(_constrained, results, shardings[1]))
 
         call.__name__ = params["name"]
-        forms[how] = jax.jit(
+        jitted = jax.jit(
             call, inline=params["inline"], compiler_options=dict(options) or None
         )
+        forms[how] = Form(jitted, {})
     return forms[how]
 
 
@@ -321,7 +355,7 @@ def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
 
 def _avals_of(x: Any) -> Any:
     leaves, treedef = jax.tree.flatten(x)
-    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    return treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _slices(f: Factors):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _factors
-from lora_jax._factors import Factors, materialize
+from lora_jax._factors import JOIN, Factors, materialize
 from lora_jax._jaxpr import (
     bind,
     flops,
@@ -64,7 +64,7 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 
 def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
     in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
-    where = _place(run)
+    where = place_of(run)
     cost = 2 * math.prod(f.shape[d] for d in in_a | in_b) * f.a.shape[-1]
     if in_a <= in_b or in_b <= in_a:
         # A row, a column, or some: no dearer than a product.
@@ -85,12 +85,13 @@ def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
 def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
     """Notes a product that stayed factored, and what it adds to the plain one."""
     eqn = run.eqn
-    (f, *_) = (x for x in operands if isinstance(x, Factors))
+    # Of two weights the larger stays factored.
+    f = max((x for x in operands if isinstance(x, Factors)), key=lambda x: x.w.size)
     quiet = run._replace(materialize="allow", counting=False)
     whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
     base = trace(lambda *xs: bind(eqn, xs), *avals(operands))
     added = flops(whole.jaxpr) - flops(base.jaxpr)
-    note(run, Note(str(f.name), eqn.primitive.name, _place(run), False, added))
+    note(run, Note(str(f.name), eqn.primitive.name, place_of(run), False, added))
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ def noting() -> Iterator[dict[Any, Note]]:
         notes.reset(token)
 
 
-def _place(run: Run) -> str:
+def place_of(run: Run) -> str:
     """Where in the user's source an evaluation stands, or ""."""
     if run.eqn is None:
         return ""
@@ -116,10 +117,12 @@ def _place(run: Run) -> str:
 
 def note(run: Run, what: Note) -> None:
     found = notes.get()
-    if found is not None:
-        times = math.prod(n for _, n in run.trail)
-        key = (run.trail, what.name, what.formed)
-        found[key] = what._replace(flops=times * what.flops)
+    if found is None:
+        return
+    times, names = math.prod(n for _, n in run.trail), what.name.split(JOIN)
+    for name in names:
+        key = (run.trail, name, what.primitive, what.place)
+        found[key] = what._replace(name=name, flops=times * what.flops // len(names))
 
 
 def avals(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

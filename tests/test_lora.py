@@ -1,6 +1,7 @@
 """`lora(fn)` on parameters with adapters equals `fn` on the merged parameters."""
 
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -145,6 +146,70 @@ def convolution(p, x):
     )
 
 
+def weight_and_array(p, x):
+    return x @ (p["w"] + jnp.sin(x).T @ x) + x @ (1 - p["w"])
+
+
+def fused_projections(p, x):
+    fused = jnp.concatenate([p["w"], p["table"].T, jnp.ones((D, 2))], axis=1)
+    y = x @ jnp.concatenate([fused, jnp.roll(fused, 3, axis=1)], axis=1)
+    return y[:, :D] @ jnp.concatenate([p["w"][:1], p["table"][1:D]])
+
+
+def stacked_here(p, x):
+    step = lambda c, w: (jnp.sin(c @ w), None)
+    return lax.scan(step, x, jnp.stack([p["w"], p["table"][:D]]))[0]
+
+
+def unstacked(p, x):
+    for w in jnp.unstack(p["stack"]):
+        x = x @ w
+    return x
+
+
+def swapped_each_time(p, x):
+    body = lambda c, _: ((jnp.sin(c[0] @ c[1]), c[2], c[1] / 2), None)
+    return lax.scan(body, (x, p["w"], p["table"][:D]), length=3)[0][0]
+
+
+def ragged_experts(p, x):
+    return lax.ragged_dot(x, p["stack"], jnp.array([1, 2]))
+
+
+def ragged_rows_of_many(p, x):
+    """Batched, the weight's dimensions in an order of their own."""
+    dims = lax.RaggedDotDimensionNumbers((((2,), (2,)), ((0,), (1,))), (1,), (0,))
+    x = jnp.stack([x, jnp.sin(x)])  # (2, BATCH, D)
+    w = jnp.swapaxes(jnp.stack([p["stack"], p["stack"][::-1]]), 0, 1)
+    return lax.ragged_dot_general(x, w, jnp.array([[1, 2], [2, 1]]), dims)
+
+
+def grouped_convolution(p, x, groups=2):
+    x = jnp.stack([x, 2 * x, x * x, x, x], axis=1)  # (batch, 5, D)
+    dims = ("NWC", "WIO", "NWC")
+    w = p["window"][:, : D // groups]
+    return lax.conv_general_dilated(
+        *(x, w, (1,), "SAME"), dimension_numbers=dims, feature_group_count=groups
+    )
+
+
+def on_devices(p, x):
+    """Rows of a weight on some devices, its columns on others, the layers on all."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+
+    def local(x, columns, rows, stack):
+        y = lax.psum(jnp.sin(x @ columns) @ rows, "d")
+        return lax.scan(lambda c, w: (jnp.sin(c @ w), None), y, stack)[0]
+
+    specs = P(), P(None, "d"), P("d"), P()
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    return mapped(x, p["w"], p["table"][:D], p["stack"])
+
+
+def on_each_device(p, x):
+    return jax.pmap(lambda x, w: jnp.sin(x @ w), in_axes=(0, None))(x[:2, None], p["w"])
+
+
 def per_example(p, x):
     return jax.vmap(lambda x: jnp.sin(x @ p["w"]))(x)
 
@@ -192,7 +257,20 @@ FACTORED = {
     "expert of each example": per_example_expert,
     "fused": lambda p, x: (x @ jnp.split(p["w"], [1], axis=1)[1]) * 2.0,
     "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
+    "weight and array": weight_and_array,
+    "two weights summed": lambda p, x: x @ (p["w"] - p["table"][:D]),
+    "fused projections": fused_projections,
+    "stacked here": stacked_here,
+    "unstacked": unstacked,
+    "turned round": lambda p, x: x @ p["w"][::-1],
+    "padded": lambda p, x: x[:, :3] @ jnp.pad(p["w"], ((1, 0), (2, 1)))[1:4],
+    "tiled": lambda p, x: x @ jnp.tile(p["w"], (2, 3))[D:],
+    "repeated": lambda p, x: x @ jnp.repeat(p["w"], 3, axis=1),
+    "ragged experts": ragged_experts,
+    "ragged rows of many": ragged_rows_of_many,
     "convolution": convolution,
+    "grouped convolution": grouped_convolution,
+    "each channel by itself": functools.partial(grouped_convolution, groups=D),
     "jit": jax.jit(lambda p, x: jnp.sin(x @ p["w"])),
     "jitted view": lambda p, x: x @ jax.jit(lambda w: w.T)(p["w"]),
     "remat": remat_with_policy,
@@ -201,7 +279,13 @@ FACTORED = {
     "scan in reverse": scan_reversed,
     "scan over rows": scan_over_inputs,
     "carried": scan_carried,
+    "swapped each time": swapped_each_time,
     "loop": loop,
+    "carried by a loop": lambda p, x: lax.fori_loop(
+        0, 3, lambda i, c: (jnp.tanh(c[0] @ c[1]), -c[1]), (x, p["w"])
+    )[0],
+    "on devices": on_devices,
+    "on each device": on_each_device,
     "branch": branch,
     "vmap": per_example,
     "inner gradient": inner_gradient,
@@ -209,13 +293,17 @@ FACTORED = {
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
     "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),
 }
-NO_GRADIENT = {"loop"}
+NO_GRADIENT = {"loop", "carried by a loop"}
 MATERIALIZED = {
     "norm": lambda p, x: jnp.sqrt((p["w"] ** 2).sum()),
     "elementwise": lambda p, x: x @ jnp.tanh(p["w"]),
     "sorted": lambda p, x: jnp.sort(p["w"], axis=0),
     "two weights": lambda p, x: x @ (p["w"] @ p["table"].T),
     "squared": lambda p, x: x @ (p["w"] @ p["w"]),
+    "positions": lambda p, x: jnp.sin(x + p["table"][:BATCH]),
+    "changed by a loop": lambda p, x: lax.scan(
+        lambda c, _: ((x @ c[1], jnp.tanh(c[1])), None), (x, p["w"]), length=3
+    )[0][0],
     "in and out merged": lambda p, x: p["w"].reshape(-1),
     "returned": lambda p, x: p["w"],
     "scanned out": lambda p, x: lax.scan(lambda c, w: (c, w), 0, p["stack"])[1],
@@ -274,7 +362,7 @@ def test_equals_merged_without_materializing(name, params, close):
 @pytest.mark.parametrize("name", MATERIALIZED)
 def test_materializes_exactly_and_says_so(name, params, close):
     fn = MATERIALIZED[name]
-    with pytest.warns(UserWarning, match=r"W \+ scale \* A B is formed there"):
+    with pytest.warns(UserWarning, match=r"which needs the whole weight"):
         got = lora(fn)(params, X)
     close(got, fn(lj.merge(params), X))
     allowed = lora(fn, materialize="allow")
@@ -469,6 +557,117 @@ def test_equal_layers_share_one_compiled_function(params):
     assert text.count("func.func") == jax.jit(fn).lower(
         lj.strip(params), X
     ).as_text().count("func.func")
+
+
+def test_one_warning_for_a_call_with_its_places(params):
+    def fn(p, x):
+        y = jnp.tanh(p["w"]).sum() + jnp.sort(p["w"], axis=0).sum()
+        return y + sum(jnp.exp(w).sum() for w in p["stack"]) + p["table"].max()
+
+    with pytest.warns(UserWarning, match="needs the whole weight") as caught:
+        lora(fn)(params, X)
+    (warning,) = caught
+    line = fn.__code__.co_firstlineno + 1
+    text = str(warning.message)
+    assert warning.filename == __file__
+    for cause in ("'tanh'", "'sort'"):
+        assert f"'w' meets {cause} at tests/test_lora.py:{line}; " in text
+    assert f"'stack' meets 'exp' at tests/test_lora.py:{line + 1}; " in text
+    assert "'table' meets 'reduce_max'" in text
+
+
+def test_effects_keep_their_order_and_count(params):
+    told = []
+
+    def fn(p, x):
+        def body(c, w):
+            jax.debug.callback(
+                lambda n: told.append(int(n)), jnp.int32(2), ordered=True
+            )
+            return jnp.sin(c @ w), None
+
+        jax.debug.callback(lambda n: told.append(int(n)), jnp.int32(1), ordered=True)
+        x = lax.scan(body, jnp.sin(x @ p["w"]), p["stack"])[0]
+        jax.debug.callback(lambda n: told.append(int(n)), jnp.int32(3), ordered=True)
+        return x
+
+    for call in (lora(fn), jax.jit(lora(fn))):
+        told.clear()
+        jax.block_until_ready(call(params, X))
+        jax.effects_barrier()
+        assert told == [1, *[2] * LAYERS, 3]
+
+
+def test_a_function_without_adapted_weights_is_the_same_program(params):
+    """Whatever else it does: XLA compiles the very same thing."""
+
+    def fn(p, x):
+        step = jax.checkpoint(lambda c, w: (jnp.sin(c @ w), c.sum()))
+        y, sums = lax.scan(step, x, jnp.stack([p["plain"]] * 2))
+        y = lax.cond(sums.sum() > 0, jax.nn.gelu, jax.nn.relu, y)
+        return y, jnp.sort(y), jnp.where(y > 0, y, 0.0)
+
+    tree = params | {"plain": jnp.ones((D, D))}
+    base = {"plain": jnp.ones((D, D))}
+    program = lambda f, p: jax.jit(f).lower(p, X).compile().as_text()
+    strip = lambda text: re.sub(r", metadata=\{[^}]*\}|HloModule \S+", "", text)
+    body = lambda text: strip(text).partition("\n\nFileNames")[0]
+    assert body(program(lora(fn), tree)) == body(program(fn, base))
+
+
+def test_returned_and_changed_parameters(params, close):
+    """What comes back is plain; what the function does to its tree stays its own."""
+
+    def fn(p, x):
+        p["w"] = p["w"] * 2
+        p["new"] = 1
+        return x @ p["w"], {"w": p.pop("w"), "bias": p["bias"]}
+
+    tree = params | {"bias": jnp.ones(D)}
+    before = dict(tree)
+    with pytest.warns(UserWarning, match="'w' meets 'return', which needs the whole"):
+        got = lora(fn)(tree, X)
+    assert tree.keys() == before.keys()
+    assert all(tree[name] is before[name] for name in tree)
+    close(got, fn(lj.merge(tree), X))
+    with pytest.raises(ValueError, match="'w' meets 'return', which needs the whole"):
+        lora(fn, materialize="error")(tree, X)
+
+
+def test_parameters_that_are_no_arrays(params, close):
+    marks = {"name": "model", "depth": 3, "act": jnp.sin, "none": None, "rate": 0.5}
+
+    def fn(p, x):
+        assert p["name"] == "model" and isinstance(p["depth"], int)
+        assert p["none"] is None
+        for _ in range(p["depth"]):
+            x = p["act"](x @ p["w"]) * p["rate"]
+        return x
+
+    tree = params | marks
+    close(lora(fn)(tree, X), fn(lj.merge(tree), X))
+
+
+def test_a_function_that_is_another_each_time(params, close):
+    """Each call is traced once, so that it is one function and not two halves."""
+    calls = []
+
+    def fn(p, x):
+        calls.append(0)
+        return x @ p["w"] if len(calls) % 2 else x @ p["w"].T
+
+    w = lj.merge(params)["w"]
+    close(lora(fn)(params, X), X @ w)
+    close(lora(fn)(params, X), X @ w.T)
+    assert len(calls) == 2
+
+
+def test_adapters_that_fit_no_weight_are_an_error(params):
+    broken = params | {"w_lora_a": jnp.ones((D + 1, 2))}
+    with pytest.raises(ValueError, match="adapter of 'w' does not fit"):
+        lora(model)(broken, X)
+    with pytest.raises(ValueError, match="adapter of 'w' is broken: 'w_lora_b'"):
+        lora(model)({k: x for k, x in params.items() if k != "w_lora_b"}, X)
 
 
 def test_no_adapters_is_an_error():
