@@ -283,10 +283,12 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
         kept = {d: i for d, i in at.items() if old[i] == new[d]}
         return tuple(dims[kept[d]] if d in kept else none for d in range(len(new)))
     if name in ("reshape", "squeeze"):
+        order = params["dimensions"] if name == "reshape" else None
+        order = range(len(dims)) if order is None else order
         moved = [none] * len(new)
-        for olds, news in segments(old, new):
+        for olds, news in segments(tuple(old[d] for d in order), new):
             for d in news:
-                moved[d] = none.union(*(dims[i] for i in olds))
+                moved[d] = none.union(*(dims[order[i]] for i in olds))
         return tuple(moved)
     if name == "stack":
         return (*dims[: params["axis"]], none, *dims[params["axis"] :])

@@ -63,7 +63,15 @@ def _transpose(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _reshape(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (f,) = operands
     (w,) = bind(eqn, [f.w])
-    return _maybe(_factors.reshape(f, w))
+    return _maybe(_factors.reshape(_turned_first(eqn, f), w))
+
+
+def _turned_first(eqn: Any, f: Factors) -> Factors:
+    """`lax.reshape` may be told to read the dimensions in another order."""
+    order = eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
+    if order is None:
+        return f
+    return _factors.transpose(f, lax.transpose(f.w, order), order)
 
 
 def _broadcast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:

@@ -20,6 +20,13 @@ def optax_promotion():
 
 
 @pytest.fixture
+def third_party():
+    """Models of other people, which were not written for the strictest JAX."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
 def randomized():
     """Gives each adapter of a tree random factors: B = 0 would hide every mistake."""
 

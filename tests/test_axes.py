@@ -134,6 +134,11 @@ USES = {
         lambda w, x: x @ jnp.flip(jnp.pad(w.T.astype(jnp.float32), 1)[1:]),
         TURNED,
     ),
+    "read in another order": (
+        (2, 3, D),
+        lambda w, x: x @ lax.reshape(w, (D, 6), (2, 1, 0)),
+        ((), (2,), (0, 1)),
+    ),
     "merged and split": (
         (2, 2, 6),
         lambda w, x: jnp.einsum("td,dnh->tnh", x, w.reshape(4, 2, 3)),

@@ -236,6 +236,9 @@ FACTORED = {
         "ebd,edh->ebh", jnp.stack([x, x]), p["stack"]
     ),
     "merged heads": merged_heads,
+    "read in another order": lambda p, x: (
+        x @ lax.reshape(p["heads"], (D, 6), (0, 2, 1))
+    ),
     "split heads": split_heads,
     "scalars": lambda p, x: x @ (-2.0 * p["w"] / 3.0),
     "broadcast": lambda p, x: jnp.stack([x, x]) @ jnp.broadcast_to(p["w"], (2, D, D)),

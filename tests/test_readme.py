@@ -11,7 +11,7 @@ CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 OUTPUT = re.findall(r"```text\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_code_prints_its_output(tmp_path, monkeypatch, capsys, optax_promotion):
+def test_code_prints_its_output(tmp_path, monkeypatch, capsys, third_party):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in CODE:
