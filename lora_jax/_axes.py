@@ -23,7 +23,7 @@ from lora_jax._jaxpr import (
 )
 from lora_jax._targets import is_adaptable
 from lora_jax._tree import Path, flatten, leaf_order, path_name, unbox
-from lora_jax._views import VIEWS
+from lora_jax._views import keeps
 
 Dims = frozenset[int]
 
@@ -311,8 +311,8 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
 
 def _is_sure(eqn: Any, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a weight that goes through stays one: no lookup, no sum with another."""
-    elementwise = eqn.primitive.name in ("add", "sub", "mul", "div")
-    return eqn.primitive.name in VIEWS and (() in shapes or not elementwise)
+    by_an_array = eqn.primitive.name in ("add", "sub") and () not in shapes
+    return keeps(eqn) and not by_an_array
 
 
 def _looked_up(eqn: Any, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str, Any]:

@@ -207,17 +207,19 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]
 
 
 def leads_to(
-    jaxpr: Any, index: int, products: Container[str], views: Container[str]
+    jaxpr: Any,
+    index: int,
+    goals: Container[str],
+    passes: Callable[[Any], bool],
 ) -> bool:
-    """Whether a result of equation `index` meets one of the primitives `products`.
+    """Whether a result of equation `index` meets one of the primitives `goals`.
 
-    It may pass through `views` and through calls on its way there, but not out of the
-    jaxpr itself.
+    On its way there it may go through equations that `passes` allows, and into calls,
+    but not out of the jaxpr itself.
     """
 
     def operands(eqn, results):
-        name = eqn.primitive.name
-        hit = name in products or (name in views and any(results))
+        hit = eqn.primitive.name in goals or (any(results) and passes(eqn))
         return [hit] * len(eqn.invars)
 
     jaxpr, _ = _opened(jaxpr)

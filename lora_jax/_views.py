@@ -18,6 +18,7 @@ from lora_jax._factors import Factors
 from lora_jax._jaxpr import (
     bind,
     leads_to,
+    shapes,
     varying_axes,
 )
 from lora_jax._products import PRODUCTS
@@ -139,8 +140,7 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     config = eqn.params["padding_config"]
     changed = [d for d, edges in enumerate(config) if any(edges)]
-    in_either = {*_factors.present(f.a), *_factors.present(f.b)}
-    if not in_either.issuperset(changed):
+    if not _present(f).issuperset(changed):
         return None  # what a weight repeats, it does not repeat in its padding
     (w,) = bind(eqn, [f.w, padding])
 
@@ -180,7 +180,13 @@ def _is_weight(run: Run) -> bool:
     If not, it is rather an activation, as where a table of positions is added: in
     factors it would be formed again by whatever comes next.
     """
-    return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, VIEWS)
+    return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, keeps)
+
+
+def keeps(eqn: Any) -> bool:
+    """Whether a weight that goes through an equation is still one, in factors."""
+    name = eqn.primitive.name
+    return name in VIEWS and (name not in ("mul", "div") or () in shapes(eqn)[0])
 
 
 def _cut(f: Factors, w: jax.Array, starts: Any, limits: Any, strides: Any):
@@ -210,11 +216,10 @@ def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (f,) = operands
     axes = eqn.params["axes"]
-    in_a, in_b = _factors.present(f.a), _factors.present(f.b)
     if _factors.stacked(f).intersection(axes):
         return None  # a sum over layers or experts is no product of two factors
     (w,) = bind(eqn, [f.w])
-    repeats = math.prod(f.shape[d] for d in axes if d not in (*in_a, *in_b))
+    repeats = math.prod(f.shape[d] for d in axes if d not in _present(f))
     summed = _factors.view(f, w, lambda x: jnp.sum(x, axes))
     return [dataclasses.replace(summed, scale=summed.scale * repeats)]
 
@@ -223,9 +228,11 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """A sum, or a difference, with a number or an array, or with another weight."""
     f, g = operands
     minus = eqn.primitive.name == "sub"
-    numbers = [x for x in operands if np.ndim(x) == 0]
-    if not (numbers or _is_weight(run)):
-        return None
+    if all(np.ndim(x) > 0 for x in operands):
+        in_either = {d for x in operands if isinstance(x, Factors) for d in _present(x)}
+        repeats = any(n > 1 for d, n in enumerate(f.shape) if d not in in_either)
+        if repeats or not _is_weight(run):
+            return None  # a table that is added to each example of a batch
     (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
     if isinstance(g, Factors) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
@@ -252,6 +259,10 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
     scale = operation[eqn.primitive.name](f.scale.astype(dtype), *numbers)
     return [dataclasses.replace(f, w=w, scale=scale)]
+
+
+def _present(f: Factors) -> set[int]:
+    return {*_factors.present(f.a), *_factors.present(f.b)}
 
 
 def _maybe(f: Factors | None) -> list[Factors] | None:
