@@ -43,6 +43,7 @@ class Use(NamedTuple):
     """What one equation does with the dimensions of a weight."""
 
     summed: Dims = frozenset()
+    window: Dims = frozenset()  # of a convolution: an input, if it is forward
     free: Dims = frozenset()
     batch: Dims = frozenset()
     picked: Dims = frozenset()  # some of many: a row of a table, a layer of a stack
@@ -71,7 +72,9 @@ def find_axes(
     Returns:
       `{path: Axes(batch, inputs, outputs)}` for each floating weight of two or more
       dimensions that `fn` uses. A weight that meets no product and no lookup, as a
-      table of positions that is added, has its last dimension for an output.
+      table of positions that is added, has its last dimension for an output. Experts
+      that are all computed at once, "td,edh->teh", cannot be told from heads; for an
+      adapter each, write `find_axes(...) | {path: Axes((0,), (1,), (2,))}`.
 
     Raises:
       ValueError: If a weight is used in two ways that no one adapter can serve.
@@ -165,6 +168,7 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
                 "lorafy(..., axes={...}) for the one to factor, or exclude it."
             )
         flip = bool(same) and not all(same)
+        own = dict.fromkeys(use.window, 0) | own
         sides |= {d: side ^ flip for d, side in own.items() if d not in sides}
         decided.append(use)
     return sides
@@ -177,7 +181,8 @@ def _without(use: Use, batch: set[int]) -> Use:
 
 
 def _side_names(use: Use) -> str:
-    inputs, outputs = (tuple(sorted(dims)) for dims in (use.summed, use.free))
+    sides = use.summed | use.window, use.free
+    inputs, outputs = (tuple(sorted(dims)) for dims in sides)
     return f"inputs {inputs} and outputs {outputs} at {use.where}"
 
 
@@ -246,9 +251,9 @@ def _step(eqn: Any, views: list[Any], uses: dict[Path, list[Use]]) -> list[Any]:
             note(view, summed=summed, free=free, batch=batch)
         return nothing
     if name == "conv_general_dilated":
-        out, *rest = params["dimension_numbers"].rhs_spec
+        out, into, *window = params["dimension_numbers"].rhs_spec
         for view in views[1]:
-            note(view, summed=rest, free=[out])
+            note(view, summed=[into], window=window, free=[out])
         return nothing
 
     olds, news = shapes(eqn)

@@ -398,7 +398,7 @@ def _folded(f: Factors, name: str) -> Factors:
 
 
 def _names(weights: list[Factors]) -> Label:
-    names = (name for f in weights for name in f.name.split(JOIN))
+    names = (name for f in weights for name in str(f.name).split(JOIN))
     return Label(JOIN.join(dict.fromkeys(names)))
 
 

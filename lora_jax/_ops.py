@@ -84,49 +84,83 @@ def conv_general_dilated(
 ) -> jax.Array | None:
     """`lax.conv_general_dilated(x, w + scale * a b)`; `None` where it has no factors.
 
-    One factor convolves over the window, the other mixes channels place by place.
+    One factor convolves over the window, the other mixes channels place by place: the
+    outputs after it or, in a derivative with respect to x, the inputs before it.
     """
     out_channel, in_channel, *window = dimension_numbers.rhs_spec
-    slide, mix = f.a, scaled(f)
-    if in_channel in present(mix) or out_channel in present(slide):
-        slide, mix = mix, slide
+    first, second = f.a, scaled(f)
+    if in_channel in present(second) or out_channel in present(first):
+        first, second = second, first
+    places = {*window} & {*present(first)}, {*window} & {*present(second)}
+    misplaced = in_channel in present(second) or out_channel in present(first)
     groups = params["feature_group_count"]
-    misplaced = {in_channel, *window} & {*present(mix)} or out_channel in present(slide)
-    if misplaced or params["batch_group_count"] != 1:
+    before = bool(places[1])
+    if misplaced or all(places) or params["batch_group_count"] != 1:
+        return None
+    if before and groups > 1:
         return None
 
     convolve = functools.partial(
         lax.conv_general_dilated, dimension_numbers=dimension_numbers, **params
     )
-    out, r = f.shape[out_channel], slide.shape[-1]
+    out, r = f.shape[out_channel], first.shape[-1]
     if drop is None and groups * r > out:
         # As where each channel is by itself: the factors would make r times as many
         # numbers as the kernel, which is small.
         return convolve(x, materialize(f))
     y = convolve(x, f.w)
     dtype = _compute_dtype(x.dtype, y.dtype)
-    # A kernel with r output channels a group: (..., 1, ..., r) -> (..., groups r, ...).
-    sizes = [1 if d == out_channel else n for d, n in enumerate(f.shape)]
-    slide = jnp.broadcast_to(slide, (*sizes, r)).astype(dtype)
-    kernel = lax.concatenate([lax.squeeze(slide, [out_channel])] * groups, f.ndim - 1)
-    kernel = jnp.moveaxis(kernel, -1, out_channel)
-    h = convolve((x if drop is None else drop(x)).astype(dtype), kernel)
-    # The channels of h, and of y, are (groups, r) and (groups, out of a group).
-    channel = dimension_numbers.out_spec[1]
-    group = [GROUP] if groups > 1 else []
-    split = lambda labels: [
-        n for d in range(y.ndim) for n in (labels if d == channel else [d])
-    ]
-    sizes = dict(enumerate(h.shape)) | {GROUP: groups, RANK: r}
-    h = jnp.reshape(h, [sizes[n] for n in split([*group, RANK])])
-    mix = jnp.broadcast_to(jnp.reshape(mix, (-1, r)), (out, r)).astype(h.dtype)
-    mix = jnp.reshape(mix, (*(groups for _ in group), out // groups, r))
-    product = einsum(
-        *(h, split([*group, RANK]), mix, [*group, channel, RANK]),
-        *(split([*group, channel]), params.get("precision")),
-    )
-    product = jnp.reshape(product, y.shape)
+    precision = params.get("precision")
+    x = (x if drop is None else drop(x)).astype(dtype)
+    if before:
+        channel = dimension_numbers.lhs_spec[1]
+        h = _mix(x, first, f.shape[in_channel], channel, 1, precision, into_rank=True)
+        product = convolve(h, _window(f, second, in_channel, 1, dtype))
+    else:
+        h = convolve(x, _window(f, first, out_channel, groups, dtype))
+        channel = dimension_numbers.out_spec[1]
+        product = _mix(h, second, out, channel, groups, precision)
     return y + product.astype(y.dtype)
+
+
+def _window(
+    f: Factors, factor: jax.Array, channel: int, groups: int, dtype: Any
+) -> jax.Array:
+    """The kernel whose `channel`, which the factor lacks, is the rank of each group."""
+    sizes = [1 if d == channel else n for d, n in enumerate(f.shape)]
+    kernel = jnp.broadcast_to(factor, (*sizes, factor.shape[-1])).astype(dtype)
+    kernel = lax.concatenate([lax.squeeze(kernel, [channel])] * groups, f.ndim - 1)
+    return jnp.moveaxis(kernel, -1, channel)
+
+
+def _mix(
+    x: jax.Array,
+    factor: jax.Array,
+    channels: int,
+    channel: int,
+    groups: int,
+    precision: Any,
+    *,
+    into_rank: bool = False,
+) -> jax.Array:
+    """Takes the channels of x from rank to channels, or back, in each group."""
+    r = factor.shape[-1]
+    matrix = jnp.broadcast_to(jnp.reshape(factor, (-1, r)), (channels, r))
+    # On one side the channels are (groups, r), on the other (groups, those of a group).
+    group = [GROUP] if groups > 1 else []
+    matrix = jnp.reshape(matrix, (*(groups for _ in group), channels // groups, r))
+    old, new = (channel, RANK) if into_rank else (RANK, channel)
+    split = lambda label: [
+        n for d in range(x.ndim) for n in ([*group, label] if d == channel else [d])
+    ]
+    sizes = dict(enumerate(x.shape)) | {GROUP: groups, old: x.shape[channel] // groups}
+    y = einsum(
+        *(jnp.reshape(x, [sizes[n] for n in split(old)]), split(old)),
+        *(matrix.astype(x.dtype), [*group, channel, RANK], split(new), precision),
+    )
+    shape = list(x.shape)
+    shape[channel] = r if into_rank else channels
+    return jnp.reshape(y, shape)
 
 
 def ragged_dot_general(

@@ -291,7 +291,8 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
         run = run._replace(key=key)
         results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
-        return _free(results[:n_carry], fixed), plain(run, results[n_carry:], "scan")
+        # A weight that comes out of each step is a stack of weights again.
+        return _free(results[:n_carry], fixed), results[n_carry:]
 
     xs = (list(slices), keys)
     first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)

@@ -64,7 +64,7 @@ def plan(
 
     plans = {}
     for path in chosen:
-        found = axes.get(path_name(path)) or axes_of(path, leaves)
+        found = axes.get(path_name(path)) or axes_of(path, leaves, bool(axes))
         r = ranks[path]
         _check_room(path, leaves, found, r)
         plans[path] = Plan(r, alphas.get(path, float(r)), found)
@@ -110,7 +110,7 @@ def match_each(patterns: Sequence[str], paths: Sequence[Path], name: str) -> lis
     return [path for path in paths if any(matches(p, path) for p in patterns)]
 
 
-def axes_of(path: Path, leaves: dict[Path, Any]) -> Axes:
+def axes_of(path: Path, leaves: dict[Path, Any], others: bool = False) -> Axes:
     """The dimensions of a weight by Flax's names, where they leave no doubt."""
     shape = unbox(leaves[path]).shape
     n, name = len(shape), path[-1]
@@ -127,6 +127,13 @@ def axes_of(path: Path, leaves: dict[Path, Any]) -> Axes:
             return Axes((), (0,), tuple(range(1, n)))
         if last and (known if bias is None else bias.shape == shape[-1:]):
             return Axes((), tuple(range(n - 1)), (n - 1,))
+    if others:
+        raise ValueError(
+            f"axes does not name {path_name(path)!r}, of shape {shape}, and its own "
+            "name does not say which dimensions are inputs and which outputs. If axes "
+            "is from find_axes, the function never uses this weight: leave it out, "
+            f"exclude=[{path_name(path)!r}]."
+        )
     raise ValueError(
         f"Which dimensions of {path_name(path)!r}, of shape {shape}, are inputs and "
         "which outputs cannot be told from its name. Say how it is used, "

@@ -154,14 +154,14 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 def _concatenate(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """Weights side by side, as fused projections are: each keeps its own rank."""
-    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
+    if not _is_weight(run, operands):
         return None
     (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
     return _maybe(_factors.concatenate(operands, w, eqn.params["dimension"]))
 
 
 def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    if not all(isinstance(x, Factors) for x in operands) and not _is_weight(run):
+    if not _is_weight(run, operands):
         return None
     axis = eqn.params["axis"]
     rows = []
@@ -174,12 +174,20 @@ def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return _maybe(_factors.concatenate(rows, w, axis))
 
 
-def _is_weight(run: Run) -> bool:
-    """Whether a product awaits what the equation makes of weights and plain arrays.
+def _is_weight(run: Run, operands: list[Any]) -> bool:
+    """Whether weights, together with plain arrays, still make a weight.
 
-    If not, it is rather an activation, as where a table of positions is added: in
-    factors it would be formed again by whatever comes next.
+    So they do where a product awaits the result. Otherwise that is an activation, as
+    where a table of positions is added to each example, or a token is put before it: in
+    factors, it would be formed again by whatever comes next.
     """
+    weights = [x for x in operands if isinstance(x, Factors)]
+    if len(weights) == len(operands) or any(np.ndim(x) == 0 for x in operands):
+        return True
+    (shape,) = shapes(run.eqn)[1]
+    for f in weights:
+        if any(n > 1 for d, n in enumerate(shape) if d not in _present(f)):
+            return False  # the weight repeats itself, for each example of a batch
     return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, keeps)
 
 
@@ -228,11 +236,8 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """A sum, or a difference, with a number or an array, or with another weight."""
     f, g = operands
     minus = eqn.primitive.name == "sub"
-    if all(np.ndim(x) > 0 for x in operands):
-        in_either = {d for x in operands if isinstance(x, Factors) for d in _present(x)}
-        repeats = any(n > 1 for d, n in enumerate(f.shape) if d not in in_either)
-        if repeats or not _is_weight(run):
-            return None  # a table that is added to each example of a batch
+    if not _is_weight(run, operands):
+        return None
     (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
     if isinstance(g, Factors) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
@@ -244,21 +249,27 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 
 def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """Negation, and multiplication or division by a number."""
-    f, *numbers = sorted(operands, key=lambda x: not isinstance(x, Factors))
-    swapped = f is not operands[0]
-    if any(isinstance(x, Factors) or np.ndim(x) > 0 for x in numbers):
+    """Negation, multiplication or division by a number, or by one for each channel."""
+    f, *others = sorted(operands, key=lambda x: not isinstance(x, Factors))
+    name, (shape,) = eqn.primitive.name, shapes(eqn)[1]
+    if any(isinstance(x, Factors) or jnp.iscomplexobj(x) for x in others):
         return None
-    if any(jnp.iscomplexobj(x) for x in numbers):
-        return None
-    if swapped and eqn.primitive.name == "div":
+    if shape != f.shape or (name == "div" and f is not operands[0]):
         return None
     (w,) = bind(eqn, [x if x is not f else f.w for x in operands])
+    apply = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}[name]
     dtype = _factors.wider(f.scale.dtype, f.dtype)
-    numbers = [jnp.asarray(x, dtype) for x in numbers]
-    operation = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}
-    scale = operation[eqn.primitive.name](f.scale.astype(dtype), *numbers)
-    return [dataclasses.replace(f, w=w, scale=scale)]
+    others = [jnp.asarray(x, dtype) for x in others]
+    if all(x.size == 1 for x in others):
+        scale = apply(f.scale.astype(dtype), *(jnp.reshape(x, ()) for x in others))
+        return [dataclasses.replace(f, w=w, scale=scale)]
+    (x,) = others
+    channels = {d for d, n in enumerate(x.shape) if n > 1}
+    for part, factor in (("a", f.a), ("b", f.b)):
+        if channels.issubset(_factors.present(factor)):
+            factor = apply(factor.astype(dtype), x[..., None]).astype(factor.dtype)
+            return [dataclasses.replace(f, w=w, **{part: factor})]
+    return None
 
 
 def _present(f: Factors) -> set[int]:

@@ -54,6 +54,11 @@ USES = {
         ((0,), (2,), (1, 3)),
     ),
     "convolution": ((3, D, 5), conv, ((), (0, 1), (2,))),
+    "slope of a convolution": (
+        (3, D, 5),
+        lambda w, x: jax.grad(lambda x: jnp.sin(conv(w, x)).sum())(x),
+        ((), (0, 1), (2,)),
+    ),
     "grouped": (
         (3, 2, 6),
         lambda w, x: conv(w, x, feature_group_count=2),

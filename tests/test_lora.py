@@ -261,6 +261,7 @@ FACTORED = {
     "fused": lambda p, x: (x @ jnp.split(p["w"], [1], axis=1)[1]) * 2.0,
     "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
     "weight and array": weight_and_array,
+    "scaled by a traced number": lambda p, x: x @ (p["w"] * x.sum() / x[0, 0]),
     "two weights summed": lambda p, x: x @ (p["w"] - p["table"][:D]),
     "fused projections": fused_projections,
     "stacked here": stacked_here,
@@ -292,6 +293,9 @@ FACTORED = {
     "branch": branch,
     "vmap": per_example,
     "inner gradient": inner_gradient,
+    "slope of a convolution": lambda p, x: jax.grad(
+        lambda x: jnp.sin(convolution(p, x)).sum()
+    )(x),
     "stop_gradient": stopped,
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
     "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),

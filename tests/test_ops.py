@@ -125,9 +125,20 @@ CONVOLUTIONS = {
     ),
     "1 x 1": (((1, 1, 4, 5), (1, 1, 4, 2), (2, 5)), {"padding": "VALID"}),
 }
-APART = {
+CONVOLUTIONS |= {
     "window with the outputs": (((3, 3, 4, 5), (1, 1, 4, 1, 2), (3, 3, 1, 5, 2)), {}),
     "outputs first": (SWAPPED, {}),
+    "window with the outputs, strided": (
+        ((3, 3, 4, 5), (1, 1, 4, 1, 2), (3, 3, 1, 5, 2)),
+        {"window_strides": (2, 1), "padding": [(1, 2), (0, 1)], "lhs_dilation": (1, 2)},
+    ),
+}
+APART = {
+    "window on both sides": (((3, 3, 4, 5), (1, 3, 4, 1, 2), (3, 1, 1, 5, 2)), {}),
+    "window with the outputs, in groups": (
+        ((3, 3, 4, 6), (1, 1, 4, 1, 2), (3, 3, 1, 6, 2)),
+        {"feature_group_count": 3},
+    ),
 }
 
 
