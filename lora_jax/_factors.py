@@ -8,6 +8,7 @@ batch: in both), and every view of `w` is the same view of `a` and `b`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -178,17 +179,23 @@ class Factors:
 
 def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
     """`Factors` from the leaves of a tree, whichever of the two layouts they have."""
-    if a.ndim < w.ndim + 1:
-        batch = a.ndim + b.ndim - 2 - w.ndim
+    return Factors(w, *_aligned(a, b, scale, w.shape), Label(name))
+
+
+# Jitted, so that JAX traces and differentiates the adapters of equal layers once.
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _aligned(a: Any, b: Any, scale: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    if a.ndim < len(shape) + 1:
+        batch = a.ndim + b.ndim - 2 - len(shape)
         inputs = a.ndim - 1 - batch
-        a = jnp.expand_dims(a, range(a.ndim - 1, w.ndim))
+        a = jnp.expand_dims(a, range(a.ndim - 1, len(shape)))
         b = jnp.moveaxis(b, batch, -1)  # (batch..., r, out...) -> (batch..., out..., r)
         b = jnp.expand_dims(b, range(batch, batch + inputs))
     sizes = (
         n if n == i == o else 1
-        for n, i, o in zip(w.shape, a.shape[:-1], b.shape[:-1], strict=True)
+        for n, i, o in zip(shape, a.shape[:-1], b.shape[:-1], strict=True)
     )
-    return Factors(w, a, b, jnp.reshape(scale, tuple(sizes)), Label(name))
+    return a, b, jnp.reshape(scale, tuple(sizes))
 
 
 def delta(f: Factors) -> jax.Array:

@@ -151,6 +151,10 @@ def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
 
 
+def result_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
+    return [v.aval.shape for v in _opened(jaxpr)[0].outvars]
+
+
 def place(eqn: Any, within: str | None = None) -> str:
     """The line of the user's source that an equation stands for, as `file:line`.
 

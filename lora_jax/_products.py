@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax import _factors, _ops
 from lora_jax._factors import Factors, materialize
@@ -31,8 +32,11 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     f, indices = operands
     if not isinstance(f, Factors):
         return None
-    found = _ops.gather(f, indices, **eqn.params)
     named = eqn.params["dimension_numbers"].start_index_map
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and not {*_factors.present(f.a), *_factors.present(f.b)}.issuperset(named):
+        return None  # out of bounds where neither factor has a number to leave out
+    found = _ops.gather(f, indices, **eqn.params)
     if _factors.stacked(f).issuperset(named):
         return [found]  # one layer, or expert, of a stack: a weight still
     # The rows of an embedding. The plain function forms as many numbers, so that adding

@@ -26,6 +26,7 @@ from lora_jax._jaxpr import (
     evaluate,
     manual_axes,
     passed_on,
+    result_shapes,
     scan_counts,
     trace,
 )
@@ -187,24 +188,24 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
+    closed, operands = _closed_over(eqn, operands)
+    whole = lambda operands: [*closed, *operands]
 
     @jax.custom_jvp
     def call(key, operands):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
+        results = run_jaxpr(inner, call_jaxpr(eqn), whole(operands))
         return plain(inner, results, "custom_jvp_call")
 
     @call.defjvp
     def call_jvp(primals, tangents):
         (key, operands), (_, dots) = primals, tangents
-        fn, smooth = _smooth(eqn, operands)
+        smooth = _smooth(operands)
         dots = [_tangent(operands[i], dots[i]) for i in smooth]
-        jvp = lambda xs, dots: jax.jvp(
-            lambda *smooth_xs: fn(xs, smooth_xs), [xs[i] for i in smooth], dots
-        )
-        traced = trace(jvp, avals(operands), avals(dots))
+        jvp = lambda xs, dots: jax.jvp(*_along(eqn, xs, len(closed), smooth), dots)
+        traced = trace(jvp, avals(whole(operands)), avals(dots))
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, traced.jaxpr, [*operands, *dots])
+        results = run_jaxpr(inner, traced.jaxpr, [*whole(operands), *dots])
         out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
         return out, out_dots
 
@@ -213,22 +214,26 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own backward rule, itself evaluated on the factors."""
+    closed, operands = _closed_over(eqn, operands)
+    whole = lambda operands: [*closed, *operands]
 
     def call(key, operands):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
+        results = run_jaxpr(inner, call_jaxpr(eqn), whole(operands))
         return plain(inner, results, "custom_vjp_call")
 
     pullback = None  # how to run the backward pass from its residuals
 
     def forward(key, operands):
         nonlocal pullback
-        fn, smooth = _smooth(eqn, operands)
-        vjp = lambda *xs: jax.vjp(
-            lambda *smooth_xs: fn(xs, smooth_xs), *[xs[i] for i in smooth]
-        )
-        traced = trace(vjp, *avals(operands))
-        results = run_jaxpr(run._replace(key=key), traced.jaxpr, operands)
+        smooth = _smooth(operands)
+
+        def vjp(*xs):
+            fn, at = _along(eqn, xs, len(closed), smooth)
+            return jax.vjp(fn, *at)
+
+        traced = trace(vjp, *avals(whole(operands)))
+        results = run_jaxpr(run._replace(key=key), traced.jaxpr, whole(operands))
         n = len(eqn.outvars)
         out = plain(run, results[:n], "custom_vjp_call")
         residuals = results[n:]
@@ -237,14 +242,13 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
     def backward(saved, cotangents):
         key, operands, residuals = saved
-        _, smooth = _smooth(eqn, operands)
         back = lambda residuals, ct: pullback(residuals)(ct)
         traced = trace(back, avals(residuals), avals(cotangents))
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
         grads = traced.restore(plain(inner, results, "custom_vjp_call"))
         out = [None] * len(operands)
-        for i, grad in zip(smooth, grads, strict=True):
+        for i, grad in zip(_smooth(operands), grads, strict=True):
             if isinstance(operands[i], Factors):
                 (grad,) = jax.vjp(materialize, operands[i])[1](grad)
             out[i] = grad
@@ -255,19 +259,28 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return custom(run.key, operands)
 
 
-def _smooth(eqn: Any, operands: Sequence[Any]):
-    """The equation as a function of its differentiable operands, and which they are."""
-    smooth = [
-        i for i, x in enumerate(avals(operands)) if jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
+def _closed_over(eqn: Any, operands: list[Any]) -> tuple[list[Any], list[Any]]:
+    """What a custom function closes over, which JAX does not differentiate, first."""
+    n = eqn.params.get("num_consts", 0)
+    return operands[:n], operands[n:]
 
-    def fn(xs, smooth_xs):
-        xs = list(xs)
+
+def _along(eqn: Any, xs: Sequence[Any], first: int, smooth: list[int]):
+    """The equation as a function of some operands, and where it stands."""
+
+    def fn(*smooth_xs):
+        filled = list(xs)
         for i, x in zip(smooth, smooth_xs, strict=True):
-            xs[i] = x
-        return bind(eqn, xs)
+            filled[first + i] = x
+        return bind(eqn, filled)
 
-    return fn, smooth
+    return fn, [xs[first + i] for i in smooth]
+
+
+def _smooth(operands: Sequence[Any]) -> list[int]:
+    """Which operands can be differentiated."""
+    dtypes = (x.dtype for x in avals(operands))
+    return [i for i, dtype in enumerate(dtypes) if jnp.issubdtype(dtype, jnp.inexact)]
 
 
 def _tangent(x: Any, dot: Any) -> Any:
@@ -381,24 +394,37 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     cond_consts, operands = operands[:n_cond], operands[n_cond:]
     body_consts, init = operands[:n_body], operands[n_body:]
     fixed = _fixed(params["body_jaxpr"], init, n_body)
+    # Under `vmap` each example has its own end: the others go on without it.
+    ((*mapped,),) = result_shapes(params["cond_jaxpr"])
+
+    def go(run, carry):
+        carry = [*cond_consts, *_filled(carry, fixed)]
+        return run_jaxpr(run, params["cond_jaxpr"], carry)[0]
+
+    def step(run, carry):
+        results = [*body_consts, *_filled(carry, fixed)]
+        results = _free(run_jaxpr(run, params["body_jaxpr"], results), fixed)
+        if not mapped:
+            return results
+        running = go(run, carry)
+        pairs = zip(plain(run, results, "while"), carry, strict=True)
+        return [
+            lax.select(lax.broadcast_in_dim(running, y.shape, range(len(mapped))), y, x)
+            for y, x in pairs
+        ]
 
     def cond(state):
         key, carry = state
-        here, carry = run._replace(key=key), _filled(carry, fixed)
-        (go,) = run_jaxpr(here, params["cond_jaxpr"], [*cond_consts, *carry])
-        return go
-
-    def step(run, carry):
-        carry = _filled(carry, fixed)
-        results = run_jaxpr(run, params["body_jaxpr"], [*body_consts, *carry])
-        return _free(results, fixed)
+        more = go(run._replace(key=key), carry)
+        return jnp.any(more) if mapped else more
 
     def body(state):
         key, carry = state
         key, own = (None, None) if key is None else jax.random.split(key)
         return key, _alike(run, carry, step(run._replace(key=own), carry))
 
-    carry = _steady(run, _free(init, fixed), step)
+    carry = _free(init, fixed)
+    carry = plain(run, carry, "while") if mapped else _steady(run, carry, step)
     return _filled(lax.while_loop(cond, body, (run.key, carry))[1], fixed)
 
 

@@ -553,7 +553,8 @@ def test_scopes_keep_their_names(params):
             return x @ p["w"]
 
     text = jax.jit(lora(fn)).lower(params, X).as_text(debug_info=True)
-    assert "a_layer/dot_general" in text
+    # Newer releases put the name of the product's own jit in between.
+    assert re.search(r"a_layer/(jit\(_dot_general\)/)?dot_general", text)
 
 
 def test_equal_layers_share_one_compiled_function(params):
