@@ -23,6 +23,7 @@ from lora_jax._jaxpr import (
     CALLS,
     bind,
     call_jaxpr,
+    closed_over,
     evaluate,
     manual_axes,
     passed_on,
@@ -35,7 +36,6 @@ from lora_jax._run import (
     Note,
     Rule,
     Run,
-    avals,
     calls,
     count,
     note,
@@ -43,6 +43,7 @@ from lora_jax._run import (
     place_of,
     plain,
     plain_one,
+    weights,
 )
 from lora_jax._views import VIEWS
 
@@ -188,99 +189,91 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
-    closed, operands = _closed_over(eqn, operands)
-    whole = lambda operands: [*closed, *operands]
+    own, whole = _arguments(run, operands)
 
     @jax.custom_jvp
-    def call(key, operands):
+    def call(key, own):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), whole(operands))
+        results = run_jaxpr(inner, call_jaxpr(eqn), whole(own))
         return plain(inner, results, "custom_jvp_call")
 
     @call.defjvp
     def call_jvp(primals, tangents):
-        (key, operands), (_, dots) = primals, tangents
-        smooth = _smooth(operands)
-        dots = [_tangent(operands[i], dots[i]) for i in smooth]
-        jvp = lambda xs, dots: jax.jvp(*_along(eqn, xs, len(closed), smooth), dots)
-        traced = trace(jvp, avals(whole(operands)), avals(dots))
+        (key, own), (_, dots) = primals, tangents
+        dots = {i: _tangent(own[i], dots[i]) for i in _smooth(own)}
+        jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
+        traced = trace(jvp, weights(whole(own)), dots)
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, traced.jaxpr, [*whole(operands), *dots])
+        operands = [*whole(own), *jax.tree.leaves(dots)]
+        results = run_jaxpr(inner, traced.jaxpr, operands)
         out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
         return out, out_dots
 
-    return call(run.key, operands)
+    return call(run.key, own)
 
 
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own backward rule, itself evaluated on the factors."""
-    closed, operands = _closed_over(eqn, operands)
-    whole = lambda operands: [*closed, *operands]
+    own, whole = _arguments(run, operands)
 
-    def call(key, operands):
+    def call(key, own):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), whole(operands))
+        results = run_jaxpr(inner, call_jaxpr(eqn), whole(own))
         return plain(inner, results, "custom_vjp_call")
 
     pullback = None  # how to run the backward pass from its residuals
 
-    def forward(key, operands):
+    def forward(key, own):
         nonlocal pullback
-        smooth = _smooth(operands)
-
-        def vjp(*xs):
-            fn, at = _along(eqn, xs, len(closed), smooth)
-            return jax.vjp(fn, *at)
-
-        traced = trace(vjp, *avals(whole(operands)))
-        results = run_jaxpr(run._replace(key=key), traced.jaxpr, whole(operands))
+        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, _smooth(own)))
+        traced = trace(vjp, *weights(whole(own)))
+        results = run_jaxpr(run._replace(key=key), traced.jaxpr, whole(own))
         n = len(eqn.outvars)
         out = plain(run, results[:n], "custom_vjp_call")
         residuals = results[n:]
         pullback = lambda residuals: traced.restore([None] * n + residuals)[1]
-        return out, (key, operands, residuals)
+        return out, (key, own, residuals)
 
     def backward(saved, cotangents):
-        key, operands, residuals = saved
+        key, own, residuals = saved
         back = lambda residuals, ct: pullback(residuals)(ct)
-        traced = trace(back, avals(residuals), avals(cotangents))
+        traced = trace(back, weights(residuals), cotangents)
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
-        grads = traced.restore(plain(inner, results, "custom_vjp_call"))
-        out = [None] * len(operands)
-        for i, grad in zip(_smooth(operands), grads, strict=True):
-            if isinstance(operands[i], Factors):
-                (grad,) = jax.vjp(materialize, operands[i])[1](grad)
-            out[i] = grad
-        return None, out
+        (grads,) = traced.restore(plain(inner, results, "custom_vjp_call"))
+        for i, grad in grads.items():
+            if isinstance(own[i], Factors):
+                (grads[i],) = jax.vjp(materialize, own[i])[1](grad)
+        return None, {i: grads.get(i) for i in own}
 
     custom = jax.custom_vjp(call)
     custom.defvjp(forward, backward)
-    return custom(run.key, operands)
+    return custom(run.key, own)
 
 
-def _closed_over(eqn: Any, operands: list[Any]) -> tuple[list[Any], list[Any]]:
-    """What a custom function closes over, which JAX does not differentiate, first."""
-    n = eqn.params.get("num_consts", 0)
-    return operands[:n], operands[n:]
+def _arguments(run: Run, operands: list[Any]):
+    """The operands of a custom function by number, but for its constants; and back."""
+    constant = closed_over(run.jaxpr, run.eqn)
+    own = {i: x for i, x in enumerate(operands) if not constant[i]}
+    return own, lambda own: [own.get(i, x) for i, x in enumerate(operands)]
 
 
-def _along(eqn: Any, xs: Sequence[Any], first: int, smooth: list[int]):
-    """The equation as a function of some operands, and where it stands."""
-
-    def fn(*smooth_xs):
-        filled = list(xs)
-        for i, x in zip(smooth, smooth_xs, strict=True):
-            filled[first + i] = x
-        return bind(eqn, filled)
-
-    return fn, [xs[first + i] for i in smooth]
+def _smooth(own: dict[int, Any]) -> list[int]:
+    """Which of them can be differentiated."""
+    return [
+        i
+        for i, x in own.items()
+        if jnp.issubdtype(jnp.result_type(x.dtype), jnp.inexact)
+    ]
 
 
-def _smooth(operands: Sequence[Any]) -> list[int]:
-    """Which operands can be differentiated."""
-    dtypes = (x.dtype for x in avals(operands))
-    return [i for i, dtype in enumerate(dtypes) if jnp.issubdtype(dtype, jnp.inexact)]
+def _pick(xs: Sequence[Any], which: Any) -> dict[int, Any]:
+    return {i: xs[i] for i in which}
+
+
+def _along(eqn: Any, xs: Sequence[Any]) -> Callable[[dict[int, Any]], list[Any]]:
+    """The equation as a function of some of its operands."""
+    return lambda some: bind(eqn, [some.get(i, x) for i, x in enumerate(xs)])
 
 
 def _tangent(x: Any, dot: Any) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax import _factors
 from lora_jax._factors import JOIN, Factors, materialize
@@ -89,7 +88,7 @@ def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
     f = max((x for x in operands if isinstance(x, Factors)), key=lambda x: x.w.size)
     quiet = run._replace(materialize="allow", counting=False)
     whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
-    base = trace(lambda *xs: bind(eqn, xs), *avals(operands))
+    base = trace(lambda *xs: bind(eqn, xs), *weights(operands))
     added = flops(whole.jaxpr) - flops(base.jaxpr)
     note(run, Note(str(f.name), eqn.primitive.name, place_of(run), False, added))
 
@@ -125,6 +124,6 @@ def note(run: Run, what: Note) -> None:
         found[key] = what._replace(name=name, flops=times * what.flops // len(names))
 
 
-def avals(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    arrays = (x.w if isinstance(x, Factors) else x for x in values)
-    return [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+def weights(values: Sequence[Any]) -> list[Any]:
+    """The plain arrays, without the factors, from which a trace takes the types."""
+    return [x.w if isinstance(x, Factors) else x for x in values]
