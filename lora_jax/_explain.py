@@ -18,7 +18,8 @@ class Row(NamedTuple):
 
     `factored` counts the places in the program where it stays in factors;
     `materialized` names the primitives that need W + scale * A B, at the `places` in
-    the user's source; `flops` is what it adds. An adapter with neither is never used.
+    the user's source; `flops` is what it adds. `used` is False for an adapter that no
+    result depends on.
     """
 
     path: str
@@ -28,10 +29,7 @@ class Row(NamedTuple):
     materialized: tuple[str, ...]
     places: tuple[str, ...]
     flops: int
-
-    @property
-    def used(self) -> bool:
-        return bool(self.factored or self.materialized)
+    used: bool
 
 
 class Report(NamedTuple):
@@ -69,10 +67,10 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
       A `Report`, which prints as a table. `.rows` has one row per adapter: `path`,
       `shape`, `rank`, `factored` (in how many places of the program it stays in
       factors), `materialized` (the primitives that need the whole weight, so that
-      W + scale * A B is formed), `places` (their files and lines in the source of `fn`)
-      and `flops` (what it adds); `.flops` is the function's own. FLOPs are of products,
-      forward: two for each number multiplied and added, in each step of a `scan`, in
-      one of a `while` loop.
+      W + scale * A B is formed), `places` (their files and lines in the source of `fn`),
+      `flops` (what it adds) and `used` (whether a result depends on it); `.flops` is
+      the function's own. FLOPs are of products, forward: two for each number multiplied
+      and added, in each step of a `scan`, in one of a `while` loop.
 
     Raises:
       ValueError: If `params` has no adapters or broken ones.
@@ -117,6 +115,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
                 materialized=tuple(primitive for primitive, _ in formed),
                 places=tuple(place for _, place in formed),
                 flops=sum(n.flops for n in notes),
+                used=name in used,
             )
         )
     return Report(tuple(rows), flops(plain.jaxpr))

@@ -363,7 +363,7 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
         new[other] = others[0]
     else:
         new[other] = lax.concatenate([x.astype(dtype) for x in others], w.ndim)
-    return Factors(w, **new, scale=_one(w), name=_names(weights))
+    return Factors(w, **new, scale=_one(w), name=joined(weights))
 
 
 def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
@@ -382,7 +382,7 @@ def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
         ]
         return lax.concatenate(wide, w.ndim)
 
-    return Factors(w, both(f.a, g.a, a), both(f.b, g.b, b), _one(w), _names([f, g]))
+    return Factors(w, both(f.a, g.a, a), both(f.b, g.b, b), _one(w), joined([f, g]))
 
 
 def _roles(f: Factors, but: int | None = None) -> tuple[frozenset[int], ...]:
@@ -404,7 +404,8 @@ def _folded(f: Factors, name: str) -> Factors:
     return dataclasses.replace(f, **{name: x}, scale=_one(f.w))
 
 
-def _names(weights: list[Factors]) -> Label:
+def joined(weights: list[Factors]) -> Label:
+    """The name of what is made of several weights."""
     names = (name for f in weights for name in str(f.name).split(JOIN))
     return Label(JOIN.join(dict.fromkeys(names)))
 

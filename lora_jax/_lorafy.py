@@ -53,8 +53,8 @@ def lorafy(
         a run of whole path components, `*` may cross slashes: "query", "attn/*/kernel".
         Default: every leaf named `kernel` of two or more dimensions.
       exclude: What to leave out, in the same form.
-      axes: `{path: Axes(batch, inputs, outputs)}` where Flax's names do not tell which
-        dimensions of a weight are which.
+      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` reads it off a
+        function, where Flax's names do not tell which dimensions of a weight are which.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
       rslora: Scale by alpha / sqrt(rank) instead.
       dtype: Of A and B. Default: float32 beside a narrower weight, else the weight's.

@@ -349,7 +349,13 @@ def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
             break
         pairs = zip(carry, kept, strict=True)
         carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
-    return carry
+    # Weights may change places from round to round: each has the names of all.
+    carried = [x for x in carry if isinstance(x, Factors)]
+    name = _factors.joined(carried)
+    return [
+        dataclasses.replace(x, name=name) if isinstance(x, Factors) else x
+        for x in carry
+    ]
 
 
 def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
