@@ -67,10 +67,10 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
       A `Report`, which prints as a table. `.rows` has one row per adapter: `path`,
       `shape`, `rank`, `factored` (in how many places of the program it stays in
       factors), `materialized` (the primitives that need the whole weight, so that
-      W + scale * A B is formed), `places` (their files and lines in the source of `fn`),
-      `flops` (what it adds) and `used` (whether a result depends on it); `.flops` is
-      the function's own. FLOPs are of products, forward: two for each number multiplied
-      and added, in each step of a `scan`, in one of a `while` loop.
+      W + scale * A B is formed), `places` (their files and lines in the source of
+      `fn`), `flops` (what it adds), `used` (whether a result depends on it). `.flops`
+      is the function's own. FLOPs are of products, forward: two for each number
+      multiplied and added, in each step of a `scan`, in one of a `while` loop.
 
     Raises:
       ValueError: If `params` has no adapters or broken ones.

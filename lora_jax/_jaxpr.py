@@ -164,6 +164,21 @@ def closed_over(jaxpr: Any, eqn: Any) -> list[bool]:
     ]
 
 
+def contains(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive stands in a jaxpr, or in one within it."""
+    return any(
+        eqn.primitive.name == name or any(contains(sub, name) for sub in _inner(eqn))
+        for eqn in _opened(jaxpr)[0].eqns
+    )
+
+
+def _inner(eqn: Any) -> list[Any]:
+    values = (
+        v for x in eqn.params.values() for v in (x if isinstance(x, tuple) else [x])
+    )
+    return [v for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+
+
 def result_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
     return [v.aval.shape for v in _opened(jaxpr)[0].outvars]
 

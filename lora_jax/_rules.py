@@ -24,6 +24,7 @@ from lora_jax._jaxpr import (
     bind,
     call_jaxpr,
     closed_over,
+    contains,
     evaluate,
     manual_axes,
     passed_on,
@@ -203,8 +204,12 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         dots = {i: _tangent(own[i], dots[i]) for i in _smooth(own)}
         jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
         traced = trace(jvp, weights(whole(own)), dots)
-        inner = run._replace(key=key)
-        operands = [*whole(own), *jax.tree.leaves(dots)]
+        inner, operands = run._replace(key=key), whole(own)
+        if contains(traced.jaxpr, "scan"):
+            # Ours would be no derivative of a scan, but a scan over tangents: JAX 0.9
+            # cannot transpose that.
+            operands = plain(inner, operands, "custom_jvp_call")
+        operands += jax.tree.leaves(dots)
         results = run_jaxpr(inner, traced.jaxpr, operands)
         out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
         return out, out_dots
@@ -300,9 +305,12 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
 
+    def trial(run, carry):
+        first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
+        return step(run, carry, first)[0]
+
     xs = (list(slices), keys)
-    first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
-    carry = _steady(run, _free(init, fixed), lambda run, c: step(run, c, first)[0])
+    carry = _steady(run, _free(init, fixed), trial)
 
     def body(carry, x):
         after, ys = step(run, carry, x)

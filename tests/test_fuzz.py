@@ -220,7 +220,7 @@ VIEWS = {
     "flip": lambda at, w, d: jnp.flip(w, d),
     "stack": lambda at, w, d: jnp.stack([other(at, w, w.shape), w], d),
     "stop_gradient": lambda at, w, d: lax.stop_gradient(w),
-    "barrier": lambda at, w, d: lax.optimization_barrier((at.x, w))[1],
+    "barrier": lambda at, w, d: lax.optimization_barrier((-w, w))[1],
     "copy": lambda at, w, d: jnp.copy(w),
     "device_put": lambda at, w, d: jax.device_put(w),
     "unstack": lambda at, w, d: jnp.unstack(w, axis=d)[-1] if w.ndim > 1 else w,
