@@ -9,15 +9,20 @@ import pytest
 
 from lora_jax._factors import (
     Axes,
+    Factors,
     adapter_of,
+    add,
     align,
     axes_of_shapes,
     broadcast,
+    concatenate,
+    cut,
     delta,
     find_adapters,
     fits,
     materialize,
     reshape,
+    stacked,
     transpose,
     wider,
 )
@@ -215,3 +220,80 @@ def test_no_adapter_is_an_error():
 
 def test_axes_know_their_standard_order():
     assert Axes((0,), (1,), (2, 3)).standard and not Axes((), (1,), (0,)).standard
+
+
+def pieces(*shapes, axes):
+    """Weights of one layout, and the plain arrays that they stand for."""
+    made = []
+    for w, a, b, scale in shapes:
+        f = align(normal(w), normal(a), normal(b), normal(scale), "w")
+        made.append(transpose(f, jnp.transpose(f.w, axes), axes))
+    return made, [np.asarray(materialize(f)) for f in made]
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_side_by_side(axis, axes):
+    """Weights of several ranks, and a plain array, as one weight."""
+    n = [(4, 3), (4, 3)]
+    n[1] = (4, 2) if axes[axis] == 1 else (2, 3)
+    fs, plain = pieces(
+        *((w, (w[0], r), (r, w[1]), ()) for w, r in zip(n, (1, 2), strict=True)),
+        axes=axes,
+    )
+    array = normal(plain[0].shape)
+    parts = [fs[0], array, fs[1]]
+    weights = [x.w if isinstance(x, Factors) else x for x in parts]
+    f = concatenate(parts, jnp.concatenate(weights, axis), axis)
+    want = np.concatenate([plain[0], array, plain[1]], axis)
+    np.testing.assert_allclose(materialize(f), want, atol=1e-5)
+    assert f.a.shape[-1] == 3  # the ranks add up
+
+
+def test_stacked_weights_keep_their_rank():
+    shapes = (((4, 3), (4, r), (r, 3), ()) for r in (1, 2))
+    fs, plain = pieces(*shapes, axes=(0, 1))
+    ones = [broadcast(f, f.w[None], (1, 2)) for f in fs]
+    f = concatenate(ones, jnp.stack([x.w for x in fs]), 0)
+    np.testing.assert_allclose(materialize(f), np.stack(plain), atol=1e-5)
+    assert f.a.shape == (2, 4, 1, 2) and f.b.shape == (2, 1, 3, 2)
+    assert stacked(f) == {0}
+
+
+def test_pieces_of_one_weight_share_its_other_factor():
+    ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+
+    def piece(low, high):
+        take = lambda x, own: x[low:high] if 0 in own else x
+        return cut(f, f.w[low:high], take)
+
+    rolled = concatenate([piece(3, 4), piece(0, 3)], jnp.roll(f.w, 1, 0), 0)
+    np.testing.assert_allclose(materialize(rolled), np.roll(plain, 1, 0), atol=1e-5)
+    assert rolled.a.shape[-1] == 2
+
+
+def test_a_matrix_beside_a_stack_has_no_factors():
+    ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+    stack = align(*map(normal, ((4, 3), (4, 3, 2), (1, 3, 2), (3,))))
+    assert concatenate([f, stack], jnp.zeros((4, 6)), 1) is None
+    want = plain + materialize(stack)  # but a sum may have
+    np.testing.assert_allclose(
+        materialize(add(f, stack, f.w + stack.w)), want, atol=1e-5
+    )
+
+
+def test_a_sum_adds_up_the_ranks():
+    shapes = [((4, 3), (4, 1), (1, 3), ()), ((3, 4), (3, 2), (2, 4), ())]
+    ((f,), (x,)) = pieces(shapes[0], axes=(0, 1))
+    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # its factors the other way round
+    h = add(f, g, f.w + g.w)
+    np.testing.assert_allclose(materialize(h), x + y, atol=1e-5)
+    assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)
+
+
+def test_mixed_precision_side_by_side():
+    ((f, g), (x, y)) = pieces(*[((4, 3), (4, 2), (2, 3), ())] * 2, axes=(0, 1))
+    low = Factors(g.w, *(x.astype(jnp.bfloat16) for x in (g.a, g.b)), g.scale)
+    h = concatenate([f, low], jnp.concatenate([f.w, g.w], 1), 1)
+    assert h.a.dtype == h.b.dtype == jnp.float32
+    np.testing.assert_allclose(materialize(h), np.concatenate([x, y], 1), atol=0.1)
