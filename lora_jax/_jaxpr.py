@@ -151,19 +151,6 @@ def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
 
 
-def closed_over(jaxpr: Any, eqn: Any) -> list[bool]:
-    """Which operands of a custom function JAX does not differentiate: its constants.
-
-    It counts them, but no longer under `vmap`; then they are constants of the jaxpr.
-    """
-    known = {*_opened(jaxpr)[0].constvars}
-    n = eqn.params.get("num_consts", 0)
-    return [
-        i < n or isinstance(v, core.Literal) or v in known
-        for i, v in enumerate(eqn.invars)
-    ]
-
-
 def contains(jaxpr: Any, name: str) -> bool:
     """Whether a primitive stands in a jaxpr, or in one within it."""
     return any(

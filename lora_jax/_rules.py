@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax import _factors
@@ -23,7 +24,6 @@ from lora_jax._jaxpr import (
     CALLS,
     bind,
     call_jaxpr,
-    closed_over,
     contains,
     evaluate,
     manual_axes,
@@ -190,86 +190,92 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
-    own, whole = _arguments(run, operands)
 
     @jax.custom_jvp
-    def call(key, own):
+    def call(key, operands):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), whole(own))
+        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
         return plain(inner, results, "custom_jvp_call")
 
-    @call.defjvp
     def call_jvp(primals, tangents):
-        (key, own), (_, dots) = primals, tangents
-        dots = {i: _tangent(own[i], dots[i]) for i in _smooth(own)}
+        (key, operands), (_, dots) = primals, tangents
+        moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
+        dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
         jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
-        traced = trace(jvp, weights(whole(own)), dots)
-        inner, operands = run._replace(key=key), whole(own)
+        traced = trace(jvp, weights(operands), dots)
+        inner = run._replace(key=key)
         if contains(traced.jaxpr, "scan"):
             # Ours would be no derivative of a scan, but a scan over tangents: JAX 0.9
             # cannot transpose that.
             operands = plain(inner, operands, "custom_jvp_call")
-        operands += jax.tree.leaves(dots)
+        operands = [*operands, *jax.tree.leaves(dots)]
         results = run_jaxpr(inner, traced.jaxpr, operands)
         out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
         return out, out_dots
 
-    return call(run.key, own)
+    call.defjvp(call_jvp, symbolic_zeros=True)
+    return call(run.key, operands)
 
 
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own backward rule, itself evaluated on the factors."""
-    own, whole = _arguments(run, operands)
 
-    def call(key, own):
+    def call(key, operands):
         inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), whole(own))
+        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
         return plain(inner, results, "custom_vjp_call")
 
     pullback = None  # how to run the backward pass from its residuals
 
-    def forward(key, own):
+    def forward(key, operands):
         nonlocal pullback
-        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, _smooth(own)))
-        traced = trace(vjp, *weights(whole(own)))
-        results = run_jaxpr(run._replace(key=key), traced.jaxpr, whole(own))
+        is_primal = lambda x: isinstance(x, CustomVJPPrimal)
+        values = lambda x: jax.tree.map(lambda x: x.value, x, is_leaf=is_primal)
+        key, primals, operands = values(key), operands, values(operands)
+        moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
+        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, moving))
+        traced = trace(vjp, *weights(operands))
+        results = run_jaxpr(run._replace(key=key), traced.jaxpr, operands)
         n = len(eqn.outvars)
         out = plain(run, results[:n], "custom_vjp_call")
         residuals = results[n:]
         pullback = lambda residuals: traced.restore([None] * n + residuals)[1]
-        return out, (key, own, residuals)
+        return out, (key, operands, residuals)
 
     def backward(saved, cotangents):
-        key, own, residuals = saved
+        key, operands, residuals = saved
+        cotangents = [*map(_dense, cotangents)]
         back = lambda residuals, ct: pullback(residuals)(ct)
         traced = trace(back, weights(residuals), cotangents)
         inner = run._replace(key=key)
         results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
         (grads,) = traced.restore(plain(inner, results, "custom_vjp_call"))
         for i, grad in grads.items():
-            if isinstance(own[i], Factors):
-                (grads[i],) = jax.vjp(materialize, own[i])[1](grad)
-        return None, {i: grads.get(i) for i in own}
+            if isinstance(operands[i], Factors):
+                (grads[i],) = jax.vjp(materialize, operands[i])[1](grad)
+        return None, [grads.get(i) for i in range(len(operands))]
 
     custom = jax.custom_vjp(call)
-    custom.defvjp(forward, backward)
-    return custom(run.key, own)
+    custom.defvjp(forward, backward, symbolic_zeros=True)
+    return custom(run.key, operands)
 
 
-def _arguments(run: Run, operands: list[Any]):
-    """The operands of a custom function by number, but for its constants; and back."""
-    constant = closed_over(run.jaxpr, run.eqn)
-    own = {i: x for i, x in enumerate(operands) if not constant[i]}
-    return own, lambda own: [own.get(i, x) for i, x in enumerate(operands)]
+def _moving(operands: Sequence[Any], marks: Any, moves: Any, is_leaf: Any = None):
+    """The operands that are differentiated, as marks on their leaves say.
 
-
-def _smooth(own: dict[int, Any]) -> list[int]:
-    """Which of them can be differentiated."""
+    Others may be constants that the function closes over. By those JAX does not
+    differentiate a custom function: to ask would be an error.
+    """
     return [
         i
-        for i, x in own.items()
-        if jnp.issubdtype(jnp.result_type(x.dtype), jnp.inexact)
+        for i, (x, mark) in enumerate(zip(weights(operands), marks, strict=True))
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        and any(map(moves, jax.tree.leaves(mark, is_leaf=is_leaf)))
     ]
+
+
+def _dense(x: Any) -> Any:
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
 def _pick(xs: Sequence[Any], which: Any) -> dict[int, Any]:
