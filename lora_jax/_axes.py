@@ -47,6 +47,7 @@ class Use(NamedTuple):
     free: Dims = frozenset()
     batch: Dims = frozenset()
     picked: Dims = frozenset()  # some of many: a row of a table, a layer of a stack
+    rows: Dims = frozenset()  # those that are picked by numbers known at run time
     sure: bool = True
     where: str = ""
 
@@ -126,7 +127,8 @@ def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
     sides = _sides(path, [_without(use, kept_apart) for use in uses])
     first = {d for d, side in sides.items() if side == 0}
     second = sides.keys() - first
-    if second & picked:  # the rows of a table that is also the head
+    rows = {d for use in uses if use.sure for d in use.rows}
+    if second & rows:  # of a table that is also the head
         first, second = second, first
     if first and second:
         batch = kept_apart | (picked - sides.keys())
@@ -326,10 +328,13 @@ def _looked_up(eqn: Any, old: tuple[int, ...], new: tuple[int, ...]) -> dict[str
     if name == "gather":
         numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
         picked = [d for d in numbers.start_index_map if sizes[d] < old[d]]
-        return {"picked": picked, "batch": numbers.operand_batching_dims}
+        kept_apart = numbers.operand_batching_dims
+        return {"picked": picked, "rows": picked, "batch": kept_apart}
     if name == "unstack":
         return {"picked": [params["axis"]]}
     if name in ("slice", "dynamic_slice", "split"):
         cut = [d for d, (n, m) in enumerate(zip(old, new, strict=True)) if m < n]
-        return {"picked": [d for d in cut if new[d] == 1 or name == "dynamic_slice"]}
+        if name == "dynamic_slice":
+            return {"picked": cut, "rows": cut}
+        return {"picked": [d for d in cut if new[d] == 1]}
     return {}

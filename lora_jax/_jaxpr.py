@@ -30,9 +30,9 @@ CALLS = {
 }
 
 # Where the frames of libraries are, which no user would call a place in the model.
-_LIBRARIES = tuple(os.path.dirname(module.__file__) for module in (jax, flax))
-_STANDARD = sysconfig.get_paths()["stdlib"]
-_HERE = os.path.dirname(__file__)
+_LIBRARIES = tuple(os.path.join(os.path.dirname(m.__file__), "") for m in (jax, flax))
+_STANDARD = os.path.join(sysconfig.get_paths()["stdlib"], "")
+_HERE = os.path.join(os.path.dirname(__file__), "")
 
 
 class Trace(NamedTuple):

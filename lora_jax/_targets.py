@@ -85,7 +85,8 @@ def is_adaptable(path: Path, leaf: Any) -> bool:
 
 def matches(pattern: str, path: Path) -> bool:
     """Whether a pattern matches a run of whole components; `*` may cross slashes."""
-    return fnmatchcase(f"/{path_name(path)}/", f"*/{pattern}/*")
+    name = path_name(path)  # which may itself have a bracket in it, as "w[0,1]"
+    return name == pattern or fnmatchcase(f"/{name}/", f"*/{pattern}/*")
 
 
 def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:

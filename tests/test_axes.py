@@ -144,6 +144,16 @@ USES = {
         lambda w, x: x @ lax.reshape(w, (D, 6), (2, 1, 0)),
         ((), (2,), (0, 1)),
     ),
+    "product, and a determinant": (
+        (D, D),
+        lambda w, x: (x @ w, jnp.linalg.slogdet(w)[1]),
+        MATRIX,
+    ),
+    "heads, and a number of one": (
+        (D, 2, 3),
+        lambda w, x: (jnp.einsum("td,dnh->tnh", x, w), w[:, :, :1].sum()),
+        ((), (0,), (1, 2)),
+    ),
     "merged and split": (
         (2, 2, 6),
         lambda w, x: jnp.einsum("td,dnh->tnh", x, w.reshape(4, 2, 3)),

@@ -54,6 +54,27 @@ straight_through.defvjp(
 )
 
 
+@jax.custom_vjp
+def knows_what_moves(w, x, t):
+    return x @ w * t
+
+
+def _forward(w, x, t):
+    assert w.perturbed and not t.perturbed
+    return knows_what_moves(w.value, x.value, t.value), (w.value, x.value, t.value)
+
+
+knows_what_moves.defvjp(
+    _forward,
+    lambda saved, g: (
+        saved[1].T @ g * saved[2],
+        g @ saved[0].T * saved[2],
+        jnp.zeros_like(saved[2]),
+    ),
+    symbolic_zeros=True,
+)
+
+
 @jax.custom_jvp
 def tripled_gradient(w, x):
     return x @ w
@@ -298,6 +319,9 @@ FACTORED = {
     )(x),
     "stop_gradient": stopped,
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
+    "custom_vjp with symbolic zeros": lambda p, x: jnp.sin(
+        knows_what_moves(p["w"], x, lax.stop_gradient(jnp.cos(x[0, 0])))
+    ),
     "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),
 }
 NO_GRADIENT = {"loop", "carried by a loop"}

@@ -373,3 +373,9 @@ def test_a_selector_of_no_known_kind_is_refused():
         ValueError, match=r"No weight matches 'w' of targets.*there is no"
     ):
         lj.lorafy({"bias": w(4)}, 2, targets="w")
+
+
+def test_a_path_with_brackets_matches_itself():
+    params = {name: {"w": jnp.ones((4, 4))} for name in ("a[0,1]", "a0")}
+    adapted = lj.lorafy(params, 1, targets="a[0,1]/w")
+    assert "w_lora_a" in adapted["a[0,1]"] and "w_lora_a" not in adapted["a0"]
