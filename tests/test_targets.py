@@ -376,6 +376,6 @@ def test_a_selector_of_no_known_kind_is_refused():
 
 
 def test_a_path_with_brackets_matches_itself():
-    params = {name: {"w": jnp.ones((4, 4))} for name in ("a[0,1]", "a0")}
+    params = {name: {"w": jnp.ones((4, 4))} for name in ("a[0,1]", "b")}
     adapted = lj.lorafy(params, 1, targets="a[0,1]/w")
-    assert "w_lora_a" in adapted["a[0,1]"] and "w_lora_a" not in adapted["a0"]
+    assert "w_lora_a" in adapted["a[0,1]"] and "w_lora_a" not in adapted["b"]
