@@ -275,10 +275,6 @@ def _step(eqn: Any, views: list[Any], uses: dict[Path, list[Use]]) -> list[Any]:
     return results
 
 
-def _union(results: Sequence[tuple[View, ...]]) -> tuple[View, ...]:
-    return tuple(dict.fromkeys(itertools.chain(*results)))
-
-
 def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
     """The dimensions behind those of a result, or `None` if it is no view at all."""
     name, params = eqn.primitive.name, eqn.params

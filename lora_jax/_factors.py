@@ -233,7 +233,7 @@ def wider(*dtypes: Any) -> np.dtype:
 
 def present(factor: jax.Array) -> list[int]:
     """The weight's dimensions that an aligned factor has; the others have size 1."""
-    return [d for d, n in enumerate(factor.shape[:-1]) if n > 1]
+    return [d for d, n in enumerate(factor.shape[:-1]) if n != 1]
 
 
 def stacked(f: Factors) -> set[int]:
@@ -244,7 +244,7 @@ def stacked(f: Factors) -> set[int]:
 def squeeze_absent(factor: jax.Array) -> jax.Array:
     """An aligned factor with the dimensions `present` and the rank alone."""
     return jnp.reshape(
-        factor, [n for n in factor.shape[:-1] if n > 1] + [factor.shape[-1]]
+        factor, [n for n in factor.shape[:-1] if n != 1] + [factor.shape[-1]]
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads JAX's jaxprs: the only file that does, and the only one that knows a version.
+"""Walks JAX's jaxprs: the only file that does, and the only one that knows a version.
 
 A jaxpr is a list of equations over typed variables. What differs between releases
 (where `scan` counts its arguments, what `get_bind_params` returns, whether a jaxpr is
@@ -54,11 +54,11 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
         return [x for x in leaves if isinstance(x, jax.Array)]
 
     jaxpr = jax.make_jaxpr(flat)(*args)
-    is_array = [x is None for x in static]
+    traced = [x is None for x in static]
 
     def restore(results):
         rest = iter(results)
-        leaves = [next(rest) if a else x for a, x in zip(is_array, static, strict=True)]
+        leaves = [next(rest) if t else x for t, x in zip(traced, static, strict=True)]
         return jax.tree.unflatten(out_tree, leaves)
 
     return Trace(jaxpr, restore)

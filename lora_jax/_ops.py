@@ -90,7 +90,17 @@ def _dot_general(
     x = x if dropped is None else dropped
     h = einsum(x.astype(dtype), x_labels, *first[1:], kept, precision)
     product = einsum(h, kept, *second[1:], out, precision, y.dtype)
-    return y + product.astype(y.dtype)
+    return y + _like(y, product.astype(y.dtype))
+
+
+def _like(y: jax.Array, product: jax.Array) -> jax.Array:
+    """The product sharded as the plain one is, on a mesh of explicit axes."""
+    kind = jax.typeof(y).sharding
+    if AxisType.Explicit not in kind.mesh.axis_types:
+        return product
+    sizes = zip(product.shape, y.shape, kind.spec, strict=True)
+    spec = (names if n == whole else None for n, whole, names in sizes)
+    return jax.sharding.reshard(product, PartitionSpec(*spec))
 
 
 def conv_general_dilated(

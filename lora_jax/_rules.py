@@ -311,12 +311,12 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
 
-    def trial(run, carry):
-        first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
-        return step(run, carry, first)[0]
+    def trial(run, carry, xs):
+        return step(run, carry, jax.tree.map(lambda x: x[0], xs))[0]
 
     xs = (list(slices), keys)
-    carry = _steady(run, _free(init, fixed), trial)
+    carry = _free(init, fixed)
+    carry = _steady(run, carry, trial, xs) if length else plain(run, carry, "scan")
 
     def body(carry, x):
         after, ys = step(run, carry, x)
@@ -349,12 +349,15 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
     ]
 
 
-def _steady(run: Run, carry: list[Any], step: Callable[..., Any]) -> list[Any]:
+def _steady(
+    run: Run, carry: list[Any], step: Callable[..., Any], *xs: Any
+) -> list[Any]:
     """The carry in which what enters the loop as a weight also leaves it as one."""
-    quiet, cause = run._replace(materialize="allow"), run.eqn.primitive.name
+    quiet = run._replace(materialize="allow", counting=False)
+    cause = run.eqn.primitive.name
     while any(isinstance(x, Factors) for x in carry):
         with noting():  # and not telling: this was no evaluation
-            after = jax.eval_shape(functools.partial(step, quiet), carry)
+            after = jax.eval_shape(functools.partial(step, quiet), carry, *xs)
         kept = [
             not isinstance(x, Factors) or _avals_of(x) == _avals_of(y)
             for x, y in zip(carry, after, strict=True)
@@ -448,6 +451,12 @@ def _cond(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         return plain(run, run_jaxpr(run, jaxpr, operands), "cond")
 
     branches = [functools.partial(branch, jaxpr) for jaxpr in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:  # of `lax.platform_dependent`: only one is ever lowered
+        pairs = [*zip(platforms, branches, strict=True)]
+        own = {name: branch for names, branch in pairs for name in names or ()}
+        default = next((branch for names, branch in pairs if names is None), None)
+        return lax.platform_dependent(operands, default=default, **own)
     return lax.switch(index, branches, operands)
 
 

@@ -120,7 +120,7 @@ def note(run: Run, what: Note) -> None:
         return
     times, names = math.prod(n for _, n in run.trail), what.name.split(JOIN)
     for name in names:
-        key = (run.trail, name, what.primitive, what.place)
+        key = (run.trail, name, what.primitive, what.place, what.formed)
         found[key] = what._replace(name=name, flops=times * what.flops // len(names))
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import _factors
 from lora_jax._factors import Factors
@@ -35,6 +36,20 @@ def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     return [
         dataclasses.replace(f, w=w) if isinstance(f, Factors) else w for f, w in pairs
     ]
+
+
+def _reshard(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """Each part where the weight goes, along the dimensions that they share."""
+    (f,), to = operands, eqn.params["dst_sharding"]
+    names = (*to.spec, *(None,) * (f.ndim - len(to.spec)))
+
+    def move(x, rank=()):
+        spec = (n if x.shape[d] != 1 else None for d, n in enumerate(names))
+        sharding = NamedSharding(to.mesh, PartitionSpec(*spec, *rank))
+        return jax.sharding.reshard(x, sharding)
+
+    (w,) = bind(eqn, [f.w])
+    return [Factors(w, move(f.a, [None]), move(f.b, [None]), move(f.scale), f.name)]
 
 
 def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -186,7 +201,7 @@ def _is_weight(run: Run, operands: list[Any]) -> bool:
         return True
     (shape,) = shapes(run.eqn)[1]
     for f in weights:
-        if any(n > 1 for d, n in enumerate(shape) if d not in _present(f)):
+        if any(n != 1 for d, n in enumerate(shape) if d not in _present(f)):
             return False  # the weight repeats itself, for each example of a batch
     return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, keeps)
 
@@ -286,7 +301,7 @@ VIEWS: dict[str, Rule] = {
     "reduce_precision": _on_weight,
     "device_put": _on_weight,
     "sharding_constraint": _on_weight,
-    "reshard": _on_weight,
+    "reshard": _reshard,
     "stop_gradient": _on_each,
     "name": _on_each,
     "optimization_barrier": _on_each,

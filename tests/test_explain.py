@@ -51,6 +51,12 @@ def test_says_what_forms_a_weight_and_where():
     assert row.flops == 2 * (2 * D * D * R) + 2 * TOKENS * R * (D + D)
 
 
+def test_of_two_weights_one_is_formed():
+    fn = lambda p, x: x @ (p["w"] @ p["w"].T)
+    (row,) = lj.explain(fn, abstract(w=(D, D)), X).rows
+    assert (row.factored, row.materialized) == (1, ("dot_general",))
+
+
 def test_a_loop_counts_each_of_its_steps():
     step = lambda c, w: (jnp.sin(c @ w), None)
     fn = lambda p, x: lax.scan(jax.checkpoint(step), x, p["stack"])[0]

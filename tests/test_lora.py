@@ -311,7 +311,19 @@ FACTORED = {
     )[0],
     "on devices": on_devices,
     "on each device": on_each_device,
+    "scaled by inputs": lambda p, x: lax.scan(
+        lambda c, t: ((jnp.sin(c[0] @ c[1]), c[1] * t), None),
+        (x, p["w"]),
+        jnp.arange(3.0),
+    )[0][0],
+    "no steps": lambda p, x: (
+        x @ lax.scan(lambda w, t: (w, t), p["w"], jnp.zeros((0, 2)))[0]
+    ),
     "branch": branch,
+    "branch of a platform": lambda p, x: lax.platform_dependent(
+        x, p["w"], tpu=lambda x, w: x @ w.T, default=lambda x, w: x @ w
+    ),
+    "no rows": lambda p, x: x[:, :0] @ lax.pad(p["w"], 0.0, [(-D, 0, 0), (0, 0, 0)]),
     "vmap": per_example,
     "inner gradient": inner_gradient,
     "slope of a convolution": lambda p, x: jax.grad(
@@ -331,6 +343,11 @@ MATERIALIZED = {
     "sorted": lambda p, x: jnp.sort(p["w"], axis=0),
     "two weights": lambda p, x: x @ (p["w"] @ p["table"].T),
     "squared": lambda p, x: x @ (p["w"] @ p["w"]),
+    "changed by inputs": lambda p, x: lax.scan(
+        lambda c, t: ((jnp.sin(c[0] @ c[1]), jnp.tanh(c[1] * t)), None),
+        (x, p["w"]),
+        jnp.arange(3.0),
+    )[0][0],
     "positions": lambda p, x: jnp.sin(x + p["table"][:BATCH]),
     "changed by a loop": lambda p, x: lax.scan(
         lambda c, _: ((x @ c[1], jnp.tanh(c[1])), None), (x, p["w"]), length=3
