@@ -9,7 +9,13 @@ from typing import Any
 
 import jax
 
-from lora_jax._factors import Factors, align, find_adapters, without_adapters
+from lora_jax._factors import (
+    Factors,
+    align,
+    find_adapters,
+    is_adapter,
+    without_adapters,
+)
 from lora_jax._jaxpr import trace_call, used_inputs
 from lora_jax._rules import run_jaxpr
 from lora_jax._run import Note, Run, noting, plain
@@ -118,7 +124,9 @@ def call(
             operands[before + i] = f
     operands = [operands[i] for i in dynamic]
     if unused == "error":
-        _check_used(operands, used_inputs(traced.jaxpr))
+        used = used_inputs(traced.jaxpr)
+        _check_used(operands, used)
+        _check_elsewhere(base, dict(zip(dynamic, used, strict=True)))
     results = run_jaxpr(run, traced.jaxpr, operands)
     return traced.restore(plain(run, results, "return"))
 
@@ -165,6 +173,19 @@ def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:
             "An adapter there would learn nothing. Leave them out, "
             "lorafy(params, rank, exclude=[...]), or write lora(fn, unused='ignore')."
         )
+
+
+def _check_elsewhere(args: Sequence[Any], used: dict[int, bool]) -> None:
+    """Adapters in an argument that `argnums` does not name would do nothing."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(args))
+    for i, (path, _) in enumerate(leaves):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if is_adapter((name,)) and not used.get(i, True):
+            raise ValueError(
+                f"Argument {path[0].idx} has adapters too, such as {name!r}, and the "
+                "function never reads them: they would do nothing. Name both, "
+                f"lora(fn, argnums=(..., {path[0].idx})), or pass strip(params)."
+            )
 
 
 def _has_parameter(fn: Callable[..., Any], name: str) -> bool:

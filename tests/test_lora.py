@@ -547,6 +547,18 @@ def test_argnums(randomized, close):
         lj.lora(fn, argnums=())
 
 
+def test_adapters_in_another_argument_are_an_error(randomized, close):
+    p = randomized(lj.lorafy({"kernel": jnp.ones((D, D))}, 2))
+    fn = lambda policy, reference, x: x @ policy["kernel"] - x @ reference["kernel"]
+    with pytest.raises(
+        ValueError, match=r"Argument 1 has adapters too.*argnums=\(..., 1"
+    ):
+        lj.lora(fn)(p, p, X)
+    close(lj.lora(fn, argnums=(0, 1))(p, p, X), jnp.zeros((BATCH, D)))
+    base = lj.strip(p)
+    close(lj.lora(fn)(p, base, X), fn(lj.merge(p), base, X))
+
+
 def test_unused_adapter_is_an_error(params):
     fn = jax.jit(lambda p, x: (x @ p["w"], p["heads"].shape))
     with pytest.raises(ValueError, match=r"never uses 4 .* 'heads', 'stack', 'table'"):
