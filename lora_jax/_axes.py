@@ -218,12 +218,12 @@ def _step(eqn: Any, views: list[Any], uses: dict[Path, list[Use]]) -> list[Any]:
     if name in CALLS:
         return _walk(call_jaxpr(eqn), views, uses)
     if name == "scan":
-        n = sum(scan_counts(eqn))
+        consts, carried = scan_counts(eqn)
+        n = consts + carried
         for view in itertools.chain(*views[n:]):
             note(view, batch=[0])
         slices = [tuple(v._replace(dims=v.dims[1:]) for v in x) for x in views[n:]]
         results = _walk(params["jaxpr"], [*views[:n], *slices], uses)
-        carried = scan_counts(eqn)[1]
         return [*results[:carried], *nothing[carried:]]
     if name == "while":
         n, m = params["cond_nconsts"], params["body_nconsts"]
@@ -312,9 +312,9 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
     return None
 
 
-def _is_sure(eqn: Any, shapes: Sequence[tuple[int, ...]]) -> bool:
+def _is_sure(eqn: Any, olds: Sequence[tuple[int, ...]]) -> bool:
     """Whether a weight that goes through stays one: no lookup, no sum with another."""
-    by_an_array = eqn.primitive.name in ("add", "sub") and () not in shapes
+    by_an_array = eqn.primitive.name in ("add", "sub") and () not in olds
     return keeps(eqn) and not by_an_array
 
 

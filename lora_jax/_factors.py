@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lora_jax._tree import Path, is_array, path_name, unbox
 
@@ -236,6 +237,21 @@ def present(factor: jax.Array) -> list[int]:
     return [d for d, n in enumerate(factor.shape[:-1]) if n != 1]
 
 
+def varying(f: Factors) -> set[int]:
+    """The dimensions along which the update is not the same number again and again."""
+    return {*present(f.a)} | {*present(f.b)}
+
+
+def part_specs(f: Factors, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
+    """A weight's sharding for each of its parts, along the dimensions they share."""
+    names = (*spec, *(None,) * (f.ndim - len(spec)))
+    thin = (
+        PartitionSpec(*(n if x.shape[d] != 1 else None for d, n in enumerate(names)))
+        for x in (f.a, f.b, f.scale)
+    )
+    return spec, *thin
+
+
 def stacked(f: Factors) -> set[int]:
     """The dimensions along which each has a product of its own: layers, experts."""
     return {*present(f.a)} & {*present(f.b)}
@@ -279,13 +295,13 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
     if 0 in f.shape:
         return None
     runs = list(segments(f.shape, w.shape))
-    varying = {*present(f.a), *present(f.b)}
+    own = varying(f)
 
     def long(x) -> list[int]:  # a factor repeats what the whole weight repeats
         sizes = list(x.shape)
         for old, _ in runs:
             if any(x.shape[d] > 1 for d in old):
-                repeated = [d for d in old if d not in varying]
+                repeated = [d for d in old if d not in own]
                 sizes = [
                     f.shape[d] if d in repeated else n for d, n in enumerate(sizes)
                 ]

@@ -117,16 +117,13 @@ def conv_general_dilated(
     outputs after it or, in a derivative with respect to x, the inputs before it.
     """
     out_channel, in_channel, *window = dimension_numbers.rhs_spec
-    first, second = f.a, scaled(f)
-    if in_channel in present(second) or out_channel in present(first):
-        first, second = second, first
-    places = {*window} & {*present(first)}, {*window} & {*present(second)}
-    misplaced = in_channel in present(second) or out_channel in present(first)
-    groups = params["feature_group_count"]
-    before = bool(places[1])
-    if misplaced or all(places) or params["batch_group_count"] != 1:
+    order = _in_order(f, [in_channel], [out_channel])
+    if order is None or params["batch_group_count"] != 1:
         return None
-    if before and groups > 1:
+    first, second = order
+    groups = params["feature_group_count"]
+    before = not {*window}.isdisjoint(present(second))
+    if before and (groups > 1 or not {*window}.isdisjoint(present(first))):
         return None
 
     convolve = functools.partial(
@@ -209,13 +206,10 @@ def ragged_dot_general(
     (x_sum, f_sum), (x_batch, f_batch) = numbers.dot_dimension_numbers
     (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
-    first, second = f.a, scaled(f)
-    if free.intersection(present(first)) or {*f_sum}.intersection(present(second)):
-        first, second = second, first
-    if free.intersection(present(first)) or {*f_sum}.intersection(present(second)):
+    order = _in_order(f, f_sum, free)
+    if order is None or not groups or row in (*x_sum, *x_batch):
         return None
-    if not groups or row in (*x_sum, *x_batch):
-        return None
+    first, second = order
 
     product = functools.partial(
         lax.ragged_dot_general, group_sizes=group_sizes, **params
@@ -312,6 +306,16 @@ def gather(
         )
 
     return view(f, w, look_up)
+
+
+def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
+    """The factor without those outputs, then the one without those inputs, if any."""
+    pair = f.a, scaled(f)
+    for first, second in (pair, pair[::-1]):
+        if {*outputs}.isdisjoint(present(first)):
+            if {*inputs}.isdisjoint(present(second)):
+                return first, second
+    return None
 
 
 def scaled(f: Factors) -> jax.Array:

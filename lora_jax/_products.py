@@ -34,7 +34,7 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     named = eqn.params["dimension_numbers"].start_index_map
     fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if fills and not {*_factors.present(f.a), *_factors.present(f.b)}.issuperset(named):
+    if fills and not _factors.varying(f).issuperset(named):
         return None  # out of bounds where neither factor has a number to leave out
     found = _ops.gather(f, indices, **eqn.params)
     if _factors.stacked(f).issuperset(named):

@@ -19,7 +19,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax import _factors
-from lora_jax._factors import JOIN, Factors, materialize
+from lora_jax._factors import JOIN, Factors, materialize, part_specs
 from lora_jax._jaxpr import (
     CALLS,
     bind,
@@ -78,11 +78,10 @@ def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _shard_map(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     params, axes = eqn.params, manual_axes(eqn)
     leaves, treedef = jax.tree.flatten(operands)
-    specs = [
-        spec
-        for x, whole in zip(operands, params["in_specs"], strict=True)
-        for spec in (_part_specs(x, whole) if isinstance(x, Factors) else [whole])
-    ]
+    pairs = zip(operands, params["in_specs"], strict=True)
+    specs = jax.tree.leaves(
+        [part_specs(x, p) if isinstance(x, Factors) else p for x, p in pairs]
+    )
 
     def call(key, leaves):
         for axis in axes if key is not None else ():
@@ -102,17 +101,6 @@ def _shard_map(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return mapped(run.key, leaves)
 
 
-def _part_specs(f: Factors, spec: PartitionSpec) -> list[PartitionSpec]:
-    """A weight's sharding for each of its parts, along the dimensions they share."""
-    names = (*spec, *(None,) * (f.ndim - len(spec)))
-    parts = jax.tree.leaves(dataclasses.replace(f, scale=f.scale[..., None]))
-    own = (range(f.ndim), *map(_factors.present, parts[1:]))
-    return [
-        PartitionSpec(*(n if d in dims else None for d, n in enumerate(names)))
-        for dims in own
-    ]
-
-
 class Form(NamedTuple):
     """A jaxpr, jitted on factors, and what its evaluation had to tell."""
 
@@ -130,7 +118,7 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     try:
         if run.counting:  # a shared form is traced, and noted, but once
             return _inline(run, eqn, operands)
-        form, shapes = _form(run, eqn), _avals_of(operands)
+        form = _form(run, eqn)
         with noting() as new:
             results = form.run(run.key, operands)
     finally:
@@ -141,9 +129,9 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         owner = lambda told: next(
             i for i, name in enumerate(names) if told.name in name.split(JOIN)
         )
-        form.told[shapes] = [(owner(told), told) for told in new.values()]
-    else:
-        for i, told in form.told.get(shapes, ()):
+        form.told[_avals_of(operands)] = [(owner(told), told) for told in new.values()]
+    elif form.told:
+        for i, told in form.told.get(_avals_of(operands), ()):
             note(run, told._replace(name=names[i], place=place_of(run)))
     return results
 
@@ -190,12 +178,7 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
-
-    @jax.custom_jvp
-    def call(key, operands):
-        inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
-        return plain(inner, results, "custom_jvp_call")
+    call = jax.custom_jvp(_function_of(run, eqn))
 
     def call_jvp(primals, tangents):
         (key, operands), (_, dots) = primals, tangents
@@ -219,12 +202,6 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own backward rule, itself evaluated on the factors."""
-
-    def call(key, operands):
-        inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
-        return plain(inner, results, "custom_vjp_call")
-
     pullback = None  # how to run the backward pass from its residuals
 
     def forward(key, operands):
@@ -255,9 +232,20 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
                 (grads[i],) = jax.vjp(materialize, operands[i])[1](grad)
         return None, [grads.get(i) for i in range(len(operands))]
 
-    custom = jax.custom_vjp(call)
+    custom = jax.custom_vjp(_function_of(run, eqn))
     custom.defvjp(forward, backward, symbolic_zeros=True)
     return custom(run.key, operands)
+
+
+def _function_of(run: Run, eqn: Any) -> Callable[..., list[Any]]:
+    """A custom function without its rule: of a dropout key and operands, to arrays."""
+
+    def call(key, operands):
+        inner = run._replace(key=key)
+        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
+        return plain(inner, results, eqn.primitive.name)
+
+    return call
 
 
 def _moving(operands: Sequence[Any], marks: Any, moves: Any, is_leaf: Any = None):

@@ -62,10 +62,9 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 
 
 def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
-    in_a, in_b = (set(_factors.present(x)) for x in (f.a, f.b))
-    where = place_of(run)
-    cost = 2 * math.prod(f.shape[d] for d in in_a | in_b) * f.a.shape[-1]
-    if in_a <= in_b or in_b <= in_a:
+    where, own = place_of(run), _factors.varying(f)
+    cost = 2 * math.prod(f.shape[d] for d in own) * f.a.shape[-1]
+    if own in ({*_factors.present(f.a)}, {*_factors.present(f.b)}):
         # A row, a column, or some: no dearer than a product.
         note(run, Note(str(f.name), cause, where, False, cost))
         return materialize(f)

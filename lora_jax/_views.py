@@ -5,6 +5,7 @@ gives other `Factors`. `None`: the weight has to be materialised.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from lora_jax import _factors
 from lora_jax._factors import Factors
@@ -23,13 +24,12 @@ from lora_jax._jaxpr import (
     varying_axes,
 )
 from lora_jax._products import PRODUCTS
-from lora_jax._run import Rule, Run
+from lora_jax._run import Rule, Run, weights
 
 
 def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     """What changes the weight's storage or digits, and not the factors'."""
-    weights = [x.w if isinstance(x, Factors) else x for x in operands]
-    moved = bind(eqn, weights)
+    moved = bind(eqn, weights(operands))
     if not jnp.issubdtype(moved[0].dtype, jnp.inexact):
         return None
     pairs = zip(operands, moved, strict=True)
@@ -41,15 +41,10 @@ def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 def _reshard(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """Each part where the weight goes, along the dimensions that they share."""
     (f,), to = operands, eqn.params["dst_sharding"]
-    names = (*to.spec, *(None,) * (f.ndim - len(to.spec)))
-
-    def move(x, rank=()):
-        spec = (n if x.shape[d] != 1 else None for d, n in enumerate(names))
-        sharding = NamedSharding(to.mesh, PartitionSpec(*spec, *rank))
-        return jax.sharding.reshard(x, sharding)
-
     (w,) = bind(eqn, [f.w])
-    return [Factors(w, move(f.a, [None]), move(f.b, [None]), move(f.scale), f.name)]
+    move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(to.mesh, spec))
+    thin = zip((f.a, f.b, f.scale), _factors.part_specs(f, to.spec)[1:], strict=True)
+    return [Factors(w, *itertools.starmap(move, thin), f.name)]
 
 
 def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -155,7 +150,7 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     config = eqn.params["padding_config"]
     changed = [d for d, edges in enumerate(config) if any(edges)]
-    if not _present(f).issuperset(changed):
+    if not _factors.varying(f).issuperset(changed):
         return None  # what a weight repeats, it does not repeat in its padding
     (w,) = bind(eqn, [f.w, padding])
 
@@ -168,25 +163,28 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
 
 def _concatenate(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """Weights side by side, as fused projections are: each keeps its own rank."""
-    if not _is_weight(run, operands):
-        return None
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
-    return _maybe(_factors.concatenate(operands, w, eqn.params["dimension"]))
+    return _side_by_side(run, eqn, operands, eqn.params["dimension"])
 
 
 def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    axis = eqn.params["axis"]
+    expand = lambda x: lax.expand_dims(x, [axis])
+
+    def row(x):
+        factored = isinstance(x, Factors)
+        return _factors.view(x, expand(x.w), expand) if factored else expand(x)
+
+    return _side_by_side(run, eqn, operands, axis, row)
+
+
+def _side_by_side(
+    run: Run, eqn: Any, operands: list[Any], axis: int, row: Any = lambda x: x
+) -> list[Any] | None:
+    """Weights as one, as fused projections are: each keeps its own rank."""
     if not _is_weight(run, operands):
         return None
-    axis = eqn.params["axis"]
-    rows = []
-    for x in operands:
-        part = lax.expand_dims(x.w if isinstance(x, Factors) else x, [axis])
-        if isinstance(x, Factors):
-            part = _factors.view(x, part, lambda x: lax.expand_dims(x, [axis]))
-        rows.append(part)
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
-    return _maybe(_factors.concatenate(rows, w, axis))
+    (w,) = bind(eqn, weights(operands))
+    return _maybe(_factors.concatenate([*map(row, operands)], w, axis))
 
 
 def _is_weight(run: Run, operands: list[Any]) -> bool:
@@ -196,12 +194,12 @@ def _is_weight(run: Run, operands: list[Any]) -> bool:
     where a table of positions is added to each example, or a token is put before it: in
     factors, it would be formed again by whatever comes next.
     """
-    weights = [x for x in operands if isinstance(x, Factors)]
-    if len(weights) == len(operands) or any(np.ndim(x) == 0 for x in operands):
+    adapted = [x for x in operands if isinstance(x, Factors)]
+    if len(adapted) == len(operands) or any(np.ndim(x) == 0 for x in operands):
         return True
     (shape,) = shapes(run.eqn)[1]
-    for f in weights:
-        if any(n != 1 for d, n in enumerate(shape) if d not in _present(f)):
+    for f in adapted:
+        if any(n != 1 for d, n in enumerate(shape) if d not in _factors.varying(f)):
             return False  # the weight repeats itself, for each example of a batch
     return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, keeps)
 
@@ -242,7 +240,7 @@ def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     if _factors.stacked(f).intersection(axes):
         return None  # a sum over layers or experts is no product of two factors
     (w,) = bind(eqn, [f.w])
-    repeats = math.prod(f.shape[d] for d in axes if d not in _present(f))
+    repeats = math.prod(f.shape[d] for d in axes if d not in _factors.varying(f))
     summed = _factors.view(f, w, lambda x: jnp.sum(x, axes))
     return [dataclasses.replace(summed, scale=summed.scale * repeats)]
 
@@ -253,7 +251,7 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     minus = eqn.primitive.name == "sub"
     if not _is_weight(run, operands):
         return None
-    (w,) = bind(eqn, [x.w if isinstance(x, Factors) else x for x in operands])
+    (w,) = bind(eqn, weights(operands))
     if isinstance(g, Factors) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
     if not isinstance(g, Factors):
@@ -271,7 +269,7 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     if shape != f.shape or (name == "div" and f is not operands[0]):
         return None
-    (w,) = bind(eqn, [x if x is not f else f.w for x in operands])
+    (w,) = bind(eqn, weights(operands))
     apply = {"neg": jnp.negative, "mul": jnp.multiply, "div": jnp.divide}[name]
     dtype = _factors.wider(f.scale.dtype, f.dtype)
     others = [jnp.asarray(x, dtype) for x in others]
@@ -285,10 +283,6 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
             factor = apply(factor.astype(dtype), x[..., None]).astype(factor.dtype)
             return [dataclasses.replace(f, w=w, **{part: factor})]
     return None
-
-
-def _present(f: Factors) -> set[int]:
-    return {*_factors.present(f.a), *_factors.present(f.b)}
 
 
 def _maybe(f: Factors | None) -> list[Factors] | None:

@@ -26,8 +26,6 @@ from lora_jax import _rules
 PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 34))
 BATCH, D = 4, 3
 LARGEST = 120  # a view of a weight that has grown beyond so many numbers is cut
-# Nearly all of the time goes to compiling: these options make it three times shorter.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class At(NamedTuple):
@@ -616,7 +614,7 @@ def worst_gap(fn, params, x, forward=False):
 
     merged = lambda params, x: fn(lj.merge(params), x)
     both = lambda: (derivatives(adapted(fn)), derivatives(merged))
-    got, want = jax.jit(both, compiler_options=FAST)()
+    got, want = jax.jit(both)()
 
     def gap(got, want):
         assert got.shape == want.shape and got.dtype == want.dtype

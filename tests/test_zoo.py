@@ -20,7 +20,6 @@ RNG = np.random.default_rng(0)
 IDS = RNG.integers(VOCAB, size=(BATCH, TIME))
 X = RNG.standard_normal((BATCH, TIME, D)).astype(np.float32)
 IMAGES = RNG.standard_normal((BATCH, 8, 8, 3)).astype(np.float32)
-FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 class Model(NamedTuple):
@@ -234,13 +233,6 @@ ZOO = {
 }
 
 
-@pytest.fixture
-def lenient():
-    """These models promote dtypes and ranks."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def adapted(model, **options):
     axes = lj.find_axes(model.apply, model.params, *model.inputs) | dict(model.axes)
     return lj.lorafy(model.params, model.rank, targets="*", axes=axes, **options)
@@ -254,7 +246,7 @@ def filled(shapes, seed):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_equals_the_merged_model(name, lenient, close):
+def test_equals_the_merged_model(name, third_party, close):
     """Values and gradients, of a function that is traced once."""
     chex.clear_trace_counter()
     model = ZOO[name]()
@@ -268,7 +260,7 @@ def test_equals_the_merged_model(name, lenient, close):
         y = fn(lj.combine(adapters, base), *inputs)
         return -jax.nn.log_softmax(y)[..., 0].sum(), y
 
-    @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+    @jax.jit
     def both(params, inputs):
         grad = jax.grad(loss, has_aux=True)
         merged = lambda params, *inputs: model.apply(lj.merge(params), *inputs)
@@ -280,7 +272,7 @@ def test_equals_the_merged_model(name, lenient, close):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_keeps_every_weight_factored(name, lenient):
+def test_keeps_every_weight_factored(name, third_party):
     model = ZOO[name]()
     rows = lj.explain(model.apply, adapted(model), *model.inputs).rows
     assert [row.path for row in rows if not row.used] == []
