@@ -1,5 +1,6 @@
 """The factored products equal the products with the materialised weight."""
 
+import re
 import string
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from jax import lax
 
 from lora_jax import _ops
-from lora_jax._factors import align, materialize
+from lora_jax._factors import Factors, align, materialize
 
 RNG = np.random.default_rng(0)
 
@@ -167,15 +168,49 @@ def test_a_convolution_without_factors_is_left_to_the_caller(name):
     assert got is None
 
 
-def test_thin_products_are_matrices():
-    """In more dimensions XLA for CPU runs them several times slower."""
-    x = jnp.ones((2, 3, 4))
-    jaxpr = jax.make_jaxpr(
-        lambda x: _ops.dot_general(x, HEADS, (((2,), (0,)), ((), ())))
-    )(x)
-    eqns = list(jaxpr.eqns)
-    for eqn in eqns:  # newer releases keep the product's own jit here, as an equation
-        eqns += getattr(eqn.params.get("jaxpr"), "eqns", [])
-    dots = [e for e in eqns if e.primitive.name == "dot_general"]
-    ranks = [[v.aval.ndim for v in e.invars] for e in dots]
-    assert ranks == [[3, 3], [2, 2], [2, 2]]
+def dot_ranks(fn, platform, r):
+    """The operands' dimensions of each product, in a platform's program."""
+    f, dims = factors((4, 5, 6), (4, r), (r, 5, 6)), (((2,), (0,)), ((), ()))
+    product = lambda x, w, a, b: _ops.dot_general(x, Factors(w, a, b, f.scale), dims)
+    args = jnp.ones((2, 3, 4)), f.w, f.a, f.b
+    traced = jax.jit(fn(product)).trace(*args)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    dots = re.findall(r"dot_general .*: \(tensor<(.*)>, tensor<(.*)>\)", text)
+    return [[shape.count("x") for shape in shapes] for shapes in dots]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_thin_products_keep_their_dimensions(platform):
+    """In fewer dimensions XLA for TPU moves more bytes."""
+    assert dot_ranks(lambda fn: fn, platform, 9) == [[3, 3], [3, 2], [3, 3]]
+    # On a CPU a few columns are added one by one.
+    thin = [] if platform == "cpu" else [[3, 3]]
+    assert dot_ranks(lambda fn: fn, platform, 2) == [[3, 3], [3, 2], *thin]
+
+
+def test_the_gradient_of_b_is_a_product_of_matrices():
+    """In more dimensions XLA for CPU makes a transposed copy of the cotangent."""
+    grad = lambda fn: jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), 3)
+    *_, by_b = dot_ranks(grad, "cpu", 2)
+    assert by_b == [2, 2]
+
+
+def test_added_columns_have_the_derivatives_of_a_product():
+    """Forward, backward, and of the second order."""
+    x, (f, dims) = jnp.asarray(normal(2, 3, 4)), (HEADS, (((2,), (0,)), ((), ())))
+    both = [
+        lambda x, a, b: jnp.sin(_ops.dot_general(x, Factors(f.w, a, b, f.scale), dims)),
+        lambda x, a, b: jnp.sin(
+            lax.dot_general(x, materialize(Factors(f.w, a, b, f.scale)), dims)
+        ),
+    ]
+    args = x, f.a, f.b
+    got, want = (
+        (
+            jax.jvp(fn, args, args),
+            jax.grad(lambda *args, fn=fn: jnp.sum(fn(*args)), (0, 1, 2))(*args),
+            jax.hessian(lambda *args, fn=fn: jnp.sum(fn(*args)), (1, 2))(*args),
+        )
+        for fn in both
+    )
+    jax.tree.map(check, got, want)
