@@ -11,12 +11,10 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,9 @@ import optax
 import report
 import reviews
 import safetensors.numpy
+import training
 from flax.traverse_util import flatten_dict
+from readers import existing, folder, positive, whole
 from tqdm import tqdm
 
 import lora_jax as lj
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
     }
-    results["versions"] = versions()
+    results["versions"] = training.versions()
     text = json.dumps(results, indent=2) + "\n"
     (args.output / "finetune.json").write_text(text, encoding="utf-8")
     losses = {name: fit.losses for name, fit in fitted.items()}
@@ -121,44 +121,6 @@ def options() -> argparse.ArgumentParser:
     add("--tokenizer", type=existing, help="tokenizer.json, if not beside --weights")
     add("--data", type=existing, help="csv of text,label, instead of the download")
     return parser
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Returns the reader of an option: a whole number of at least `least`."""
-
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**31):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a whole number from {least} to {2**31 - 1}"
-            )
-        return int(text)
-
-    return read
-
-
-def positive(text: str) -> float:
-    """Reads an option: a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return value
-
-
-def existing(text: str) -> Path:
-    """Reads an option: a file that is there."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """Reads an option: a folder, or a place where there is nothing yet."""
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a folder")
-    return Path(text)
 
 
 # What both methods start from. What the options get wrong is found before a download.
@@ -273,53 +235,12 @@ def start(
     )
     tx = optax.adamw(schedule)
 
-    def loss(trainable, frozen, ids, mask, labels):
-        logits = apply(trainable, frozen, ids, mask)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    def step(state, frozen, *batch):
-        trainable, optimizer = state
-        value, grads = jax.value_and_grad(loss)(trainable, frozen, *batch)
-        updates, optimizer = tx.update(grads, optimizer, trainable)
-        return (optax.apply_updates(trainable, updates), optimizer), value
-
     state = trainable, tx.init(trainable)
     batch = tuple(x[: args.batch] for x in data)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, *batch).compile()
-    return Method(compiled, state, frozen, memory(compiled, state, frozen, batch))
-
-
-def memory(compiled: Any, state: Any, frozen: Any, batch: Batch) -> dict[str, int]:
-    """Returns the bytes that one training step takes, in parts.
-
-    Parameters and optimizer state are the step's arguments, as XLA counts them too.
-    The gradients live only inside the step: XLA counts them, as far as they exist at
-    one time, within its temporaries, beside the activations. The peak is all that XLA
-    allocates for the step: arguments, temporaries, and outputs that reuse no argument.
-    (XLA's own peak_memory_in_bytes leaves the temporaries out on CPU.)
-    """
-    trainable, optimizer = state
-    parts = {
-        "parameters": nbytes((trainable, frozen)),
-        "gradients": nbytes(trainable),
-        "optimizer": nbytes(optimizer),
-    }
-    stats = compiled.memory_analysis()
-    given = stats.argument_size_in_bytes
-    held = parts["parameters"] + parts["optimizer"] + nbytes(batch)
-    if given < held:  # more is padding, which some devices add
-        raise RuntimeError(
-            f"The step takes {given} bytes of arguments, its trees hold {held}: it "
-            "leaves a part of them unused."
-        )
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporaries = stats.temp_size_in_bytes
-    return parts | {"temporaries": temporaries, "peak": given + outputs + temporaries}
-
-
-def nbytes(tree: Any) -> int:
-    """Returns the bytes of a tree's arrays."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    step = jax.jit(training.step(apply, tx), donate_argnums=0)
+    compiled = step.lower(state, frozen, *batch).compile()
+    memory = training.memory(compiled, state, frozen, batch)
+    return Method(compiled, state, frozen, memory)
 
 
 def fit(
@@ -453,16 +374,6 @@ def agree(who: str, logits: np.ndarray, expected: np.ndarray, held: Batch) -> No
             f"{who} has held-out accuracy {found}, training ended with {wanted}; the "
             f"logits differ by up to {worst:.2g}."
         )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that the numbers depend on, and the device."""
-    names = "jax", "jaxlib", "flax", "optax", "numpy"
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-    }
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ PARTS = {
         "#4d8f80",
     ),
 }
+UNITS = {"MB": 1e6, "GB": 1e9}
 INK = "#333333"
 WIDTH = 21
 HATCH = dict(color="none", edgecolor="white", hatch="////", linewidth=0)
+INSIDE = dict(color="white", ha="center", va="center")
 TOTAL = dict(color=INK, ha="center", fontweight="bold")
 
 
@@ -55,16 +57,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines[0].append("LoRA / full")
         for line, (_, _, (lora, full)) in zip(lines[1:], rows, strict=True):
             line.append(f"{lora / full:.3f}" if full else "")
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        line[0].ljust(widths[0])
-        + "".join(
-            f"   {cell:>{width}}"
-            for cell, width in zip(line[1:], widths[1:], strict=True)
-        )
-        for line in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
+    text = aligned(lines)
     if "merged_accuracy" in results:
         text += [
             "",
@@ -74,6 +67,20 @@ def table(results: Mapping[str, Any]) -> str:
             f"{results['reloaded_accuracy']:.3f}",
         ]
     return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Returns lines of cells as text, with a rule below the first."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        line[0].ljust(widths[0])
+        + "".join(
+            f"   {cell:>{width}}"
+            for cell, width in zip(line[1:], widths[1:], strict=True)
+        )
+        for line in lines
+    ]
+    return [text[0], "-" * len(text[0]), *text[1:]]
 
 
 def figure(
@@ -117,34 +124,47 @@ def draw_losses(
 
 def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws one bar of stacked parts for every method, the parts named at the last."""
+    stack(axes, [x["memory"] for x in found.values()], "MB", 0)
+    labels = [f"{NAMES[name]}\ntrains {x['trainable']:,}" for name, x in found.items()]
+    below(axes, labels, [LINES[name] for name in found])
+    title(axes, "Memory of one training step, MB", "what XLA allocates for it")
+
+
+def stack(
+    axes: Axes, bars: Sequence[Mapping[str, int]], unit: str, digits: int
+) -> None:
+    """Draws a bar of stacked parts for each step, the parts named beside the last."""
     colors = [color for _, color in PARTS.values()]
-    sizes = [[x["memory"][part] / 1e6 for part in PARTS] for x in found.values()]
+    sizes = [[x[part] / UNITS[unit] for part in PARTS] for x in bars]
     top = max(map(sum, sizes))
     axes.set_ylim(0, 1.08 * top)
     axes.set_xlim(-0.45, len(sizes) - 0.62)
-    for x, (bar, result) in enumerate(zip(sizes, found.values(), strict=True)):
+    for x, (bar, parts) in enumerate(zip(sizes, bars, strict=True)):
         ends = np.cumsum(bar)
         middles = ends - np.array(bar) / 2
         axes.bar(x, bar, 0.56, ends - bar, color=colors)
-        axes.text(x, ends[-1] + 0.015 * top, f"{ends[-1]:,.0f} MB", **TOTAL)
+        axes.text(x, ends[-1] + 0.015 * top, f"{ends[-1]:,.{digits}f} {unit}", **TOTAL)
         for y, size, color in zip(middles, bar, colors, strict=True):
+            inside, more = f"{size:,.{digits}f}", f"{size:,.{digits + 1}f}"
             if size > 0.05 * top:
-                axes.text(x, y, f"{size:,.0f}", color="white", ha="center", va="center")
+                axes.text(x, y, inside, **INSIDE, bbox=dict(color=color, pad=1.5))
             else:
-                axes.text(x + 0.31, y, f"{size:,.1f}", color=color, va="center")
+                axes.text(x + 0.31, y, more, color=color, va="center")
         # Of the temporaries, since XLA tells no more than their sum.
-        gradients = min(result["memory"]["gradients"] / 1e6, bar[-1])
+        gradients = min(parts["gradients"] / UNITS[unit], bar[-1])
         axes.bar(x, gradients, 0.56, ends[-2], **HATCH)
     for (name, color), place in zip(PARTS.values(), middles, strict=True):
         beside(axes, name, place, color)
-    labels = [f"{NAMES[name]}\ntrains {x['trainable']:,}" for name, x in found.items()]
-    axes.set_xticks(range(len(sizes)), labels)
-    for tick, name in zip(axes.get_xticklabels(), found, strict=True):
-        tick.set(color=LINES[name], fontweight="bold")
+
+
+def below(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
+    """Names the bars below them, and leaves no scale: the numbers are on the bars."""
+    axes.set_xticks(range(len(labels)), labels)
+    for tick, color in zip(axes.get_xticklabels(), colors, strict=True):
+        tick.set(color=color, fontweight="bold")
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="x", length=0)
-    title(axes, "Memory of one training step, MB", "what XLA allocates for it")
 
 
 def beside(axes: Axes, text: str, y: float, color: str) -> None:

@@ -9,6 +9,7 @@ import minilm
 import numpy as np
 import pytest
 import report
+import training
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -240,7 +241,7 @@ def test_memory_adds_up_to_what_the_compiled_step_takes():
 
     state, frozen = (np.ones((3, 5), np.float32), np.float32(1)), np.ones((8, 2), "f4")
     compiled = jax.jit(step).lower(state, frozen, x).compile()
-    parts = finetune.memory(compiled, state, frozen, (x,))
+    parts = training.memory(compiled, state, frozen, (x,))
     assert (parts["parameters"], parts["gradients"]) == (4 * (15 + 16), 4 * 15)
     assert parts["optimizer"] == 4
     stats = compiled.memory_analysis()
@@ -248,7 +249,7 @@ def test_memory_adds_up_to_what_the_compiled_step_takes():
     assert parts["peak"] >= stats.argument_size_in_bytes + parts["temporaries"]
     unused = np.ones(9, np.float32)
     with pytest.raises(RuntimeError, match="leaves a part of them unused"):
-        finetune.memory(compiled, state, (frozen, unused), (x,))
+        training.memory(compiled, state, (frozen, unused), (x,))
 
 
 def test_labels_move_apart_and_means_stay_inside():

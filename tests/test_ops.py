@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import lora_jax as lj
 from lora_jax import _ops
 from lora_jax._factors import Factors, align, materialize
 
@@ -214,3 +215,16 @@ def test_added_columns_have_the_derivatives_of_a_product():
         for fn in both
     )
     jax.tree.map(check, got, want)
+
+
+def test_no_copy_of_the_weight_is_made():
+    """Neither transposed nor with the adapter in it, forward or back."""
+    fn = lambda p, x: jnp.sum(jnp.sin(jnp.sin(x @ p["w"]) @ p["w"].T))
+    params = lj.lorafy({"w": jnp.ones((96, 160))}, 4, targets="w")
+    adapters, base = lj.split(params)
+    loss = lambda a, base, x: lj.lora(fn)(lj.combine(a, base), x)
+    step = jax.jit(jax.value_and_grad(loss, (0, 2)))
+    text = step.lower(adapters, base, jnp.ones((2, 24, 96))).compile().as_text()
+    text = text[text.index("ENTRY") :]
+    weights = re.findall(r"= f32\[(?:96,160|160,96)\]\S* (\w+)\(", text)
+    assert weights == ["parameter"]

@@ -1,0 +1,231 @@
+"""Published transformers in plain Flax Linen: GPT-2, Llama 3, Gemma 2 and ViT.
+
+One block serves them all; what differs is in `Architecture`, with Llama's defaults. The
+weights are stacked by `nn.scan`, or stand layer by layer; nothing here knows of LoRA.
+Left out is what changes neither a shape nor the memory: Llama's scaling of rotary
+frequencies for long texts, Gemma's windows of 4,096 tokens, and dropout.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a published configuration says."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp: int
+    vocab: int  # tokens; of an image model, classes
+    kv_heads: int | None = None  # default: one for each head
+    head_dim: int | None = None  # default: width / heads
+    positions: int = 0  # learned ones; 0: rotary
+    rope: float = 10_000.0  # the slowest rotary wavelength
+    norm: str = "rms"  # or "layer"
+    post_norm: bool = False  # also after attention and MLP
+    epsilon: float = 1e-5
+    gated: bool = True  # act(x W) * (x V) instead of act(x W)
+    activation: str = "silu"
+    bias: bool = False
+    tied: bool = True  # the table of tokens is the head too
+    scaled_embedding: bool = False  # by sqrt(width)
+    attention_cap: float = 0.0  # cap * tanh(x / cap); 0: none
+    logit_cap: float = 0.0
+    patch: int = 0  # pixels; 0: a decoder of tokens
+    image: int = 0
+
+
+GPT2 = dict(norm="layer", gated=False, activation="gelu", bias=True)
+
+ARCHITECTURES = {
+    # https://huggingface.co/openai-community/gpt2-medium/blob/main/config.json
+    "gpt2-medium": Architecture(24, 1024, 16, 4096, 50257, positions=1024, **GPT2),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "llama-3.2-1b": Architecture(16, 2048, 32, 8192, 128256, kv_heads=8, rope=5e5),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json
+    "llama-3-8b": Architecture(
+        32, 4096, 32, 14336, 128256, kv_heads=8, rope=5e5, tied=False
+    ),
+    # https://huggingface.co/google/gemma-2-2b/blob/main/config.json
+    "gemma-2-2b": Architecture(
+        *(26, 2304, 8, 9216, 256000),
+        kv_heads=4,
+        head_dim=256,
+        post_norm=True,
+        epsilon=1e-6,
+        activation="gelu",
+        scaled_embedding=True,
+        attention_cap=50.0,
+        logit_cap=30.0,
+    ),
+    # Table 1 of https://arxiv.org/abs/2010.11929, for ImageNet's 1,000 classes
+    "vit-h": Architecture(
+        32, 1280, 16, 5120, 1000, patch=14, image=224, epsilon=1e-6, **GPT2
+    ),
+    # https://huggingface.co/openai-community/gpt2/blob/main/config.json
+    "gpt2": Architecture(12, 768, 12, 3072, 50257, positions=1024, **GPT2),
+    # Nobody's: 0.87 billion parameters, for a measurement that is to be repeated
+    "gpt-0.87b": Architecture(16, 2048, 16, 8192, 32000, positions=1024, **GPT2),
+}
+
+
+class Model(nn.Module):
+    """Tokens (batch, time), or images (batch, y, x, 3), to logits in float32."""
+
+    arch: Architecture
+    scanned: bool = True
+    remat: bool = True  # keep each block's input, and compute the rest of it again
+    dtype: Any = jnp.bfloat16
+    param_dtype: Any = jnp.bfloat16
+    keep: Callable[[jax.Array], jax.Array] = lambda x: x  # shards activations
+
+    @nn.compact
+    def __call__(self, x):
+        arch = self.arch
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        embed = None
+        if arch.patch:
+            x = self.embed_image(x, dtypes)
+        else:
+            embed = nn.Embed(arch.vocab, arch.width, name="tokens", **dtypes)
+            x = embed(x)
+        if arch.scaled_embedding:
+            x *= jnp.sqrt(arch.width).astype(x.dtype)
+        if arch.positions:
+            table = nn.Embed(arch.positions, arch.width, name="positions", **dtypes)
+            x += table(jnp.arange(x.shape[1]))[None]
+        x = self.keep(x)
+        block = nn.remat(Block, prevent_cse=not self.scanned) if self.remat else Block
+        args = arch, dtypes, self.keep
+        if self.scanned:
+            stack = nn.scan(
+                block, {"params": 0}, split_rngs={"params": True}, length=arch.layers
+            )
+            x, _ = stack(*args, name="blocks")(x, None)
+        else:
+            for i in range(arch.layers):
+                x, _ = block(*args, name=f"blocks_{i}")(x, None)
+        x = norm(arch, dtypes, "norm")(x)
+        if arch.patch:
+            x = x[:, 0]
+        if arch.tied and embed is not None:
+            logits = jnp.einsum(
+                *("btd,vd->btv", x, embed.embedding.astype(x.dtype)),
+                preferred_element_type=jnp.float32,
+            )
+        else:
+            product = functools.partial(
+                jax.lax.dot_general, preferred_element_type=jnp.float32
+            )
+            logits = nn.Dense(
+                *(arch.vocab, arch.patch > 0),
+                **dtypes,
+                name="head",
+                dot_general=product,
+            )(x)
+        return cap(self.keep(logits), arch.logit_cap)
+
+    def embed_image(self, images, dtypes):
+        arch, window = self.arch, (self.arch.patch,) * 2
+        x = nn.Conv(arch.width, window, window, name="patches", **dtypes)(images)
+        x = x.reshape(len(x), -1, arch.width)
+        init = nn.initializers.normal(0.02)
+        first = self.param("class", init, (1, 1, arch.width), self.param_dtype)
+        shape = 1, 1 + (arch.image // arch.patch) ** 2, arch.width
+        place = self.param("places", init, shape, self.param_dtype)
+        first = jnp.broadcast_to(first, (len(x), 1, arch.width)).astype(x.dtype)
+        return jnp.concatenate([first, x], 1) + place.astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each beside the stream that it reads and adds to."""
+
+    arch: Architecture
+    dtypes: dict[str, Any]
+    keep: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x, _):
+        for name, part in (("attention", Attention), ("mlp", MLP)):
+            h = norm(self.arch, self.dtypes, f"{name}_norm")(x)
+            h = part(self.arch, self.dtypes, self.keep, name=name)(h)
+            if self.arch.post_norm:
+                h = norm(self.arch, self.dtypes, f"{name}_post_norm")(h)
+            x = self.keep(x + h)
+        return x, None  # nothing for a scan to stack
+
+
+class Attention(nn.Module):
+    arch: Architecture
+    dtypes: dict[str, Any]
+    keep: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x):
+        arch, (batch, time, _) = self.arch, x.shape
+        size = arch.head_dim or arch.width // arch.heads
+        groups = arch.kv_heads or arch.heads
+        dense = lambda n, name: nn.Dense(n, arch.bias, name=name, **self.dtypes)
+        split = lambda x: self.keep(x).reshape(batch, time, groups, -1, size)
+        q = split(dense(arch.heads * size, "query")(x))
+        k = split(dense(groups * size, "key")(x))
+        v = split(dense(groups * size, "value")(x))
+        if not (arch.positions or arch.patch):
+            q, k = rotate(q, arch.rope), rotate(k, arch.rope)
+        # (batch, group, head of the group, to, from)
+        weights = jnp.einsum(
+            *("btghd,bsgd->bghts", q, k[:, :, :, 0]),
+            preferred_element_type=jnp.float32,
+        )
+        weights = cap(weights * size**-0.5, arch.attention_cap)
+        if not arch.patch:
+            before = jnp.tril(jnp.ones((time, time), bool))
+            weights = jnp.where(before[None, None, None], weights, -jnp.inf)
+        weights = jax.nn.softmax(weights).astype(v.dtype)
+        y = jnp.einsum("bghts,bsgd->btghd", weights, v[:, :, :, 0])
+        return dense(arch.width, "out")(y.reshape(batch, time, -1))
+
+
+class MLP(nn.Module):
+    arch: Architecture
+    dtypes: dict[str, Any]
+    keep: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x):
+        arch = self.arch
+        dense = lambda n, name: nn.Dense(n, arch.bias, name=name, **self.dtypes)
+        act = getattr(jax.nn, arch.activation)
+        h = self.keep(dense(arch.mlp, "up")(x))
+        h = act(self.keep(dense(arch.mlp, "gate")(x))) * h if arch.gated else act(h)
+        return dense(arch.width, "down")(h)
+
+
+def norm(arch: Architecture, dtypes: dict[str, Any], name: str) -> nn.Module:
+    """The architecture's normalisation."""
+    kind = nn.RMSNorm if arch.norm == "rms" else nn.LayerNorm
+    return kind(epsilon=arch.epsilon, name=name, **dtypes)
+
+
+def rotate(x: jax.Array, wavelength: float) -> jax.Array:
+    """Rotates pairs of x (batch, time, ..., size) by angles that grow with time."""
+    half = x.shape[-1] // 2
+    speed = wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * speed
+    angle = angle.reshape(1, x.shape[1], *(1,) * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def cap(x: jax.Array, most: float) -> jax.Array:
+    """Bounds x softly; 0 is no bound."""
+    return most * jnp.tanh(x / most) if most else x

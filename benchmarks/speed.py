@@ -1,0 +1,508 @@
+"""Times LoRA's step and forward pass beside full fine-tuning's, and beside its peers'.
+
+    pip install -e ".[demo,peers]" && python benchmarks/speed.py
+    python benchmarks/speed.py --jobs transformer --repeats 30
+
+One process, the contenders in turn, so that noise hits all of them: compare the ratios.
+Also XLA's count of each step's FLOPs, over the floor: what a step must do that computes
+no frozen weight's gradient. Peers that are not installed (qwix; PEFT on torch) are left
+out with a word. Prints tables; writes them, the times and a figure into
+benchmarks/results. Takes about ten minutes on two CPU cores.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import minilm
+import numpy as np
+import optax
+import training
+from architectures import GPT2, Architecture, Model
+from matplotlib.figure import Figure
+from readers import folder, whole
+from tqdm import tqdm
+
+import lora_jax as lj
+
+RATE = 1e-3
+SMALL = Architecture(6, 512, 8, 2048, 8192, positions=1024, tied=False, **GPT2)
+MATRICES = ("query", "key", "value", "out", "up", "down", "head")
+
+
+class Job(NamedTuple):
+    """What is timed, by every contender."""
+
+    arch: Architecture | None  # None: MiniLM
+    batch: int
+    length: int
+    rank: int = 8
+    dtype: str = "float32"
+
+
+SHALLOW = dataclasses.replace(SMALL, layers=2)
+JOBS = {
+    "transformer": Job(SMALL, 8, 128),
+    "few tokens": Job(SHALLOW, 1, 32),
+    "many tokens": Job(SHALLOW, 8, 512),
+    "narrow": Job(dataclasses.replace(SHALLOW, width=256, heads=4, mlp=1024), 8, 128),
+    "rank 64": Job(SHALLOW, 8, 128, 64),
+    "bfloat16": Job(SHALLOW, 4, 128, 8, "bfloat16"),
+    "minilm": Job(None, 32, 48),
+    # For an accelerator: a billion parameters
+    "1b": Job(
+        Architecture(16, 2048, 16, 8192, 32000, positions=1024, tied=False, **GPT2),
+        *(8, 512, 8, "bfloat16"),
+    ),
+}
+# The aims, each a ratio of medians on the job named "transformer".
+TARGETS = {
+    "LoRA step / full step": ("step", "split", "full", 0.70),
+    "LoRA step / qwix step": ("step", "split", "qwix", 0.65),
+    "LoRA step / PEFT-on-torch step": ("step", "split", "PEFT on torch", 0.75),
+    "adapters_only step / split step": ("step", "adapters_only", "split", 1.03),
+    "LoRA forward / plain forward": ("forward", "LoRA", "plain", 1.06),
+    "FLOPs of the step / full": ("flops", "split", "full", 0.69),
+    "FLOPs of the step / floor": ("flops", "split", "floor", 1.02),
+}
+
+
+COLOURS = {
+    "full": "#c8553d",
+    "split": "#0b6e8f",
+    "adapters_only": "#5aa9c4",
+    "materialised": "#6b5b95",
+    "qwix": "#e0a030",
+    "torch": "#999999",
+    "PEFT on torch": "#555555",
+}
+
+
+class Contender(NamedTuple):
+    """One way to do the job: `run` does it once, and waits until it is done."""
+
+    run: Callable[[], Any]
+    flops: float | None = None  # as XLA counts them
+    temporaries: int | None = None  # bytes, as XLA allots them
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the jobs that the command line asks for."""
+    args = options().parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"versions": training.versions(), "jobs": {}}
+    texts = []
+    with tqdm(total=len(args.jobs), unit="job", disable=None) as bar:
+        for name in args.jobs:
+            bar.set_description(name)
+            results["jobs"][name] = compare(JOBS[name], args.repeats, bar.write)
+            texts.append(f"{title(name, JOBS[name])}\n\n{table(results['jobs'][name])}")
+            bar.update()
+    if "transformer" in args.jobs:
+        texts.append(targets(results["jobs"]["transformer"]))
+    text = "\n".join(texts)
+    (args.output / "speed.md").write_text(text + "\n", encoding="utf-8")
+    data = json.dumps(results, indent=2) + "\n"
+    (args.output / "speed.json").write_text(data, encoding="utf-8")
+    figure(args.output / "speed.png", results["jobs"])
+    print(f"{text}\n{results['versions']}\nThe files are in {args.output}")
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Times LoRA beside full fine-tuning and its peers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    default = [name for name in JOBS if name != "1b"]
+    add("--jobs", nargs="+", choices=JOBS, default=default, help="to time")
+    add("--repeats", type=whole(1), default=12, help="of each step")
+    results = Path(__file__).parent / "results"
+    add("--output", type=folder, default=results, help="where the files are written")
+    return parser
+
+
+def compare(
+    job: Job, repeats: int, say: Callable[[str], Any] = print
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns `{"step" or "forward": {contender: times and counts}}`."""
+    found: dict[str, Any] = {}
+    for kind, contenders in (("step", steps), ("forward", forwards)):
+        ready = contenders(job)
+        for peer in (qwix_contender, torch_contenders):
+            try:
+                ready |= peer(job, kind)
+            except ImportError as error:
+                if kind == "step":
+                    say(f"{peer.__name__.split('_')[0]} is left out: {error}.")
+        seconds = take_turns({name: x.run for name, x in ready.items()}, repeats)
+        found[kind] = {
+            name: {
+                "ms": [1000 * s for s in seconds[name]],
+                "flops": x.flops,
+                "temporaries": x.temporaries,
+            }
+            for name, x in ready.items()
+        }
+        del ready
+        gc.collect()
+    found["floor"] = floor(job)
+    return found
+
+
+def take_turns(
+    runs: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Returns the seconds of every run; the first turn, which warms up, is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    rng = np.random.default_rng(0)
+    for _ in range(repeats + 1):
+        for name in rng.permutation(list(runs)):  # nobody always follows the same one
+            time.sleep(0.2)  # until the threads of the one before have gone to sleep
+            began = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+# What is run, in JAX.
+
+
+class Task(NamedTuple):
+    """A model, its parameters, and a batch: what every contender starts from."""
+
+    model: Any
+    apply: Callable[..., jax.Array]
+    plain: dict[str, Any]
+    inputs: tuple[jax.Array, ...]
+    labels: jax.Array
+    targets: tuple[str, ...]  # of the adapters: every linear layer
+
+
+@functools.cache
+def task(job: Job) -> Task:
+    """Returns the job's model with random parameters, and one batch."""
+    rng = np.random.default_rng(0)
+    shape = job.batch, job.length
+    if job.arch is None:
+        model, vocab, classes = minilm.Classifier(minilm.SIZES), 30522, (2,)
+        extra, labelled = (np.ones(shape, np.int32),), shape[:1]
+        targets = (*MATRICES[:-1],)
+    else:
+        dtype = jnp.dtype(job.dtype)
+        model = Model(job.arch, False, False, dtype, dtype)
+        vocab, classes = job.arch.vocab, (job.arch.vocab,)
+        extra, labelled, targets = (), shape, MATRICES
+    ids = rng.integers(vocab, size=shape, dtype=np.int32)
+    labels = rng.integers(*classes, size=labelled, dtype=np.int32)
+    inputs = tuple(jnp.asarray(x) for x in (ids, *extra))
+    plain = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    apply = lambda params, *inputs: model.apply({"params": params}, *inputs)
+    return Task(model, apply, plain, inputs, jnp.asarray(labels), targets)
+
+
+def adapted(job: Job) -> dict[str, Any]:
+    """Returns the parameters with adapters that are not zero."""
+    key = jax.random.key(1)
+    params = lj.lorafy(task(job).plain, job.rank, targets=task(job).targets, key=key)
+    noisy = lambda b: 0.01 * jax.random.normal(key, b.shape, b.dtype)
+    is_b = lambda path: path[-1].key == "lora_b"
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: noisy(x) if is_b(path) else x, params
+    )
+
+
+def halves(job: Job, fn: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
+    """Returns `fn(trainable, frozen, *inputs)`, the adapters and the frozen base."""
+    join = lambda a, base, *inputs: fn(lj.combine(a, base), *inputs)
+    return join, *lj.split(adapted(job))
+
+
+def steps(job: Job) -> dict[str, Contender]:
+    """Returns the training steps; each owns its state, and donates it."""
+    apply, tx = task(job).apply, optax.adamw(RATE)
+    merged = lambda params, *inputs: apply(lj.merge(params), *inputs)
+    whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
+    only = lj.adapters_only(tx)
+    return {
+        "full": step(job, tx, whole(apply), task(job).plain, {}),
+        "split": step(job, tx, *halves(job, lj.lora(apply))),
+        "adapters_only": step(job, only, whole(lj.lora(apply)), adapted(job), {}),
+        "materialised": step(job, tx, *halves(job, merged)),
+    }
+
+
+def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contender:
+    """Returns one training step, compiled, with its own copy of what it donates."""
+    trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), trainable)
+    state, batch = (
+        (trainable, tx.init(trainable)),
+        (*task(job).inputs, task(job).labels),
+    )
+    jitted = jax.jit(training.step(apply, tx), donate_argnums=0)
+    compiled = jitted.lower(state, frozen, *batch).compile()
+
+    def run():
+        nonlocal state
+        state, loss = compiled(state, frozen, *batch)
+        jax.block_until_ready((state, loss))
+
+    return contender(run, compiled)
+
+
+def forwards(job: Job) -> dict[str, Contender]:
+    """Returns the forward passes."""
+    apply, plain, params = task(job).apply, task(job).plain, adapted(job)
+    merged = lambda params, *inputs: apply(lj.merge(params), *inputs)
+    return {
+        "plain": forward(job, apply, plain),
+        "LoRA": forward(job, lj.lora(apply), params),
+        "materialised": forward(job, merged, params),
+    }
+
+
+def forward(job: Job, apply: Callable[..., jax.Array], *params: Any) -> Contender:
+    """Returns one forward pass, compiled."""
+    args = *params, *task(job).inputs
+    compiled = jax.jit(apply).lower(*args).compile()
+    return contender(lambda: jax.block_until_ready(compiled(*args)), compiled)
+
+
+def contender(run: Callable[[], Any], compiled: Any) -> Contender:
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return Contender(run, compiled.cost_analysis()["flops"], memory)
+
+
+def floor(job: Job) -> dict[str, float]:
+    """Returns the FLOPs that a step needs that computes no frozen weight's gradient.
+
+    A step that trains the biases of the adapted layers needs the gradient of each of
+    their outputs, as LoRA's does, and of no kernel. To that come each adapter's two
+    products forward and four backward, of 2 r flops for each token and each input or
+    output. A forward pass needs the plain one and the two products.
+    """
+    apply, plain, targets = task(job).apply, task(job).plain, task(job).targets
+    tokens = job.batch * job.length
+    thin, biases = 0, 0
+
+    def is_bias(path, x):
+        nonlocal thin, biases
+        names = [entry.key for entry in path]
+        if names[-2] in targets and names[-1] == "kernel":
+            thin += 2 * tokens * job.rank * sum(x.shape)
+        return names[-2] in targets and names[-1] == "bias"
+
+    chosen = jax.tree_util.tree_map_with_path(is_bias, plain)
+    pair = choose(plain, chosen, True), choose(plain, chosen, False)
+    base = step(job, optax.adamw(RATE), joined(apply), *pair)
+    return {
+        "step": base.flops + 3 * thin,
+        "forward": forward(job, apply, plain).flops + thin,
+    }
+
+
+def choose(params: Any, chosen: Any, keep: bool) -> Any:
+    """Returns the leaves that are chosen, or the others; None in the holes."""
+    return jax.tree.map(lambda x, c: x if c == keep else None, params, chosen)
+
+
+def joined(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `apply` on two trees, each with the leaves that the other lacks."""
+
+    def run(some, rest, *inputs):
+        fill = lambda x, y: y if x is None else x
+        params = jax.tree.map(fill, some, rest, is_leaf=lambda x: x is None)
+        return apply(params, *inputs)
+
+    return run
+
+
+# The peers. Each must train exactly as many numbers as lora_jax does.
+
+
+def qwix_contender(job: Job, kind: str) -> dict[str, Contender]:
+    """Returns the job done by qwix, on the same model.
+
+    Raises:
+      ImportError: If qwix is not installed.
+    """
+    qwix = importlib.import_module("qwix")
+    inputs, names = task(job).inputs, "|".join(task(job).targets)
+    provider = qwix.LoraProvider(
+        module_path=f"(.*/)?({names})", rank=job.rank, alpha=job.rank
+    )
+    model = qwix.apply_lora_to_model(task(job).model, provider)
+    params = model.init(jax.random.key(0), *inputs)["params"]
+    apply = lambda params, *inputs: model.apply({"params": params}, *inputs)
+    is_adapter = lambda path, x: "_lora_" in path[-1].key
+    chosen = jax.tree_util.tree_map_with_path(is_adapter, params)
+    found = sum(x.size for x in jax.tree.leaves(choose(params, chosen, True)))
+    check_count("qwix", found, job)
+    if kind == "forward":
+        return {"qwix": forward(job, apply, params)}
+    pair = choose(params, chosen, True), choose(params, chosen, False)
+    return {"qwix": step(job, optax.adamw(RATE), joined(apply), *pair)}
+
+
+def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:
+    """Returns the job done by torch, and by PEFT on it, on a model of the same layers.
+
+    Raises:
+      ImportError: If torch or PEFT is not installed.
+    """
+    import peft
+    import torch
+    import twin
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if jax.default_backend() != ("gpu" if device == "cuda" else "cpu"):
+        raise ImportError(f"torch runs on {device}, and JAX does not")
+    dtype = getattr(torch, job.dtype)
+    inputs = [
+        torch.tensor(np.asarray(x), device=device).long() for x in task(job).inputs
+    ]
+    labels = torch.tensor(np.asarray(task(job).labels), device=device).long()
+    config = peft.LoraConfig(
+        r=job.rank, lora_alpha=job.rank, target_modules=list(task(job).targets)
+    )
+    ready = {}
+    for name in ("torch", "PEFT on torch"):
+        model = twin.model(job.arch).to(device, dtype)
+        plain = sum(x.numel() for x in model.parameters())
+        check_same(
+            "torch", plain, sum(x.size for x in jax.tree.leaves(task(job).plain))
+        )
+        if name == "PEFT on torch":
+            model = peft.get_peft_model(model, config)
+            trained = [x for x in model.parameters() if x.requires_grad]
+            check_count("PEFT", sum(x.numel() for x in trained), job)
+        run = twin.step if kind == "step" else twin.forward
+        ready[name] = Contender(run(model, inputs, labels, RATE))
+    return ready
+
+
+def check_count(peer: str, found: int, job: Job) -> None:
+    """Raises unless a peer's adapters have as many numbers as ours."""
+    check_same(peer, found, lj.count(adapted(job)).trainable)
+
+
+def check_same(peer: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise RuntimeError(f"{peer} has {found:,} numbers where {wanted:,} are ours.")
+
+
+# What came of it.
+
+
+def title(name: str, job: Job) -> str:
+    """Returns what was timed, in a line."""
+    if job.arch is None:
+        what = "MiniLM, 6 layers of width 384"
+    else:
+        what = f"{job.arch.layers} layers of width {job.arch.width}"
+    return (
+        f"{name}: {what}, {job.batch} x {job.length} tokens, rank {job.rank}, "
+        f"{job.dtype}"
+    )
+
+
+def ratio(results: dict[str, Any], kind: str, name: str, other: str) -> float | None:
+    """Returns one target's ratio, or None where a contender was left out."""
+    if kind == "flops":
+        count = lambda x: (
+            results["floor"]["step"] if x == "floor" else results["step"][x]["flops"]
+        )
+        return count(name) / count(other)
+    if name not in results[kind] or other not in results[kind]:
+        return None
+    median = lambda x: np.median(results[kind][x]["ms"])
+    return median(name) / median(other)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns a job's medians and ratios; in brackets the quartiles, turn by turn."""
+    lines = []
+    for kind, base in (("step", "full"), ("forward", "plain")):
+        lines += [
+            f"| {kind} | / {base} | quartiles | median, ms | GFLOP | / floor "
+            "| temporaries, MB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        first = np.array(results[kind][base]["ms"])
+        for name, found in results[kind].items():
+            ms = np.array(found["ms"])
+            low, high = np.percentile(ms / first, [25, 75])
+            counts = ["", "", ""]
+            if found["flops"] is not None:
+                counts = [
+                    f"{found['flops'] / 1e9:.1f}",
+                    f"{found['flops'] / results['floor'][kind]:.3f}",
+                    f"{found['temporaries'] / 1e6:.1f}",
+                ]
+            cells = [
+                f"{np.median(ms) / np.median(first):.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{np.median(ms):,.1f}",
+                *counts,
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines += [
+            "| floor | | | | " + f"{results['floor'][kind] / 1e9:.1f} | 1 | |",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def targets(results: dict[str, Any]) -> str:
+    """Returns the aims beside what was found."""
+    lines = ["| aim | ratio | at most | |", "|---|---|---|---|"]
+    for what, (kind, name, other, most) in TARGETS.items():
+        found = ratio(results, kind, name, other)
+        if found is None:
+            lines.append(f"| {what} | not run | {most:.2f} | |")
+        else:
+            met = "met" if found <= most else "not met"
+            lines.append(f"| {what} | {found:.3f} | {most:.2f} | {met} |")
+    return "\n".join([*lines, ""])
+
+
+def figure(path: Path, jobs: dict[str, Any]) -> None:
+    """Draws each step over the full one of its turn: medians, with quartiles."""
+    names = [x for x in COLOURS if any(x in job["step"] for job in jobs.values())]
+    fig = Figure(figsize=(max(7, 1.5 + 1.6 * len(jobs)), 4.4), layout="constrained")
+    axes, width = fig.subplots(), 0.8 / len(names)
+    for i, name in enumerate(names):
+        for j, job in enumerate(jobs.values()):
+            if name not in job["step"]:
+                continue
+            ratios = np.array(job["step"][name]["ms"]) / job["step"]["full"]["ms"]
+            low, middle, high = np.percentile(ratios, [25, 50, 75])
+            axes.bar(
+                *(j + (i - (len(names) - 1) / 2) * width, middle, width),
+                yerr=[[middle - low], [high - middle]],
+                color=COLOURS[name],
+                ecolor="#333333",
+                error_kw={"linewidth": 0.8},
+                label=None if j else name,
+            )
+    axes.axhline(1, color=COLOURS["full"], linewidth=1)
+    axes.set_xticks(range(len(jobs)), list(jobs))
+    axes.set_ylabel("time of a step / full fine-tuning's")
+    axes.set_title("A training step, beside full fine-tuning on the same device")
+    axes.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside lower center", ncols=4, frameon=False)
+    fig.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

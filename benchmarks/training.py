@@ -1,0 +1,93 @@
+"""One training step, the same whatever trains, and the memory that XLA gives it."""
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import optax
+
+
+def step(
+    apply: Callable[..., jax.Array], tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, jax.Array]]:
+    """Returns one step of training a classifier, of sentences or of next tokens.
+
+    Args:
+      apply: `apply(trainable, frozen, *inputs)`, the logits.
+      tx: The optimizer of what trains.
+
+    Returns:
+      `step((trainable, optimizer state), frozen, *inputs, labels)`: the new state, and
+      the loss. Donate the state, so that the new one takes its place.
+    """
+
+    def loss(trainable, frozen, *batch):
+        *inputs, labels = batch
+        logits = apply(trainable, frozen, *inputs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(state, frozen, *batch):
+        trainable, optimizer = state
+        value, grads = jax.value_and_grad(loss)(trainable, frozen, *batch)
+        updates, optimizer = tx.update(grads, optimizer, trainable)
+        return (optax.apply_updates(trainable, updates), optimizer), value
+
+    return step
+
+
+def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]:
+    """Returns the bytes that one training step takes, in parts.
+
+    Parameters and optimizer state are the step's arguments, as XLA counts them too.
+    The gradients live only inside the step: XLA counts them, as far as they exist at
+    one time, within its temporaries, beside the activations. The peak is all that XLA
+    allocates for the step: arguments, temporaries, and outputs that reuse no argument.
+    (XLA's own peak_memory_in_bytes leaves the temporaries out on CPU.)
+    """
+    known = parts(state, frozen)
+    stats = compiled.memory_analysis()
+    given = stats.argument_size_in_bytes
+    held = known["parameters"] + known["optimizer"] + nbytes(batch)
+    if given < held:  # more is padding, which some devices add
+        raise RuntimeError(
+            f"The step takes {given} bytes of arguments, its trees hold {held}: it "
+            "leaves a part of them unused."
+        )
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes
+    return known | {"temporaries": temporaries, "peak": given + outputs + temporaries}
+
+
+def parts(state: Any, frozen: Any) -> dict[str, int]:
+    """Returns the bytes of a training step that shapes alone tell."""
+    trainable, optimizer = state
+    return {
+        "parameters": nbytes((trainable, frozen)),
+        "gradients": nbytes(trainable),
+        "optimizer": nbytes(optimizer),
+    }
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes that a tree's arrays, or their shapes, take on one device."""
+
+    def held(x: Any) -> int:
+        sharding = getattr(x, "sharding", None)
+        shape = sharding.shard_shape(x.shape) if sharding else x.shape
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(held, jax.tree.leaves(tree)))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the numbers depend on, and the device."""
+    names = "jax", "jaxlib", "flax", "optax", "numpy"
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+    }
