@@ -214,7 +214,7 @@ def test_added_columns_have_the_derivatives_of_a_product():
         )
         for fn in both
     )
-    jax.tree.map(check, got, want)
+    jax.tree.map(lambda got, want: check(got, want, atol=2e-4), got, want)
 
 
 def test_no_copy_of_the_weight_is_made():
