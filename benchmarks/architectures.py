@@ -145,12 +145,19 @@ class Model(nn.Module):
         return jnp.concatenate([first, x], 1) + place.astype(x.dtype)
 
 
-class Block(nn.Module):
-    """Attention and an MLP, each beside the stream that it reads and adds to."""
+class Part(nn.Module):
+    """What every part of a layer is told."""
 
     arch: Architecture
     dtypes: dict[str, Any]
     keep: Callable[[jax.Array], jax.Array]
+
+    def dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, self.arch.bias, name=name, **self.dtypes)
+
+
+class Block(Part):
+    """Attention and an MLP, each beside the stream that it reads and adds to."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -163,21 +170,16 @@ class Block(nn.Module):
         return x, None  # nothing for a scan to stack
 
 
-class Attention(nn.Module):
-    arch: Architecture
-    dtypes: dict[str, Any]
-    keep: Callable[[jax.Array], jax.Array]
-
+class Attention(Part):
     @nn.compact
     def __call__(self, x):
         arch, (batch, time, _) = self.arch, x.shape
         size = arch.head_dim or arch.width // arch.heads
         groups = arch.kv_heads or arch.heads
-        dense = lambda n, name: nn.Dense(n, arch.bias, name=name, **self.dtypes)
         split = lambda x: self.keep(x).reshape(batch, time, groups, -1, size)
-        q = split(dense(arch.heads * size, "query")(x))
-        k = split(dense(groups * size, "key")(x))
-        v = split(dense(groups * size, "value")(x))
+        q = split(self.dense(arch.heads * size, "query")(x))
+        k = split(self.dense(groups * size, "key")(x))
+        v = split(self.dense(groups * size, "value")(x))
         if not (arch.positions or arch.patch):
             q, k = rotate(q, arch.rope), rotate(k, arch.rope)
         # (batch, group, head of the group, to, from)
@@ -191,22 +193,20 @@ class Attention(nn.Module):
             weights = jnp.where(before[None, None, None], weights, -jnp.inf)
         weights = jax.nn.softmax(weights).astype(v.dtype)
         y = jnp.einsum("bghts,bsgd->btghd", weights, v[:, :, :, 0])
-        return dense(arch.width, "out")(y.reshape(batch, time, -1))
+        return self.dense(arch.width, "out")(y.reshape(batch, time, -1))
 
 
-class MLP(nn.Module):
-    arch: Architecture
-    dtypes: dict[str, Any]
-    keep: Callable[[jax.Array], jax.Array]
-
+class MLP(Part):
     @nn.compact
     def __call__(self, x):
         arch = self.arch
-        dense = lambda n, name: nn.Dense(n, arch.bias, name=name, **self.dtypes)
         act = getattr(jax.nn, arch.activation)
-        h = self.keep(dense(arch.mlp, "up")(x))
-        h = act(self.keep(dense(arch.mlp, "gate")(x))) * h if arch.gated else act(h)
-        return dense(arch.width, "down")(h)
+        h = self.keep(self.dense(arch.mlp, "up")(x))
+        if arch.gated:
+            h = act(self.keep(self.dense(arch.mlp, "gate")(x))) * h
+        else:
+            h = act(h)
+        return self.dense(arch.width, "down")(h)
 
 
 def norm(arch: Architecture, dtypes: dict[str, Any], name: str) -> nn.Module:

@@ -75,8 +75,6 @@ TARGETS = {
     "FLOPs of the step / full": ("flops", "split", "full", 0.69),
     "FLOPs of the step / floor": ("flops", "split", "floor", 1.02),
 }
-
-
 COLOURS = {
     "full": "#c8553d",
     "split": "#0b6e8f",
@@ -140,12 +138,12 @@ def compare(
     found: dict[str, Any] = {}
     for kind, contenders in (("step", steps), ("forward", forwards)):
         ready = contenders(job)
-        for peer in (qwix_contender, torch_contenders):
+        for name, peer in {"qwix": qwix_contender, "torch": torch_contenders}.items():
             try:
                 ready |= peer(job, kind)
             except ImportError as error:
                 if kind == "step":
-                    say(f"{peer.__name__.split('_')[0]} is left out: {error}.")
+                    say(f"{name} is left out: {error}.")
         seconds = take_turns({name: x.run for name, x in ready.items()}, repeats)
         found[kind] = {
             name: {
@@ -189,29 +187,34 @@ class Task(NamedTuple):
     labels: jax.Array
     targets: tuple[str, ...]  # of the adapters: every linear layer
 
+    @property
+    def batch(self) -> tuple[jax.Array, ...]:
+        return *self.inputs, self.labels
 
-@functools.cache
+
+@functools.lru_cache(maxsize=1)
 def task(job: Job) -> Task:
     """Returns the job's model with random parameters, and one batch."""
     rng = np.random.default_rng(0)
     shape = job.batch, job.length
     if job.arch is None:
-        model, vocab, classes = minilm.Classifier(minilm.SIZES), 30522, (2,)
+        model, classes = minilm.Classifier(minilm.SIZES), 2
+        vocab, targets = minilm.SIZES["vocab"], MATRICES[:-1]
         extra, labelled = (np.ones(shape, np.int32),), shape[:1]
-        targets = (*MATRICES[:-1],)
     else:
         dtype = jnp.dtype(job.dtype)
         model = Model(job.arch, False, False, dtype, dtype)
-        vocab, classes = job.arch.vocab, (job.arch.vocab,)
+        vocab = classes = job.arch.vocab
         extra, labelled, targets = (), shape, MATRICES
     ids = rng.integers(vocab, size=shape, dtype=np.int32)
-    labels = rng.integers(*classes, size=labelled, dtype=np.int32)
+    labels = rng.integers(classes, size=labelled, dtype=np.int32)
     inputs = tuple(jnp.asarray(x) for x in (ids, *extra))
     plain = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
     apply = lambda params, *inputs: model.apply({"params": params}, *inputs)
     return Task(model, apply, plain, inputs, jnp.asarray(labels), targets)
 
 
+@functools.lru_cache(maxsize=1)
 def adapted(job: Job) -> dict[str, Any]:
     """Returns the parameters with adapters that are not zero."""
     key = jax.random.key(1)
@@ -223,33 +226,38 @@ def adapted(job: Job) -> dict[str, Any]:
     )
 
 
+def joined(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `fn` on two halves of its tree."""
+    return lambda some, rest, *inputs: fn(lj.combine(some, rest), *inputs)
+
+
 def halves(job: Job, fn: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
     """Returns `fn(trainable, frozen, *inputs)`, the adapters and the frozen base."""
-    join = lambda a, base, *inputs: fn(lj.combine(a, base), *inputs)
-    return join, *lj.split(adapted(job))
+    return joined(fn), *lj.split(adapted(job))
+
+
+def materialised(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `apply` with W + scale A B formed anew in every call."""
+    return lambda params, *inputs: apply(lj.merge(params), *inputs)
 
 
 def steps(job: Job) -> dict[str, Contender]:
     """Returns the training steps; each owns its state, and donates it."""
     apply, tx = task(job).apply, optax.adamw(RATE)
-    merged = lambda params, *inputs: apply(lj.merge(params), *inputs)
     whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
     only = lj.adapters_only(tx)
     return {
         "full": step(job, tx, whole(apply), task(job).plain, {}),
         "split": step(job, tx, *halves(job, lj.lora(apply))),
         "adapters_only": step(job, only, whole(lj.lora(apply)), adapted(job), {}),
-        "materialised": step(job, tx, *halves(job, merged)),
+        "materialised": step(job, tx, *halves(job, materialised(apply))),
     }
 
 
 def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contender:
     """Returns one training step, compiled, with its own copy of what it donates."""
     trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), trainable)
-    state, batch = (
-        (trainable, tx.init(trainable)),
-        (*task(job).inputs, task(job).labels),
-    )
+    state, batch = (trainable, tx.init(trainable)), task(job).batch
     jitted = jax.jit(training.step(apply, tx), donate_argnums=0)
     compiled = jitted.lower(state, frozen, *batch).compile()
 
@@ -264,17 +272,16 @@ def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contende
 def forwards(job: Job) -> dict[str, Contender]:
     """Returns the forward passes."""
     apply, plain, params = task(job).apply, task(job).plain, adapted(job)
-    merged = lambda params, *inputs: apply(lj.merge(params), *inputs)
     return {
         "plain": forward(job, apply, plain),
         "LoRA": forward(job, lj.lora(apply), params),
-        "materialised": forward(job, merged, params),
+        "materialised": forward(job, materialised(apply), params),
     }
 
 
-def forward(job: Job, apply: Callable[..., jax.Array], *params: Any) -> Contender:
+def forward(job: Job, apply: Callable[..., jax.Array], params: Any) -> Contender:
     """Returns one forward pass, compiled."""
-    args = *params, *task(job).inputs
+    args = params, *task(job).inputs
     compiled = jax.jit(apply).lower(*args).compile()
     return contender(lambda: jax.block_until_ready(compiled(*args)), compiled)
 
@@ -293,16 +300,14 @@ def floor(job: Job) -> dict[str, float]:
     output. A forward pass needs the plain one and the two products.
     """
     apply, plain, targets = task(job).apply, task(job).plain, task(job).targets
-    tokens = job.batch * job.length
-    thin, biases = 0, 0
-
-    def is_bias(path, x):
-        nonlocal thin, biases
-        names = [entry.key for entry in path]
-        if names[-2] in targets and names[-1] == "kernel":
-            thin += 2 * tokens * job.rank * sum(x.shape)
-        return names[-2] in targets and names[-1] == "bias"
-
+    named = lambda path, name: path[-1].key == name and path[-2].key in targets
+    sides = [
+        sum(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(plain)
+        if named(path, "kernel")
+    ]
+    thin = 2 * job.batch * job.length * job.rank * sum(sides)
+    is_bias = lambda path, x: named(path, "bias")
     chosen = jax.tree_util.tree_map_with_path(is_bias, plain)
     pair = choose(plain, chosen, True), choose(plain, chosen, False)
     base = step(job, optax.adamw(RATE), joined(apply), *pair)
@@ -315,17 +320,6 @@ def floor(job: Job) -> dict[str, float]:
 def choose(params: Any, chosen: Any, keep: bool) -> Any:
     """Returns the leaves that are chosen, or the others; None in the holes."""
     return jax.tree.map(lambda x, c: x if c == keep else None, params, chosen)
-
-
-def joined(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `apply` on two trees, each with the leaves that the other lacks."""
-
-    def run(some, rest, *inputs):
-        fill = lambda x, y: y if x is None else x
-        params = jax.tree.map(fill, some, rest, is_leaf=lambda x: x is None)
-        return apply(params, *inputs)
-
-    return run
 
 
 # The peers. Each must train exactly as many numbers as lora_jax does.
@@ -457,10 +451,8 @@ def table(results: dict[str, Any]) -> str:
                 *counts,
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines += [
-            "| floor | | | | " + f"{results['floor'][kind] / 1e9:.1f} | 1 | |",
-            "",
-        ]
+        least = results["floor"][kind] / 1e9
+        lines += [f"| floor | | | | {least:.1f} | 1 | |", ""]
     return "\n".join(lines)
 
 

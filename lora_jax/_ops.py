@@ -114,7 +114,7 @@ def _add_product(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
     one's time. From r = 16 on the product is faster.
     """
     if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
-        return y + _outer(y, h, b, precision)
+        return y + _outer(h, b, precision, y.dtype)
     return _add_columns(y, h, b, precision)
 
 
@@ -132,7 +132,7 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
         # Whatever reads it would sum again, but for the barrier.
         return lax.optimization_barrier(total.astype(y.dtype))
 
-    product = lambda y, h, b: y + _outer(y, h, b, precision)
+    product = lambda y, h, b: y + _outer(h, b, precision, y.dtype)
     return lax.platform_dependent(y, h, b, cpu=columns, default=product)
 
 
@@ -146,15 +146,17 @@ def _add_product_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
     """
     (y, h, b), (dy, dh, db) = primals, tangents
     flat = lambda x: jnp.reshape(x, (-1, x.shape[-1]))
-    matrix = jax.ShapeDtypeStruct((flat(h).shape[0], flat(b).shape[0]), y.dtype)
-    by_b = jnp.reshape(_outer(matrix, flat(h), flat(db), precision), y.shape)
-    return _add_product(y, h, b, precision), dy + _outer(y, dh, b, precision) + by_b
+    by_h = _outer(dh, b, precision, y.dtype)
+    by_b = jnp.reshape(_outer(flat(h), flat(db), precision, y.dtype), y.shape)
+    return _add_product(y, h, b, precision), dy + by_h + by_b
 
 
-def _outer(y: Any, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    rows, columns = range(h.ndim - 1), range(h.ndim - 1, y.ndim)
-    labels = [*rows, RANK], b, [*columns, RANK], range(y.ndim)
-    return einsum(h, *labels, precision, y.dtype).astype(y.dtype)
+def _outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
+    """`h b`: (*rows, r) and (*columns, r) to (*rows, *columns)."""
+    out = list(range(h.ndim + b.ndim - 2))
+    rows, columns = out[: h.ndim - 1], out[h.ndim - 1 :]
+    product = einsum(h, [*rows, RANK], b, [*columns, RANK], out, precision, dtype)
+    return product.astype(dtype)
 
 
 def _like(y: jax.Array, product: jax.Array) -> jax.Array:
