@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +130,19 @@ def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter
         return Adapter((*in_a, RANK), (*in_b, RANK), batch)
     a = (*axes.batch, *axes.inputs, RANK)
     return Adapter(a, (*axes.batch, RANK, *axes.outputs), axes.batch)
+
+
+def beside(
+    leaf: Any, parts: Adapter, values: Sequence[Any], axes: Axes
+) -> dict[Path, Any]:
+    """An adapter's leaves for a tree: in the weight's box, where the weight is."""
+    w = unbox(leaf)
+    aligned = len(values[0].shape) == len(w.shape) + 1
+    all_dims = factor_dims(axes, w.shape, aligned=aligned)
+    return {
+        part: box(place(jnp.asarray(value), dims, w), dims, leaf)
+        for part, dims, value in zip(parts, all_dims, values, strict=True)
+    }
 
 
 def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:

@@ -25,7 +25,7 @@ from lora_jax._factors import (
     find_adapters,
     fits,
 )
-from lora_jax._lorafy import box, factor_dims, place
+from lora_jax._lorafy import beside, place
 from lora_jax._split import trainable
 from lora_jax._targets import Patterns
 from lora_jax._tree import Path, flatten, path_name, rebox, unbox, unflatten
@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], params: Any, *, also: Patterns = ()) -> N
     parts = {part for adapter in adapters.values() for part in adapter}
     more = sorted(map(path_name, trainable(leaves, also) - parts))
     tensors = {
-        path_name(part): _concrete(part, leaves[part])
+        path_name(part): concrete(part, leaves[part])
         for part in leaves
         if part in parts or path_name(part) in more
     }
@@ -83,7 +83,7 @@ def save(path: str | os.PathLike[str], params: Any, *, also: Patterns = ()) -> N
         "sha256": {name: _digest(x) for name, x in tensors.items()},
     }
     metadata = {"lora_jax": json.dumps(header, sort_keys=True)}
-    _write(path, safetensors.numpy.save(tensors, metadata=metadata))
+    write(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def load(path: str | os.PathLike[str], base: Any) -> Any:
@@ -155,13 +155,7 @@ def _beside(
             f"{path} was tampered with: the factors of {name!r}, of shapes {shapes}, "
             f"make no update of its weight {w.shape}."
         )
-    axes = axes_of_shapes(w.shape, *shapes)
-    aligned = len(shapes[0]) == w.ndim + 1
-    all_dims = factor_dims(axes, w.shape, aligned=aligned)
-    return {
-        part: box(place(jnp.asarray(value), dims, w), dims, leaf)
-        for part, dims, value in zip(parts, all_dims, values, strict=True)
-    }
+    return beside(leaf, parts, values, axes_of_shapes(w.shape, *shapes))
 
 
 def _find(
@@ -209,7 +203,7 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     for name, x in tensors.items():
         if header["sha256"].get(name) != _digest(x):
             raise ValueError(f"{path} was tampered with: tensor {name!r} has changed.")
-        _check_finite(f"{path}: tensor {name!r}", x)
+        check_finite(f"{path}: tensor {name!r}", x)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise ValueError(
                 f"{path}: tensor {name!r} is {x.dtype}, which JAX would cut short now. "
@@ -261,12 +255,12 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
     return {"adapters": adapters, "also": also, "sha256": digests}
 
 
-def _concrete(path: Path, leaf: Any) -> np.ndarray:
+def concrete(path: Path, leaf: Any) -> np.ndarray:
     x = unbox(leaf)
     if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
         raise ValueError(
             f"{path_name(path)!r} has no values to save: it is a {type(x).__name__}. "
-            "Call save outside jit, on concrete parameters."
+            "Save outside jit, and concrete parameters."
         )
     if x.dtype.name not in DTYPES:
         raise ValueError(
@@ -275,11 +269,11 @@ def _concrete(path: Path, leaf: Any) -> np.ndarray:
         )
     # The file holds memory as it lies: in rows, in this machine's order of bytes.
     x = np.array(x, x.dtype.newbyteorder("="), order="C")
-    _check_finite(repr(path_name(path)), x)
+    check_finite(repr(path_name(path)), x)
     return x
 
 
-def _check_finite(what: str, x: np.ndarray) -> None:
+def check_finite(what: str, x: np.ndarray) -> None:
     if not np.isfinite(x.astype(np.float64)).all():
         raise ValueError(f"{what} is not finite: training has diverged before it.")
 
@@ -289,7 +283,7 @@ def _digest(x: np.ndarray) -> str:
     return hashlib.sha256(said + np.ascontiguousarray(x).tobytes()).hexdigest()
 
 
-def _write(path: Any, data: bytes) -> None:
+def write(path: Any, data: bytes) -> None:
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")

@@ -44,7 +44,7 @@ def plan(
         of a weight cannot be told, or there is nothing to adapt.
     """
     ranks, alphas = _check_rank(rank), _check_alpha(alpha)
-    axes = _check_axes(axes or {}, leaves)
+    axes = check_axes(axes or {}, leaves)
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     chosen = _choose(leaves, weights, targets, exclude, ranks)
     if isinstance(ranks, Mapping):
@@ -239,7 +239,7 @@ def _check_positive(alpha: Any) -> float:
     )
 
 
-def _check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Axes]:
+def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Axes]:
     names = {path_name(p): p for p, leaf in leaves.items() if is_array(unbox(leaf))}
     checked = {}
     for name, dims in axes.items():
@@ -298,7 +298,7 @@ def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
     better = "/".join(match for match, *_ in closest)
     close = [n for n, path in zip(names, paths, strict=True) if matches(better, path)]
     if close:
-        by_pattern = name in ("rank", "alpha")
+        by_pattern = name in ("rank", "alpha", "kinds")
         write = f"{{{better!r}: ...}}" if by_pattern else f"[{better!r}]"
         advice = f"Write {name}={write}."
     else:

@@ -624,7 +624,7 @@ def test_a_file_that_is_not_finite_is_refused(value, path, monkeypatch):
     params = adapted()
     bad = params | {"m": params["m"] | {"lora_b": jnp.full((2, 3), value)}}
     with monkeypatch.context() as patch:
-        patch.setattr(_save, "_check_finite", lambda *_: None)
+        patch.setattr(_save, "check_finite", lambda *_: None)
         lj.save(path, bad)
     refuse(path, lj.strip(params), "'m/lora_b' is not finite")
 

@@ -1,0 +1,225 @@
+"""import_peft, against files written by hand as PEFT writes them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lora_jax as lj
+
+NAMES = {"blocks/*": "m.{layer}.{}", "tokens": "m.tokens", "head": "score"}
+LAYERS = 3
+
+
+def base():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {
+        "tokens": {"embedding": draw(7, 4)},
+        "blocks": {
+            "q": {"kernel": draw(LAYERS, 4, 6), "bias": draw(LAYERS, 6)},
+            "o": {"kernel": draw(LAYERS, 6, 4), "bias": draw(LAYERS, 4)},
+        },
+        "head": {"kernel": draw(4, 3), "bias": draw(3)},
+    }
+
+
+def peft_folder(folder, config=None, tensors=None, drop=()):
+    """Three layers of two modules, a table and a head, with ranks of their own."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    full = {"m.tokens.lora_embedding_A": draw(2, 7)}
+    full["m.tokens.lora_embedding_B"] = draw(4, 2)
+    for i in range(LAYERS):
+        r = 1 if i == 1 else 2
+        full[f"m.{i}.q.lora_A.weight"] = draw(r, 4)
+        full[f"m.{i}.q.lora_B.weight"] = draw(6, r)
+    full["m.0.o.lora_A.weight"], full["m.0.o.lora_B.weight"] = draw(2, 6), draw(4, 2)
+    full |= {"score.weight": draw(3, 4), "score.bias": draw(3)}
+    full |= tensors or {}
+    full = {k: x for k, x in full.items() if k not in drop and x is not None}
+    folder.mkdir(exist_ok=True)
+    safetensors.numpy.save_file(
+        {k if k[:4] == "raw:" else f"base_model.model.{k}": x for k, x in full.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q", "0.o", "tokens"],
+        "rank_pattern": {"1.q": 1},
+        "alpha_pattern": {"m.2.q": 5},
+        "modules_to_save": ["score"],
+    } | (config or {})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return full
+
+
+def test_every_tensor_lands(tmp_path, close):
+    tensors = peft_folder(tmp_path)
+    plain = base()
+    params = lj.import_peft(tmp_path, plain, NAMES)
+    moved = jax.tree.map(lambda x, y: np.asarray(x - y), lj.merge(params), plain)
+    product = lambda n: (
+        (tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"]).T
+    )
+    scales = {0: 3 / 2, 1: 3.0, 2: 5 / 2}
+    for i, scale in scales.items():
+        close(moved["blocks"]["q"]["kernel"][i], scale * product(f"m.{i}.q"))
+    close(moved["blocks"]["o"]["kernel"][0], 1.5 * product("m.0.o"))
+    assert not moved["blocks"]["o"]["kernel"][1:].any()
+    a, b = (tensors[f"m.tokens.lora_embedding_{n}"] for n in "AB")
+    close(moved["tokens"]["embedding"], 1.5 * (b @ a).T)
+    np.testing.assert_array_equal(params["head"]["kernel"], tensors["score.weight"].T)
+    np.testing.assert_array_equal(params["head"]["bias"], tensors["score.bias"])
+    assert params["blocks"]["q"]["bias"] is plain["blocks"]["q"]["bias"]
+    assert params["blocks"]["q"]["lora_scale"].tolist() == [1.5, 3.0, 2.5]
+    # The padding of the smaller rank stays what it is: its gradients are zero.
+    assert not params["blocks"]["q"]["lora_a"][1, :, 1].any()
+    lj.export_peft(tmp_path / "out", params, NAMES, also="head")
+    out = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sorted(out) == sorted(f"base_model.model.{name}" for name in tensors)
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(out[f"base_model.model.{name}"], x)
+
+
+def test_dtypes(tmp_path):
+    narrow = {"score.weight": None, "score.bias": None}
+    tensors = peft_folder(tmp_path, {"modules_to_save": None}, narrow)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
+    params = lj.import_peft(tmp_path, half, NAMES)
+    assert params["tokens"]["lora_a"].dtype == jnp.float32
+    a = tensors["m.tokens.lora_embedding_A"].T
+    np.testing.assert_array_equal(params["tokens"]["lora_a"], a)
+    params = lj.import_peft(tmp_path, half, NAMES, dtype=jnp.bfloat16)
+    assert params["tokens"]["lora_b"].dtype == jnp.bfloat16
+
+
+def test_a_leaf_that_base_would_round(tmp_path):
+    peft_folder(tmp_path)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
+    with pytest.raises(ValueError, match="float32, which the bfloat16 of base would"):
+        lj.import_peft(tmp_path, half, NAMES)
+
+
+ones = lambda *shape: np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            dict(drop=["m.2.q.lora_B.weight"]),
+            r"'m.2.q'.*has the tensors \['.lora_A.weight'\]",
+        ),
+        (
+            dict(drop=["m.2.q.lora_A.weight", "m.2.q.lora_B.weight"]),
+            "lacks the tensors of 'm.2.q'.*truncated",
+        ),
+        (dict(drop=["score.bias"]), "lacks the tensors of 'score.bias'"),
+        (dict(drop=["score.bias", "score.weight"]), "lacks the tensors of 'score"),
+        (dict(config={"target_modules": ["q", "tokens"]}), "tensors of 'm.0.o', which"),
+        (
+            dict(config={"target_modules": ["q", "0.o", "tokens", "v"]}),
+            "lacks the tensors of \"target_modules 'v'\"",
+        ),
+        (
+            dict(config={"modules_to_save": None}),
+            "'base_model.model.score.bias' is of no",
+        ),
+        (dict(config={"r": 3}), "of shape .*by rank 3 of the config"),
+        (dict(config={"rank_pattern": {}}), "'m.1.q.lora_A.weight' must be .*rank 2"),
+        (
+            dict(tensors={"m.0.q.lora_A.weight": ones(4, 2)}),
+            r"must be of shape \(2, 4\).*found \(4, 2\).*looks transposed",
+        ),
+        (dict(tensors={"m.0.q.lora_A.weight": ones(2, 5)}), r"found \(2, 5\)"),
+        (
+            dict(tensors={"m.0.q.lora_embedding_A": ones(2, 4)}),
+            "has the tensors .*embedding_A",
+        ),
+        (
+            dict(tensors={"m.0.x.lora_A.weight": ones(2, 4)}),
+            "gives to no weight. Close",
+        ),
+        (dict(tensors={"m.0.q.lora_a.weight": ones(2, 4)}), "no part of a plain LoRA"),
+        (
+            dict(tensors={"m.0.q.lora_magnitude_vector": ones(6)}),
+            "no part of a plain LoRA",
+        ),
+        (dict(tensors={"m.0.q.lora_B.bias": ones(6)}), "no part of a plain LoRA"),
+        (dict(tensors={"raw:m.0.q.lora_A.weight": ones(2)}), "does not begin with"),
+        (dict(tensors={"other.weight": ones(2)}), "finds no leaf of base. Close"),
+        (dict(tensors={"score.weight": ones(4, 3)}), r"must be \(3, 4\)"),
+        (dict(tensors={"m.tokens.base_layer.weight": ones(7, 4)}), "not the weight of"),
+        (dict(tensors={"m.tokens.base_layer.weight": ones(8, 4)}), "not the weight of"),
+        (dict(tensors={"m.0.q.lora_A.weight": np.full((2, 4), np.inf, "f")}), "finite"),
+        (dict(config={"use_dora": True}), "use_dora"),
+    ],
+)
+def test_what_does_not_fit(tmp_path, change, match):
+    peft_folder(tmp_path / "peft", **change)
+    with pytest.raises(ValueError, match=match):
+        lj.import_peft(tmp_path / "peft", base(), NAMES)
+
+
+def test_the_table_itself_may_be_there(tmp_path):
+    table = np.asarray(base()["tokens"]["embedding"])
+    peft_folder(tmp_path, tensors={"m.tokens.base_layer.weight": table})
+    lj.import_peft(tmp_path, base(), NAMES)
+    shapes = jax.eval_shape(base)
+    peft_folder(tmp_path, tensors={"m.tokens.base_layer.weight": ones(8, 4)})
+    with pytest.raises(ValueError, match="not the weight of base"):
+        lj.import_peft(tmp_path, shapes, NAMES)
+
+
+def test_other_bad_input(tmp_path):
+    peft_folder(tmp_path)
+    params = lj.import_peft(tmp_path, base(), NAMES)
+    with pytest.raises(
+        ValueError, match=r"import_peft\(folder, strip\(params\), names"
+    ):
+        lj.import_peft(tmp_path, params, NAMES)
+    wide = base()
+    wide["tokens"]["embedding"] = jnp.ones((7, 5))
+    with pytest.raises(ValueError, match=r"'m.tokens.lora_embedding_B' must be .*5, 2"):
+        lj.import_peft(tmp_path, wide, NAMES)
+    with pytest.raises(ValueError, match="No leaf matches 'block/"):
+        lj.import_peft(tmp_path, base(), {"block/*": "m.{layer}.{}"})
+    twice = NAMES | {"blocks/o": "m.{layer}.q", "blocks/q": "m.{layer}.q"}
+    del twice["blocks/*"]
+    with pytest.raises(ValueError, match=r"have one name, 'm\.0\.q'"):
+        lj.import_peft(tmp_path, base(), twice)
+    with pytest.raises(FileNotFoundError):
+        lj.import_peft(tmp_path / "not", base(), NAMES)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="truncated"):
+        lj.import_peft(tmp_path, base(), NAMES)
+
+
+def test_square_weights_of_transposed_layers(tmp_path):
+    """GPT-2: PyTorch stores (in, out), Flax may do either, and a square hides which."""
+    plain, names = {"c": {"kernel": jnp.ones((4, 4))}}, {"c": "h.c"}
+    axes = {"c/kernel": lj.Axes((), (1,), (0,))}
+    params = lj.lorafy(plain, 2, axes=axes)
+    params["c"]["lora_b"] += 1
+    lj.export_peft(tmp_path, params, names, fan_in_fan_out=True)
+    with pytest.raises(ValueError, match=r"is square.*axes=find_axes\(fn"):
+        lj.import_peft(tmp_path, plain, names)
+    back = lj.import_peft(tmp_path, plain, names, axes=axes)
+    np.testing.assert_array_equal(
+        lj.merge(back)["c"]["kernel"], lj.merge(params)["c"]["kernel"]
+    )
+    # Made without axes, the same update is on the other side's inputs, turned around.
+    turned = lj.lorafy(plain, 2)
+    turned["c"]["lora_b"] += 1
+    lj.export_peft(tmp_path, turned, names, axes=axes, fan_in_fan_out=True)
+    back = lj.import_peft(tmp_path, plain, names, axes=axes)
+    np.testing.assert_allclose(
+        lj.merge(back)["c"]["kernel"], lj.merge(turned)["c"]["kernel"], rtol=1e-6
+    )
