@@ -49,6 +49,11 @@ DENSE = {
     "down": "output.dense",
 }
 NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+# The modules of transformers' BertModel, for `export_peft` and `import_peft`.
+NAMES = {f"{here}/embedding": there for here, there in EMBEDDINGS.items()} | {
+    f"layer_*/{here}": f"encoder.layer.{{}}.{there}"
+    for here, there in (DENSE | NORMS).items()
+}
 
 
 class Layer(nn.Module):

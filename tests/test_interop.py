@@ -10,6 +10,7 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import minilm
 import numpy as np
 import optax
 import pytest
@@ -328,6 +329,33 @@ def test_models_of_transformers(tmp_path, randomized, name):
         lj.export_peft(tmp_path, turned, names, fan_in_fan_out=True, axes=axes)
         got, want = run(loaded(module, tmp_path), ids), lj.lora(fn)(turned, ids)
         np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_encoder_of_the_main_job(tmp_path, randomized):
+    """MiniLM's names; its weights come from PyTorch by the job's own conversion."""
+    config = transformers.BertConfig(
+        num_hidden_layers=2,
+        hidden_size=64,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=8,
+        vocab_size=17,
+    )
+    module = transformers.BertModel(config).eval()
+    tensors = {name: x.numpy() for name, x in module.state_dict().items()}
+    base = minilm.convert(tensors)
+    model = minilm.Encoder(**minilm.measure(tensors))
+    fn = lambda params, ids: model.apply({"params": params}, ids, jnp.ones_like(ids))
+    params = randomized(lj.lorafy(base, 2, alpha=1, targets=["layer_*", "word"]))
+    lj.export_peft(tmp_path, params, minilm.NAMES, modules=tensors)
+    ids = np.random.default_rng(0).integers(0, 17, (2, 6))
+    with torch.no_grad():
+        got = loaded(module, tmp_path)(torch.tensor(ids)).last_hidden_state
+    want = lj.lora(fn)(params, ids)
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    back = lj.import_peft(tmp_path, base, minilm.NAMES)
+    np.testing.assert_array_equal(lj.lora(fn)(back, ids), want)
 
 
 @pytest.mark.filterwarnings("ignore")
