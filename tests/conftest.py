@@ -66,3 +66,40 @@ def close():
             )
 
     return check
+
+
+@pytest.fixture
+def tiny_smollm2():
+    """What a GGUF of a tiny Llama holds: its fields, and random tensors."""
+    import smollm2
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*control, *sorted(ByteLevel.alphabet()), "he", "the", "Ġthe", "12"]
+    fields = {
+        "general.architecture": "llama",
+        "llama.block_count": 2,
+        "llama.context_length": 128,
+        "llama.embedding_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.feed_forward_length": 64,
+        "llama.vocab_size": len(tokens),
+        "llama.rope.freq_base": 100.0,
+        "llama.rope.dimension_count": 8,
+        "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(control) + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": ["h e", "t he", "Ġ the", "1 2"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: (0.3 * rng.normal(size=shape) + (len(shape) == 1)).astype(np.float32)
+        for name, shape in smollm2.expected(smollm2.measure(fields)).items()
+    }
+    return smollm2.File(fields, tensors)

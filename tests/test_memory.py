@@ -49,6 +49,7 @@ def tiny(monkeypatch):
         ("llama-3.2-1b", 1_235_814_400),
         ("llama-3-8b", 8_030_261_248),
         ("gemma-2-2b", 2_614_341_888),
+        ("smollm2-135m", 134_515_008),
         # https://docs.pytorch.org/vision/main/models/generated/torchvision.models.vit_h_14.html
         ("vit-h", 632_045_800),
     ],

