@@ -186,9 +186,9 @@ def title(axes: Axes, text: str, note: str) -> None:
     axes.text(0, 1.02, note, color="#777777", transform=axes.transAxes, fontsize=9)
 
 
-def smooth(raw: np.ndarray) -> np.ndarray:
-    """Averages the `WIDTH` steps around each; at the ends those of them there are."""
-    ends = np.arange(len(raw))[:, None] + [-(WIDTH // 2), WIDTH // 2 + 1]
+def smooth(raw: np.ndarray, width: int = WIDTH) -> np.ndarray:
+    """Averages the `width` steps around each; at the ends those of them there are."""
+    ends = np.arange(len(raw))[:, None] + [-(width // 2), width // 2 + 1]
     return np.array([raw[max(0, first) : last].mean() for first, last in ends])
 
 

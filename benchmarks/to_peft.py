@@ -1,0 +1,433 @@
+"""Fine-tunes a real language model with LoRA, and hands the adapter to PEFT on torch.
+
+    pip install -e ".[demo,peers]" && python benchmarks/to_peft.py
+
+SmolLM2-135M-Instruct learns to write like the Rotten Tomatoes sentences. Prints its
+loss on held-out sentences and a sample of its text, before and after; writes the
+adapter in PEFT's format, the numbers and a figure into benchmarks/results/smollm2-peft;
+then loads the adapter with PEFT onto transformers' own model of the same file, and ends
+with an error unless both say the same. Takes under five minutes on two CPU cores.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import finetune
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import report
+import reviews
+import smollm2
+import training
+from architectures import Model
+from matplotlib.figure import Figure
+from readers import existing, folder, positive, whole
+from tokenizers import Tokenizer
+
+import lora_jax as lj
+
+END = "<|endoftext|>"  # stands between two texts, as it did in pretraining
+MOST = 1e-3  # of the largest logit: more than this is not rounding
+PEERS = ("torch", "transformers", "peft")
+
+Rows = tuple[np.ndarray, np.ndarray]  # tokens and the tokens after them, (n, length)
+Apply = Callable[[Any, jax.Array], jax.Array]  # (params, ids) to logits
+
+
+class Job(NamedTuple):
+    """What there is before training."""
+
+    model: Model
+    params: dict
+    tokenizer: Tokenizer
+    train: Rows
+    held: Rows
+    prompt: np.ndarray  # (1, tokens)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the job that the command line asks for."""
+    began = time.perf_counter()
+    parser = options()
+    args = parser.parse_args(argv)
+    try:
+        job = prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    plain = function(job.model)
+    adapted = lj.lora(plain)
+    params = adapt(plain, job.params, args)
+    print(lj.count(params))
+    results: dict[str, Any] = {"before": judge(adapted, params, job, args)}
+    params, fitted, memory = train(adapted, params, job, args)
+    results["after"] = judge(adapted, params, job, args)
+    results |= {
+        "losses": fitted.losses,
+        "step_ms": 1000 * statistics.median(fitted.seconds),
+        "memory": memory,
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        },
+        "versions": training.versions(),
+    }
+    figure(args.output / "to_peft.png", results)
+    print(summary(results))
+    export(args.output, params, plain, args)
+    if args.check:
+        results["versions"] |= {name: version(name) for name in PEERS}
+        results["check"] = check(args, plain, params, job)
+    text = json.dumps(results, indent=2) + "\n"
+    (args.output / "to_peft.json").write_text(text, encoding="utf-8")
+    print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
+    if results["after"]["loss"] >= results["before"]["loss"]:
+        sys.exit("The held-out loss did not fall: write more --steps or another --lr.")
+
+
+# The command line.
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tunes SmolLM2 with LoRA, and hands the adapter to PEFT.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--rank", type=whole(1), default=8, help="of every adapter")
+    add("--alpha", type=positive, default=16.0, help="adapters weigh alpha / rank")
+    add("--targets", nargs="+", default=["kernel"], help="patterns of what to adapt")
+    add("--steps", type=whole(1), default=30, help="of training")
+    add("--batch", type=whole(1), default=4, help="rows of a step")
+    add("--length", type=whole(1), default=96, help="tokens of a row")
+    # The second name is the one that finetune.fit knows.
+    rate = dict(dest="rate", type=positive, default=2e-3)
+    add("--lr", "--lora-lr", **rate, help="peak learning rate")
+    add("--seed", type=whole(0), default=1, help="of the data and of the adapters")
+    add("--held-out", type=whole(1), default=64, help="sentences to test on")
+    add("--prompt", default="the film", help="what the sample of text begins with")
+    add("--tokens", type=whole(1), default=24, help="that the sample adds")
+    add("--remat", action="store_true", help="compute activations twice, keep fewer")
+    add("--unrolled", action="store_true", help="layer by layer, instead of a scan")
+    check = dict(action=argparse.BooleanOptionalAction, default=True)
+    add("--check", **check, help="load the adapter with PEFT, which needs torch")
+    results = Path(__file__).parent / "results" / "smollm2-peft"
+    add("--output", type=folder, default=results, help="where the files are written")
+    add("--weights", type=existing, help="a GGUF, instead of the download")
+    add("--data", type=existing, help="csv of text,label, instead of the download")
+    return parser
+
+
+# What there is before training. What the options get wrong is found before a download.
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Loads the model and the data.
+
+    Raises:
+      OSError: If a file cannot be read, written or fetched.
+      ValueError: If an option does not fit the model or the data, or a package that the
+        options need is not installed.
+    """
+    if names := missing(args.check):
+        more = "" if "gguf" in names else " Or write --no-check."
+        raise ValueError(
+            f"{' and '.join(names)} must be installed: "
+            f'pip install -e ".[demo,peers]".{more}'
+        )
+    if not args.prompt:
+        raise ValueError("--prompt is empty: write a word or more.")
+    if args.weights is None:
+        check_adapters(smollm2.build(smollm2.ARCH, not args.unrolled), args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    texts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
+    model, params, tokenizer = smollm2.load(
+        args.weights, scanned=not args.unrolled, remat=args.remat
+    )
+    if args.weights is not None:
+        check_adapters(model, args)
+    parts = [rows(tokenizer, sentences, args.length) for sentences, _ in texts]
+    check_rows(parts, args)
+    prompt = np.array([tokenizer.encode(args.prompt).ids], np.int32)
+    return Job(model, jax.tree.map(jnp.asarray, params), tokenizer, *parts, prompt)
+
+
+def missing(check: bool) -> list[str]:
+    """Returns the packages that are needed and not installed."""
+    needed = ("gguf", *(PEERS if check else ()))
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+def check_rows(parts: Sequence[Rows], args: argparse.Namespace) -> None:
+    """Raises ValueError if a part of the data is less than one batch."""
+    advice = "fewer --held-out", "more --held-out"
+    for part, more in zip(parts, advice, strict=True):
+        if len(part[0]) < args.batch:
+            raise ValueError(
+                f"{len(part[0])} rows of {args.length} tokens are less than one batch "
+                f"of {args.batch}. Write a smaller --batch or --length, or {more}."
+            )
+
+
+def check_adapters(model: Model, args: argparse.Namespace) -> None:
+    """Raises ValueError, by shapes alone, if the rank or the targets do not fit."""
+    ids = jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    adapt(function(model), shapes, args)
+
+
+def function(model: Model) -> Apply:
+    """Returns the model as a plain function of its parameters and of ids."""
+    return lambda params, ids: model.apply({"params": params}, ids)
+
+
+def adapt(apply: Apply, params: dict, args: argparse.Namespace) -> dict:
+    """Adds the adapters, or their shapes to a tree of shapes."""
+    return lj.lorafy(
+        params,
+        args.rank,
+        alpha=args.alpha,
+        targets=args.targets,
+        axes=axes(apply, params),
+        key=jax.random.key(args.seed),
+    )
+
+
+def axes(apply: Apply, params: dict) -> dict[str, lj.Axes]:
+    """Returns which dimension of a stack counts layers, which inputs and outputs."""
+    return lj.find_axes(apply, params, jax.ShapeDtypeStruct((1, 2), np.int32))
+
+
+def rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows:
+    """Strings sentences together and cuts them into rows, so that none is padding.
+
+    Args:
+      tokenizer: From `smollm2.tokenizer`.
+      texts: Sentences; each is followed by the token END.
+      length: The tokens of a row; what is left over at the end is dropped.
+
+    Returns:
+      Two int32 arrays (rows, length): the tokens, and the token after each.
+
+    Raises:
+      ValueError: If the tokenizer has no token END.
+    """
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"The tokenizer has no token {END}: use the model's own.")
+    found = tokenizer.encode_batch(list(texts))
+    stream = np.array([i for row in found for i in (*row.ids, end)], np.int32)
+    count = (len(stream) - 1) // length
+    ids, labels = stream[: count * length], stream[1 : count * length + 1]
+    return ids.reshape(count, length), labels.reshape(count, length)
+
+
+# Training.
+
+
+def train(
+    adapted: Apply, params: dict, job: Job, args: argparse.Namespace
+) -> tuple[dict, finetune.Fitted, dict[str, int]]:
+    """Trains the adapters; returns the whole tree, the losses, and the memory."""
+
+    def apply(adapters, base, ids):
+        return adapted(lj.combine(adapters, base), ids)
+
+    adapters, base = lj.split(params)
+    method = finetune.start(apply, adapters, base, args.rate, job.train, args)
+    fitted = finetune.fit({"lora": method}, job.train, args)["lora"]
+    return lj.combine(fitted.trainable, base), fitted, method.memory
+
+
+def judge(
+    apply: Apply, params: dict, job: Job, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns the loss on the held-out rows, in nats a token, and a sample of text."""
+    said = smollm2.generate(apply, params, jnp.asarray(job.prompt), args.tokens)[0]
+    text = job.tokenizer.decode(said.tolist(), skip_special_tokens=False)
+    # After its end another sentence may begin.
+    sample = text.split(END)[0]
+    return {"loss": loss(apply, params, job.held, args.batch), "text": sample}
+
+
+def loss(apply: Apply, params: dict, data: Rows, batch: int) -> float:
+    """Returns the mean loss of the next token, in nats; the last rows may be left."""
+    parts = batches(data, batch)
+    return float(np.mean([batch_loss(apply, params, *part) for part in parts]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def batch_loss(
+    apply: Apply, params: dict, ids: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Returns the mean loss of one batch."""
+    logits = apply(params, ids)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def batches(data: Rows, batch: int) -> Iterator[Rows]:
+    """Yields the rows in their order, in whole batches."""
+    for i in range(0, len(data[0]) - batch + 1, batch):
+        yield tuple(jnp.asarray(x[i : i + batch]) for x in data)
+
+
+# What came of it.
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Returns the loss, the time and the samples, before and after."""
+    before, after = results["before"], results["after"]
+    lines = [
+        f"held-out loss {before['loss']:.3f} before, {after['loss']:.3f} after "
+        f"{len(results['losses'])} steps of {results['step_ms'] / 1000:.2f} s"
+    ]
+    for name, found in (("before", before), ("after", after)):
+        text = textwrap.shorten(f"{name}: {found['text']}", 2000)
+        lines.append(textwrap.fill(text, 80, subsequent_indent="  "))
+    return "\n".join(lines)
+
+
+def figure(path: Path, results: dict[str, Any]) -> None:
+    """Draws every step's loss, their running mean, and the held-out loss, to a PNG."""
+    losses, ink, other = results["losses"], report.LINES["lora"], report.LINES["full"]
+    ends = [results[name]["loss"] for name in ("before", "after")]
+    width = len(losses) // 5 | 1
+    mean = report.smooth(np.asarray(losses), width)
+    made = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    axes = made.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=report.INK, length=3)
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=ink, alpha=0.3, linewidth=0.9)
+    axes.plot(steps, mean, color=ink, linewidth=2.2)
+    axes.plot([0, len(losses)], ends, "o", color=other, clip_on=False, zorder=3)
+    axes.annotate(
+        f"held-out {ends[0]:.2f}",
+        *((0, ends[0]), (8, 0)),
+        textcoords="offset points",
+        va="center",
+        color=other,
+        fontweight="bold",
+    )
+    bottom, top = axes.get_ylim()
+    places = report.spread([ends[1], mean[-1]], 0.06 * (top - bottom))
+    report.beside(axes, f"held-out {ends[1]:.2f}", places[0], other)
+    report.beside(axes, "training", places[1], ink)
+    axes.set_xlim(0, len(losses))
+    axes.set_xlabel("step", color=report.INK)
+    note = f"thin: every step; thick: the mean of the {width} steps around it"
+    report.title(axes, "Loss of the next token, nats", note)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    made.savefig(path)
+
+
+# PEFT's side.
+
+
+def export(path: Path, params: dict, plain: Apply, args: argparse.Namespace) -> None:
+    """Writes the adapters into a folder as PEFT has them, by torch's names."""
+    names = smollm2.names(scanned=not args.unrolled)
+    lj.export_peft(
+        path,
+        params,
+        names,
+        axes=axes(plain, lj.strip(params)),
+        base_model=smollm2.HUB,
+        task_type="CAUSAL_LM",
+    )
+
+
+def check(
+    args: argparse.Namespace, plain: Apply, params: dict, job: Job
+) -> dict[str, float]:
+    """Ends the job unless the exported and the merged adapter do what this one does.
+
+    Returns:
+      The largest logit; how far at most those of the merged model, of PEFT's and of the
+      model before training lie from those of the trained one.
+    """
+    theirs = peft_logits(args.output, args.weights)
+    merged, base = lj.merge(params), lj.strip(params)
+    run, run_adapted = jax.jit(plain), jax.jit(lj.lora(plain))
+    gaps = []
+    # In full precision, so that on no device rounding alone makes a difference.
+    with jax.default_matmul_precision("highest"):
+        for ids, _ in batches(job.held, args.batch):
+            ours = run_adapted(params, ids)
+            others = {
+                "merged": run(merged, ids),
+                "peft": jnp.asarray(theirs(np.asarray(ids))),
+                "base": run(base, ids),
+            }
+            gap = {name: float(abs(x - ours).max()) for name, x in others.items()}
+            gaps.append(gap | {"largest": float(abs(ours).max())})
+    # NumPy's maximum lets no NaN pass.
+    found = {name: float(np.max([gap[name] for gap in gaps])) for name in gaps[0]}
+    print(agreement(found))
+    return found
+
+
+def agreement(found: dict[str, float]) -> str:
+    """Returns the gaps as a sentence, or ends the job where one is too wide."""
+    most = MOST * found["largest"]
+    names = {"merged": "the merged model's", "peft": "PEFT's"}
+    text = (
+        f"logits of up to {found['largest']:.1f}, which training moved by up to "
+        f"{found['base']:.2f}: "
+        + ", ".join(f"{who} differ by {found[name]:.1e}" for name, who in names.items())
+    )
+    for name in names:
+        if not found[name] <= most:
+            sys.exit(f"{text}; no more than {most:.1e} is rounding.")
+    return text
+
+
+def peft_logits(path: Path, weights: Path | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads a folder with PEFT onto transformers' model: a function of ids (n, time).
+
+    Ends the job unless every tensor of the file is in the model, and no other.
+    """
+    import peft
+    import torch
+    from safetensors.torch import load_file
+
+    base = smollm2.torch_model(weights)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected).* keys")
+        try:
+            model = peft.PeftModel.from_pretrained(base, path, torch_device="cpu")
+        except UserWarning as warning:
+            sys.exit(f"PEFT does not find what it needs in {path}: {warning}")
+    model.eval()
+    file = load_file(path / "adapter_model.safetensors")
+    there = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if lost := sorted(set(file) ^ set(there)):
+        sys.exit(f"PEFT and the file do not both have {', '.join(lost[:6])}.")
+    if other := [name for name in file if not torch.equal(file[name], there[name])]:
+        sys.exit(f"PEFT's model has other numbers than the file in {other[0]}.")
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor(ids).long()).logits.float().numpy()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
