@@ -43,25 +43,15 @@ def given(tiny_smollm2, tmp_path, monkeypatch):
     return options
 
 
-@pytest.fixture
-def exported(monkeypatch):
-    """Stands in for the export, and keeps what it was given."""
-    calls = []
-    keep = lambda *args, **options: calls.append((*args, options))
-    monkeypatch.setattr(lj, "export_peft", keep, raising=False)
-    return calls
-
-
-def test_the_job_end_to_end(given, exported, tmp_path, capsys):
+def test_the_job_end_to_end(given, tmp_path, capsys, tiny_smollm2):
     to_peft.main(given("--no-check"))
     output = tmp_path / "new" / "output"
-    ((folder, params, names, options),) = exported
-    assert folder == output and names == smollm2.names()
-    assert options["task_type"] == "CAUSAL_LM"
-    axes = options["axes"]["blocks/mlp/down/kernel"]
-    assert axes == lj.Axes(batch=(0,), inputs=(1,), outputs=(2,))
+    base = smollm2.load(tmp_path / "tiny.gguf").params
+    params = lj.import_peft(output / "adapter", base, smollm2.names())
     kernels = params["blocks"]["mlp"]["down"], params["blocks"]["attention"]["key"]
     assert all(abs(kernel["lora_b"]).max() > 0 for kernel in kernels)
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["r"] == 2
 
     results = json.loads((output / "to_peft.json").read_text())
     before, after = results["before"], results["after"]
@@ -221,6 +211,16 @@ def test_what_is_not_installed_is_named(capsys, monkeypatch, check, names, found
     with pytest.raises(SystemExit):
         to_peft.main([check])
     assert re.search(found, capsys.readouterr().err.strip())
+
+
+def test_a_folder_of_others_is_refused_before_training(given, tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "output" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr(to_peft, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit):
+        to_peft.main(given("--no-check"))
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypatch):
