@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import _rules
 
-PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 34))
+PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 17))
 BATCH, D = 4, 3
 LARGEST = 120  # a view of a weight that has grown beyond so many numbers is cut
 

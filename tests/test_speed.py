@@ -31,6 +31,7 @@ def no_peers(monkeypatch):
 
 def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_peers):
     monkeypatch.setitem(speed.JOBS, "transformer", TINY)
+    monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
     speed.main(["--jobs", "transformer", "--repeats", "2", "--output", str(tmp_path)])
     said = capsys.readouterr().out
     assert "qwix is left out" in said and "torch is left out" in said

@@ -2,13 +2,11 @@
 
 import re
 
-import pytest
 import tracing
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_table(scanned, third_party):
-    steps = tracing.contenders(tracing.Decoder(1, scanned))
+def test_table(third_party):
+    steps = tracing.contenders(tracing.Decoder(1, scanned=True))
     table = tracing.compare(steps, 1)
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ", table, re.M)
     assert [name for name, *_ in rows] == ["full", "split", "adapters_only"]
