@@ -115,12 +115,16 @@ def read_config(folder: str) -> dict[str, Any]:
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str):
             _compiled(path, field, config[field])
+    for field in ("modules_to_save", "layers_pattern"):
+        entries = config.get(field) or ()
+        for entry in [entries] if isinstance(entries, str) else entries:
+            _compiled(path, field, entry)
     return config
 
 
 def _check_fields(path: str, config: dict[str, Any]) -> None:
-    whole = lambda n: type(n) is int and n > 0
-    real = lambda x: type(x) in (int, float) and math.isfinite(x)
+    whole = lambda n: type(n) is int and 0 < n < 2**31
+    real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32
     each = lambda ok: lambda x: isinstance(x, dict) and all(map(ok, x.values()))
     names = lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x)
     named = lambda x: isinstance(x, str) or names(x)
@@ -164,10 +168,10 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers in (None, []) or isinstance(chosen, str) or module in chosen:
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    lead = r".*?\." if not config.get("layers_pattern") else r"(?:^|.*?\.)"
-    for pattern in patterns:
+    patterns, lead = config.get("layers_pattern"), r"(?:^|.*?\.)"
+    if not patterns:
+        patterns, lead = [r"[^.]*"], r".*?\."
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = re.match(rf"{lead}{pattern}\.(\d+)\.", module)
         if found:
             return int(found[1]) in ([layers] if type(layers) is int else layers)
@@ -176,8 +180,12 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
 
 def saves(config: Mapping[str, Any], module: str) -> bool:
     """Whether the config keeps a module whole."""
-    names = config.get("modules_to_save") or ()
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+    return any(within(name, module) for name in config.get("modules_to_save") or ())
+
+
+def within(saved: str, module: str) -> bool:
+    """Whether PEFT keeps a module whole by this entry of modules_to_save."""
+    return re.match(rf"(^|.*\.){saved}($|\..*)", module) is not None
 
 
 def targets_parameter(config: Mapping[str, Any], name: str) -> bool:
@@ -185,10 +193,13 @@ def targets_parameter(config: Mapping[str, Any], name: str) -> bool:
 
 
 def unfilled(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """The entries of the config that name none of these modules."""
+    """The entries of the config that name none of these modules.
+
+    Those of modules_to_save may do so: PEFT names heads there that few models have.
+    """
     modules = list(modules)
     missing = []
-    for field in ("target_modules", "target_parameters", "modules_to_save"):
+    for field in ("target_modules", "target_parameters"):
         entries = config.get(field) or ()
         for entry in [entries] if isinstance(entries, str) else entries:
             each = entry if entries is entry else [entry]
@@ -210,9 +221,9 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     for module, value in values.items():
         # A key is an expression that may match the last part of a longer name.
         others = [other for other in values if other != module]
-        plain = rf"(.*\.)?({module})$"
-        key = module
-        if any(re.match(plain, other) for other in others):
+        plain, key = rf"(.*\.)?({module})$", module
+        special = not re.fullmatch(r"[\w.-]+", module)
+        if special or any(re.match(plain, other) for other in others):
             key = "^" + re.escape(module)
         if value != default:
             found[key] = value

@@ -1,13 +1,14 @@
 """Adapters out to a folder that Hugging Face PEFT and vLLM load."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._config import new_config
+from lora_jax._config import new_config, within
 from lora_jax._factors import (
     Adapter,
     Axes,
@@ -40,10 +41,16 @@ from lora_jax._names import Names, Naming, check_names, naming_of, near
 from lora_jax._save import concrete
 from lora_jax._split import trainable
 from lora_jax._targets import Patterns
-from lora_jax._tree import Path, flatten, listed, path_name, unbox
+from lora_jax._tree import Path, flatten, is_array, listed, path_name, unbox
 
 # https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# What PEFT adds to modules_to_save, for a model of such a task.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def export_peft(
@@ -71,12 +78,12 @@ def export_peft(
       folder: Where. An old export is replaced; other files are never touched.
       params: A tree from `lorafy`, trained or not, of concrete arrays.
       names: Which modules of the PyTorch model the weights are: `{pattern: name}` or a
-        function of a path. A pattern is as in `lorafy`, without a leading `params/`;
-        the first that matches wins, and each must match a leaf. A name has a place `{}`
-        for what each star stands for, and `{layer}` or `{expert}` for the number along
-        a stacked dimension. Several names are the parts of a fused weight, equal along
-        its outputs; `{name: outputs}` unequal ones; for a table, the lookup and its
-        tied head. See `transformers_names`.
+        function of a path. A pattern is as in `lorafy`, with stars alone and without a
+        leading `params/`; the first that matches wins, and each must match a leaf. A
+        name has a place `{}` for what each star stands for, and `{layer}` or `{expert}`
+        for the number along a stacked dimension. Several names are the parts of a fused
+        weight, equal along its outputs; `{name: outputs}` unequal ones; for a table,
+        the lookup and its tied head. See `transformers_names`.
       also: Patterns of further trained leaves, as in `split`. They become PEFT's
         `modules_to_save`.
       axes: `{path: Axes}` from `find_axes`, for weights that are not stored as (inputs,
@@ -132,9 +139,12 @@ def export_peft(
         turned(path, w.shape, own, dims)  # raises if the two do not fit
         weights[path] = weight_of(path, leaves, namings[path], dims, kind_of[path])
     rest = {path: namings[path] for path in whole}
-    layouts = weights | layouts_of(rest, leaves, given, kind_of)
+    known_axes = given | {path: weight.axes for path, weight in weights.items()}
+    layouts = weights | layouts_of(rest, leaves, known_axes, kind_of, kinds)
     saved = _check_unique(layouts, adapters, leaves, modules)
+    _check_saved(saved, {n for w in weights.values() for n in w.slots}, task_type)
     _check_siblings(whole, namings, layouts, leaves)
+    _check_below(saved, whole, names, leaves)
     orders = {
         name: namings[path].order
         for path, weight in weights.items()
@@ -142,16 +152,18 @@ def export_peft(
         if slot.kind == "experts"
     }
     stems_of(orders)  # raises if the parameters of one module are in no order
-    if fan_in_fan_out:
-        aligned = {p for p in weights if len(shapes[p][0]) == len(weights[p].shape) + 1}
-        check_square(weights, {*given, *aligned})
+    aligned = {p for p in weights if len(shapes[p][0]) == len(weights[p].shape) + 1}
+    check_square(weights, {*given, *aligned}, fan_in_fan_out)
     if portable:
         _check_portable(weights, whole, dtype, adapters, leaves)
 
     found: dict[str, Module] = {}
+    kept: dict[str, Any] = {}  # the dtype of each
     for path, weight in weights.items():
-        parts = (concrete(part, leaves[part]) for part in adapters[path])
-        found |= modules_of(weight, *parts, fold=portable)
+        parts = [concrete(part, leaves[part]) for part in adapters[path]]
+        own = modules_of(weight, *parts, fold=portable)
+        found |= own
+        kept |= dict.fromkeys(own, parts[0].dtype if dtype is None else dtype)
     if portable:
         found = _of_one_rank(found)
     slots = {name: s for weight in weights.values() for name, s in weight.slots.items()}
@@ -160,21 +172,23 @@ def export_peft(
     for name, module in found.items():
         kind = slots[name].kind
         for suffix, x in zip(suffixes(kind), to_torch(kind, module), strict=True):
-            tensors[PREFIX + stems.get(name, name) + suffix] = x
+            key = PREFIX + stems.get(name, name) + suffix
+            tensors[key] = as_dtype(key, x, kept[name])
     for path in whole:
         own = leaf_to_torch(layouts[path], concrete(path, leaves[path]))
-        tensors |= {PREFIX + tensor_name(name, path): x for name, x in own.items()}
+        for name, x in own.items():
+            key = PREFIX + tensor_name(name, path)
+            tensors[key] = as_dtype(key, x, dtype)
     ranks = {name: module.a.shape[-1] for name, module in found.items()}
     config = new_config(
         ranks,
         {name: _alpha(module.scale, ranks[name]) for name, module in found.items()},
         orders.keys() & found.keys(),
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=base_model and str(base_model),
         fan_in_fan_out=fan_in_fan_out,
         modules_to_save=sorted(saved) or None,
         task_type=task_type,
     )
-    tensors = {name: as_dtype(name, x, dtype) for name, x in tensors.items()}
     write_folder(target, config, tensors)
 
 
@@ -201,11 +215,15 @@ def _check_unique(
     known = None if modules is None else {*modules}
     if known is not None:
         known |= {name.rpartition(".")[0] for name in known}
+    parameter = lambda layout, name: (
+        isinstance(layout, Weight) and layout.slots[name].kind == "experts"
+    )
     owner: dict[str, Path] = {}
     saved: set[str] = set()
     for path, layout in layouts.items():
         for name in tensor_shapes(layout, unbox(leaves[path]).shape):
-            if known is not None and name not in known:
+            holder = name.rpartition(".")[0] if parameter(layout, name) else name
+            if known is not None and holder not in known:
                 raise ValueError(
                     f"{path_name(path)!r} has the name {name!r}, which is not in "
                     f"modules. Close: {listed(near(name, known))}. Correct names."
@@ -220,12 +238,52 @@ def _check_unique(
                     f"{key!r}. Correct names: each weight has its own."
                 )
             owner[key] = path
-    if both := sorted(saved & owner.keys()):
-        raise ValueError(
-            f"{listed(both)} would have an adapter and be saved whole, and PEFT does "
-            "one or the other. Leave the adapter out, or leave it out of also."
-        )
     return saved
+
+
+def _check_saved(saved: set[str], adapted: set[str], task_type: str | None) -> None:
+    """PEFT finds modules to save by the ends of names, and leaves them no adapter."""
+    for module in sorted(saved):
+        for name in sorted(adapted):
+            if name.endswith(module) or within(re.escape(module), name):
+                raise ValueError(
+                    f"{module!r} would be saved whole, and PEFT then ignores the "
+                    f"adapter of {name!r}. Leave that adapter out with exclude, or the "
+                    "module out of also."
+                )
+        if longer := [name for name in saved - {module} if name.endswith(module)]:
+            raise ValueError(
+                f"{module!r} would be saved whole, and PEFT, which goes by the ends of "
+                f"names, takes {listed(sorted(longer))} for it. Leave it out of also."
+            )
+    heads = TASK_HEADS.get(task_type or "", ())
+    if heads and not any(module.split(".")[-1] in heads for module in saved):
+        raise ValueError(
+            f"For {task_type} PEFT saves the head whole, a module called "
+            f"{' or '.join(heads)}: train it, and name it in also."
+        )
+    for name in sorted(adapted):
+        if any(within(head, name) for head in heads):
+            raise ValueError(
+                f"For {task_type} PEFT saves {name!r} whole, and it has an adapter. "
+                "Leave that out with exclude, and name the module in also."
+            )
+
+
+def _check_below(
+    saved: set[str], whole: list[Path], names: Names, leaves: dict[Path, Any]
+) -> None:
+    """All that is below a saved module is saved with it."""
+    for path, leaf in leaves.items():
+        if not saved or path in whole or is_adapter(path) or not is_array(unbox(leaf)):
+            continue
+        naming = naming_of(names, path)
+        for template in naming.templates if naming else ():
+            if any(template.startswith(f"{module}.") for module in saved):
+                raise ValueError(
+                    f"PEFT saves whole modules, and {path_name(path)!r} is in one that "
+                    f"also names: add it to also, or leave that out."
+                )
 
 
 def _check_siblings(
@@ -242,7 +300,8 @@ def _check_siblings(
                 f"its own: {listed(namings[path].templates)}. Leave it out of also."
             )
         for other in leaves:
-            if other[:-1] == path[:-1] and other not in whole and not is_adapter(other):
+            mine = other[:-1] == path[:-1] and is_array(unbox(leaves[other]))
+            if mine and other not in whole and not is_adapter(other):
                 raise ValueError(
                     f"{path_name(path)!r} trains as a whole, and PEFT saves whole "
                     f"modules: add {path_name(other)!r} to also."

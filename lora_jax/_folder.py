@@ -28,6 +28,8 @@ def free_folder(folder: str | os.PathLike[str]) -> str:
     path = os.path.realpath(folder)
     if not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
+    if path == os.path.realpath(os.curdir):
+        raise ValueError(f"{path} is where you are. Give the name of a folder in it.")
     if os.path.lexists(path):
         if not os.path.isdir(path):
             raise ValueError(f"{path} is a file. Give the name of a folder.")

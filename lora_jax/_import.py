@@ -44,6 +44,7 @@ from lora_jax._modules import (
     weight_of,
 )
 from lora_jax._names import Names, Naming, check_names, naming_of, near, numbered
+from lora_jax._save import check_finite
 from lora_jax._targets import is_adaptable
 from lora_jax._tree import (
     Path,
@@ -102,11 +103,18 @@ def import_peft(
     """
     source = os.fspath(folder)
     config, tensors = read_config(source), read_tensors(source)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is floating, found {dtype}.")
     leaves = flatten(base)
+    if old := [path for path in leaves if is_adapter(path)]:
+        raise ValueError(
+            f"base has adapters already: {listed(old)}. Pass the plain parameters: "
+            "import_peft(folder, strip(params), names)."
+        )
     check_names(names, leaves)
     given = given_axes(axes, leaves)
     arrays = (path for path, x in leaves.items() if is_array(unbox(x)))
-    found = {path: naming_of(names, path) for path in arrays if not is_adapter(path)}
+    found = {path: naming_of(names, path) for path in arrays}
     namings = {path: naming for path, naming in found.items() if naming is not None}
     known = _known(namings, leaves, given)
     orders = {
@@ -122,33 +130,29 @@ def import_peft(
         for path in leaves
         if path in used
     }
-    if config.get("fan_in_fan_out"):
-        check_square(weights, given)
+    check_square(weights, given, bool(config.get("fan_in_fan_out")))
     modules = {
         name: _module(source, config, name, weights[known[name]], parts)
         for name, parts in factors.items()
     }
     _check_base(source, others, weights, leaves)
     keys = _keys(namings, leaves)
+    others = _without_tables(config, others, keys, leaves)
     whole = _whole(source, config, others, keys)
     _check_complete(source, config, known, factors, keys, whole)
 
     new: dict[Path, Any] = {}
     for path, weight in weights.items():
-        parts = adapter_of(path)
-        if any(part in leaves for part in parts):
-            raise ValueError(
-                f"{path_name(path)!r} has an adapter in base already. Pass the plain "
-                "parameters: import_peft(folder, strip(params), names)."
-            )
         kept = wider(unbox(leaves[path]).dtype) if dtype is None else dtype
         own = {
-            name: Module(x.astype(kept), y.astype(kept), scale)
+            name: Module(_cast(name, x, kept), _cast(name, y, kept), scale)
             for name, (x, y, scale) in modules.items()
             if name in weight.slots
         }
-        new |= beside(leaves[path], parts, factors_of(weight, own), weight.axes)
-    layouts = layouts_of({p: namings[p] for p in whole}, leaves, given, kind_of)
+        factors = factors_of(weight, own)
+        new |= beside(leaves[path], adapter_of(path), factors, weight.axes)
+    rest = {path: namings[path] for path in whole}
+    layouts = layouts_of(rest, leaves, given, kind_of, kinds)
     for path, own in whole.items():
         x = _leaf(source, path, unbox(leaves[path]), layouts[path], own)
         w = unbox(leaves[path])
@@ -163,9 +167,9 @@ def _known(
     """The weight that each module is, of all that names speaks of."""
     known: dict[str, Path] = {}
     for path, naming in namings.items():
-        if not is_adaptable(path, leaves[path]):
-            continue
         shape = unbox(leaves[path]).shape
+        if not is_adaptable(path, leaves[path]) or len(shape) < naming.stacked:
+            continue
         stacked = axes[path].batch if path in axes else range(len(shape))
         counts = [shape[d] for d in stacked[: naming.stacked]]
         for _, modules in numbered(naming, counts):
@@ -262,13 +266,10 @@ def _check_base(
         name, x = key.removesuffix(".base_layer.weight"), others.pop(key)
         same = False
         if name in slots:
-            w = unbox(leaves[slots[name]])
-            same = x.shape == tensor_shapes(weights[slots[name]], w.shape)[name]
+            w, weight = unbox(leaves[slots[name]]), weights[slots[name]]
+            same = x.shape == tensor_shapes(weight, w.shape)[name]
             if same and not isinstance(w, jax.ShapeDtypeStruct):
-                w = leaf_to_torch(weights[slots[name]], np.asarray(w))[name]
-                same = np.array_equal(w.astype(x.dtype), x) or np.array_equal(
-                    w, x.astype(w.dtype)
-                )
+                same = _same(leaf_to_torch(weight, np.asarray(w))[name], x)
         if not same:
             raise ValueError(
                 f"{source}: the tensor {PREFIX + key!r} is not the weight of base, but "
@@ -283,10 +284,44 @@ def _keys(
     keys = {}
     for path, naming in namings.items():
         counts = unbox(leaves[path]).shape[: naming.stacked]
+        if len(counts) < naming.stacked:
+            continue
         for _, (name, *more) in numbered(naming, counts):
             if not more:
                 keys[tensor_name(name, path)] = name, path
     return keys
+
+
+def _without_tables(
+    config: Mapping[str, Any],
+    others: Mapping[str, np.ndarray],
+    keys: Mapping[str, tuple[str, Path]],
+    leaves: dict[Path, Any],
+) -> dict[str, np.ndarray]:
+    """Without tables that PEFT saved though nothing trained them: base's very own."""
+
+    def is_base(key: str) -> bool:
+        name, path = keys.get(key, ("", ()))
+        if not path or path[-1] != "embedding" or saves(config, name):
+            return False
+        return _same(unbox(leaves[path]), others[key])
+
+    return {key: x for key, x in others.items() if not is_base(key)}
+
+
+def _same(w: Any, x: np.ndarray) -> bool:
+    """Whether a tensor is base's array, which may be of another dtype, or a shape."""
+    if w.shape != x.shape or isinstance(w, jax.ShapeDtypeStruct):
+        return w.shape == x.shape
+    w = np.asarray(w)
+    return np.array_equal(w.astype(x.dtype), x) or np.array_equal(w, x.astype(w.dtype))
+
+
+def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # the check says it with the name
+        x = x.astype(dtype)
+    check_finite(f"The adapter of {name!r} in {x.dtype}", x)
+    return x
 
 
 def _whole(
@@ -335,7 +370,9 @@ def _check_complete(
         for key, (name, path) in keys.items()
         if saves(config, name) and name not in whole.get(path, {})
     ]
-    missing += unfilled(config, {*factors, *kept})
+    # An entry may speak of nothing but modules that another one excludes.
+    excluded = {name for name in known if not chosen(name)}
+    missing += unfilled(config, {*factors, *kept, *excluded})
     if missing:
         raise ValueError(
             f"{source} lacks the tensors of {listed(missing)}, which its config "
@@ -352,6 +389,11 @@ def _leaf(
 ) -> np.ndarray:
     """A leaf saved whole, in the shape and the dtype of base's own."""
     for name, shape in tensor_shapes(layout, w.shape).items():
+        if name not in tensors:
+            raise ValueError(
+                f"{source}: {path_name(path)!r} of base is a stack, of which it "
+                f"has {listed(sorted(tensors))}, and not {name!r}."
+            )
         if tensors[name].shape != shape:
             raise ValueError(
                 f"{source}: {tensor_name(name, path)!r}, of shape "

@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax._factors import Axes
 from lora_jax._modules import Weight, weight_of
 from lora_jax._names import Naming
-from lora_jax._targets import check_axes, is_adaptable, match_each
+from lora_jax._targets import check_axes, is_adaptable, match_each, matches
 from lora_jax._tree import Path, path_name, unbox
 
 KINDS = ("linear", "conv", "embedding", "experts")
@@ -19,6 +19,9 @@ TABLE = (".lora_embedding_A", ".lora_embedding_B")
 LINEAR = (".lora_A.weight", ".lora_B.weight")
 # What PyTorch calls the leaves of Flax's layers; other leaves keep their names.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+# Modules of GPT-2 and its kin, whose kernels are (in, out) in PyTorch, and (out, in) or
+# (in, out) in Flax: where a kernel is square, nothing but its use tells which.
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 def given_axes(
@@ -31,6 +34,8 @@ def given_axes(
 def kinds_of(kinds: Mapping[str, str] | None, paths: Iterable[Path]) -> dict[Path, str]:
     """What each leaf is in PyTorch: by Flax's names, or as the caller says."""
     paths, found = list(paths), {}
+    if not isinstance(kinds or {}, Mapping):
+        raise TypeError(f"kinds is {{pattern: kind}}, found {type(kinds).__name__}.")
     for path in paths:
         module = str(path[-2]).lower() if len(path) > 1 else ""
         conv = path[-1] == "kernel" and module.startswith("conv")
@@ -51,28 +56,60 @@ def layouts_of(
     leaves: dict[Path, Any],
     axes: Mapping[Path, Axes],
     kind_of: Mapping[Path, str],
+    kinds: Mapping[str, str] | None,
 ) -> dict[Path, Weight | Naming]:
-    """How each leaf is stored: a weight, or a vector, of which its naming says all."""
+    """How leaves that are saved whole are stored.
+
+    That is a weight, or a vector, of which its naming says all.
+
+    Raises:
+      ValueError: If PyTorch's own layout of a leaf is not known.
+    """
+    refuse = lambda path, why: ValueError(
+        f"{path_name(path)!r} would be saved whole, and {why}. Leave it out of also: "
+        "it can have an adapter, or stay as it was."
+    )
+    first = all(dims.batch == tuple(range(len(dims.batch))) for dims in axes.values())
     layouts: dict[Path, Weight | Naming] = {}
     for path, naming in namings.items():
         vector = len(unbox(leaves[path]).shape) - naming.stacked < 2
         if vector or not is_adaptable(path, leaves[path]):
+            if naming.stacked and not first:
+                raise refuse(path, "which of its dimensions is the stack is not known")
+            if path[-1] in ("mean", "var"):
+                raise refuse(path, "PyTorch has more of such statistics than Flax")
             layouts[path] = naming
-        else:
-            layouts[path] = weight_of(
-                path, leaves, naming, axes.get(path), kind_of[path]
+            continue
+        module = str(path[-2]).lower() if len(path) > 1 else ""
+        told = any(matches(pattern, path) for pattern in kinds or ())
+        layout = weight_of(path, leaves, naming, axes.get(path), kind_of[path])
+        if module.startswith("convtranspose"):
+            raise refuse(path, "PyTorch turns the windows of such layers around")
+        if any(name.split(".")[-1] in CONV1D for name in layout.slots):
+            raise refuse(path, "PyTorch's layer of that name may store (in, out)")
+        if path[-1] not in ("kernel", "embedding") and not told:
+            raise ValueError(
+                f"{path_name(path)!r} would be saved whole, and its name does not say "
+                f"what it is. Write kinds={{{path_name(path)!r}: ...}}, one of "
+                f"{', '.join(KINDS[:3])}."
             )
+        layouts[path] = layout
     return layouts
 
 
-def check_square(weights: Mapping[Path, Weight], told: Iterable[Path]) -> None:
-    """GPT-2's kernels are (in, out) in PyTorch and (out, in) in transformers' Flax."""
+def check_square(
+    weights: Mapping[Path, Weight], told: Iterable[Path], fan_in_fan_out: bool
+) -> None:
+    """A square kernel of GPT-2 does not say by itself which dimension is the input."""
     for path, weight in weights.items():
         n_in, n_out = (math.prod(weight.sizes(dims)) for dims in weight.axes[1:])
-        if n_in == n_out and path not in told and path[-1] != "embedding":
+        like = any(name.split(".")[-1] in CONV1D for name in weight.slots)
+        if n_in != n_out or path in told or not (fan_in_fan_out or like):
+            continue
+        if path[-1] != "embedding":
             raise ValueError(
-                f"{path_name(path)!r}, of shape {weight.shape}, is square, and with "
-                "fan_in_fan_out its name does not say which dimension is the input. "
+                f"{path_name(path)!r}, of shape {weight.shape}, is square, and in a "
+                "model like GPT-2 its name does not say which dimension is the input. "
                 "Write axes=find_axes(fn, params, *args)."
             )
 
@@ -97,10 +134,12 @@ def stems_of(orders: Mapping[str, int | None]) -> dict[str, str]:
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
     stems = {}
     for module, names in by_module.items():
-        if len(names) > 1 and None in map(orders.get, names):
+        places = {orders[name] for name in names}
+        if len(names) > 1 and (None in places or len(places) < len(names)):
             raise ValueError(
                 f"{names} are parameters of one module: their order matters. Write "
-                "names as a mapping, in the order in which the module defines them."
+                "names as a mapping with a pattern for each, in the order in which the "
+                "module defines them."
             )
         names.sort(key=lambda name: orders[name] or 0, reverse=True)
         for depth, name in enumerate(names):

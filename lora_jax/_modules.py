@@ -83,6 +83,11 @@ def weight_of(
             "stacked dimension that its one name does not count."
         )
     n_out = math.prod(w.shape[d] for d in axes.outputs)
+    if kind == "embedding" and not axes.standard:
+        raise ValueError(
+            f"{name!r} is named as a table, whose rows are looked up, and is used as a "
+            f"matrix, by {axes}. Write kinds={{{name!r}: 'linear'}}."
+        )
     tied = kind == "embedding" and parts == 2 and naming.sizes is None
     widths = naming.sizes or (n_out // parts,) * parts
     if kind == "embedding" and parts > 1 and not tied:
@@ -155,7 +160,9 @@ def modules_of(
             continue
         x, y = x[..., live], y[..., live, :]
         if fold or np.ptp(s):  # experts have one scale on the other side
-            y, s = y * s[..., None, None].astype(y.dtype), np.ones_like(s)
+            wide = np.result_type(y.dtype, np.float32)
+            y = y.astype(wide) * s[..., None, None].astype(wide)
+            s = np.ones_like(s)
         if slot.kind == "head":
             x, y = y.T, x.T
         elif slot.kind == "conv":

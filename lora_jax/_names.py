@@ -83,7 +83,7 @@ def transformers_names(params: Any) -> dict[str, Name]:
         has_head = table[:4] != "bert" or "cls/predictions/bias" in paths
         if f"{table}/embedding" in paths and has_head and own not in paths:
             names[f"{table}/embedding"] = (table.replace("/", "."), head)
-    for leaf in ("kernel", "embedding", "bias", "scale"):
+    for leaf in ("kernel", "embedding", "bias", "scale", "weight"):
         if any(path.endswith(f"/{leaf}") for path in paths):
             names[f"*/{leaf}"] = "{}"
     return names
@@ -135,8 +135,9 @@ def naming_of(names: Names, path: Path) -> Naming | None:
     counted = {_counted(template, where) for template in templates}
     if len(counted) > 1:
         raise ValueError(f"{where} counts layers or experts in some of its parts only.")
-    # A captured path becomes a dotted name; layers and experts are filled in later.
-    found = [text.replace("/", ".") for text in found]
+    # A captured path becomes a dotted name; layers and experts are filled in later, by
+    # a second format, which takes its braces for ours.
+    found = [re.sub(r"([{}])", r"\1\1", text.replace("/", ".")) for text in found]
     kept = {stack: f"{{{stack}}}" for stack in STACKS}
     try:
         templates = tuple(template.format(*found, **kept) for template in templates)
@@ -151,6 +152,12 @@ def numbered(
     naming: Naming, sizes: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
     """For each layer and expert that the names count, its index and its names."""
+    if len(sizes) < naming.stacked:
+        raise ValueError(
+            f"The name {naming.templates[0]!r} counts {naming.stacked} stacked "
+            f"dimensions, and a leaf of that name has {len(sizes)}. Take {{layer}} or "
+            "{expert} out of it."
+        )
     stacks = [s for s in STACKS if f"{{{s}}}" in naming.templates[0]]
     for index in itertools.product(*map(range, sizes)):
         counts = dict(zip(stacks, index, strict=True))
@@ -185,9 +192,15 @@ def _inner(path: Path) -> str:
 def _counted(template: str, where: str) -> tuple[str, ...]:
     """Which of layers and experts a template counts."""
     try:
-        fields = [field for _, field, *_ in string.Formatter().parse(template)]
+        parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{where} is no template: {error}.") from None
+    if any("{" in text or "}" in text or spec or how for text, _, spec, how in parsed):
+        raise ValueError(
+            f"{where} is no template: braces stand around {{}}, a number, "
+            "{layer} or {expert} alone."
+        )
+    fields = [field for _, field, *_ in parsed]
     for field in fields:
         if field and not field.isdecimal() and field not in STACKS:
             raise ValueError(

@@ -258,6 +258,11 @@ def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Ax
                 "one of them an input and one an output; found (batch, inputs, "
                 f"outputs) = {tuple(groups)}."
             )
+        if any(list(group) != sorted(group) for group in groups):
+            raise ValueError(
+                f"axes of {name!r} must name each group of dimensions in their order; "
+                f"found (batch, inputs, outputs) = {tuple(groups)}."
+            )
         checked[name] = Axes(*groups)
     return checked
 

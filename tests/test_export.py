@@ -219,7 +219,11 @@ def test_a_rank_that_vllm_does_not_take(tmp_path):
         ({}, {"modules": ["model.tokens", "lm_head"]}, "which is not in modules"),
         ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
         ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
-        ({}, {"also": "head"}, "would have an adapter and be saved whole"),
+        (
+            {},
+            {"also": "head"},
+            "saved whole, and PEFT then ignores the adapter of 'score'",
+        ),
         ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
         ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes says"),
         ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
@@ -256,15 +260,108 @@ def test_other_bad_input(tmp_path):
         targets="*",
         axes={n: lj.Axes((0,), (1,), (2,)) for n in ("up", "down")},
     )
-    with pytest.raises(ValueError, match="their order matters"):
-        lj.export_peft(tmp_path, two, lambda path: f"m.{path}", kinds={"*": "experts"})
+    for names in (lambda path: f"m.{path}", {"*": "m.{}"}):
+        with pytest.raises(ValueError, match="their order matters"):
+            lj.export_peft(tmp_path, two, names, kinds={"*": "experts"})
     assert not list(tmp_path.iterdir())
+
+
+one = lambda *shape: {"kernel": jnp.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    "also, path, leaf, name, match",
+    [
+        ("head", "up", one(4, 3), "m.my_head", "ignores the adapter of 'm.my_head'"),
+        ("head", "up", one(4, 3), "head.up", "ignores the adapter of 'head.up'"),
+        ("head", "bottom", one(4, 3), "head.up", "'bottom/kernel' is in one that also"),
+        ("up", "up", one(4, 3), "h.0.c_fc", "layer of that name may store .in, out"),
+        ("up", "up", {"w": jnp.ones((4, 3))}, "up", "does not say what it is.*kinds="),
+        ("up", "up", {"scale": jnp.ones(())}, "up.{layer}", "counts 1 stacked dim"),
+        ("norm", "norm", {"mean": jnp.ones(3)}, "norm", "more of such statistics"),
+        ("Conv*", "ConvTranspose_0", one(3, 4, 3), "c", "turns the windows"),
+    ],
+)
+def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
+    """Each would load without a word, and lose an adapter or a leaf."""
+    base = {"a": one(4, 4), "head": {"scale": jnp.ones(4)}, path: leaf}
+    names = {"a": "m.a", path: name, "head": "head"}
+    targets = ["a", "up"] if "ignores" in match else "a"
+    params = lj.lorafy(base, 1, targets=targets)
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(tmp_path / "out", params, names, also=also)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_a_task(tmp_path):
+    base = {"a": one(4, 4), "classifier": {**one(4, 2), "fn": print, "none": None}}
+    names = {"*/kernel": "m.{}"}
+    options = {"task_type": "SEQ_CLS", "also": "classifier/kernel"}
+    with pytest.raises(ValueError, match="called classifier or score: train it"):
+        plain = lj.lorafy(base, 1, targets="a")
+        lj.export_peft(tmp_path, plain, names, task_type="SEQ_CLS")
+    lj.export_peft(tmp_path, lj.lorafy(base, 1, targets="a"), names, **options)
+    config, _ = read(tmp_path)
+    assert config["modules_to_save"] == ["m.classifier"]
+    base["score"] = one(4, 2)
+    with pytest.raises(ValueError, match=r"saves 'm.score' whole, and it has an adapt"):
+        params = lj.lorafy(base, 1, targets=["a", "score"])
+        lj.export_peft(tmp_path, params, names, **options)
+
+
+def test_stacks_saved_whole_are_the_first_dimensions(tmp_path):
+    base = {"a": {"kernel": jnp.ones((4, 2, 3)), "b": jnp.ones((3, 2))}}
+    axes = {"a/kernel": lj.Axes((1,), (0,), (2,))}
+    params = lj.lorafy(base, 1, axes=axes)
+    names = {"a/kernel": "m.{layer}.a", "a/b": "m.{layer}.b"}
+    with pytest.raises(ValueError, match="which of its dimensions is the stack"):
+        lj.export_peft(tmp_path / "out", params, names, also="a/b")
+
+
+def test_square_kernels_of_gpt2_need_axes(tmp_path):
+    params = lj.lorafy({"attn": {"out": one(4, 4)}}, 1)
+    with pytest.raises(ValueError, match=r"is square.*axes=find_axes\(fn"):
+        lj.export_peft(tmp_path / "out", params, {"attn/out": "h.0.attn.c_proj"})
+    axes = {"attn/out/kernel": lj.Axes((), (0,), (1,))}
+    names = {"attn/out": "h.0.attn.c_proj"}
+    lj.export_peft(tmp_path / "out", params, names, axes=axes)
+    assert read(tmp_path / "out")[0]["target_modules"] == ["h.0.attn.c_proj"]
+
+
+def test_a_table_used_as_a_matrix(tmp_path):
+    axes = {"head/embedding": lj.Axes((), (1,), (0,))}
+    base = {"head": {"embedding": jnp.ones((5, 3))}}
+    params = lj.lorafy(base, 1, targets="*", axes=axes)
+    with pytest.raises(ValueError, match=r"kinds={'head/embedding': 'linear'}"):
+        lj.export_peft(tmp_path, params, {"head": "lm_head"})
+    lj.export_peft(tmp_path, params, {"head": "lm_head"}, kinds={"head": "linear"})
+    assert update(tmp_path, "lm_head").shape == (5, 3)
+
+
+def test_scales_are_folded_in_float32(tmp_path, close):
+    """Narrow leaves keep their dtype, and lose no bits to the scale before that."""
+    params = lj.lorafy({"a": one(8, 8)}, 8, alpha=0.7, dtype=jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(0), (8, 8), jnp.bfloat16)
+    params["a"]["lora_b"] = b
+    lj.export_peft(tmp_path, params, {"a": "a"}, portable=True, base_model=tmp_path)
+    config, tensors = read(tmp_path)
+    stored = tensors["base_model.model.a.lora_B.weight"]
+    assert stored.dtype == jnp.bfloat16
+    scale = np.asarray(params["a"]["lora_scale"])
+    want = (np.asarray(b, np.float32) * scale).astype(stored.dtype)
+    np.testing.assert_array_equal(stored, want.T)
+    assert config["base_model_name_or_path"] == str(tmp_path)
 
 
 def test_modules_may_be_those_of_tensors(tmp_path):
     params = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 1)
     lj.export_peft(tmp_path, params, {"a": "m.a"}, modules=["m.a.weight", "m.b.bias"])
     assert read(tmp_path)[0]["target_modules"] == ["m.a"]
+    axes = {"up": lj.Axes((0,), (1,), (2,))}
+    params = lj.lorafy({"up": jnp.ones((2, 3, 4))}, 1, targets="*", axes=axes)
+    options = {"kinds": {"up": "experts"}, "modules": ["m.experts"]}
+    lj.export_peft(tmp_path, params, {"up": "m.experts.up"}, **options)
+    assert read(tmp_path)[0]["target_parameters"] == ["m.experts.up"]
 
 
 def test_sharded_and_boxed(tmp_path, randomized):

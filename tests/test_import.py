@@ -178,6 +178,46 @@ def test_the_table_itself_may_be_there(tmp_path):
         lj.import_peft(tmp_path, shapes, NAMES)
 
 
+def test_tables_that_nobody_trained(tmp_path):
+    """PEFT saves all tables of a model whose vocabulary it takes to have grown."""
+    table = np.asarray(base()["tokens"]["embedding"])
+    drop = [f"m.tokens.lora_embedding_{n}" for n in "AB"]
+    config = {"target_modules": ["q", "0.o"]}
+    peft_folder(tmp_path, config, {"m.tokens.weight": table}, drop)
+    params = lj.import_peft(tmp_path, base(), NAMES)
+    assert params["tokens"].keys() == {"embedding"}
+    peft_folder(tmp_path, config, {"m.tokens.weight": table + 1}, drop)
+    with pytest.raises(ValueError, match="is of no module that the"):
+        lj.import_peft(tmp_path, base(), NAMES)
+
+
+def test_entries_that_others_rule_out(tmp_path):
+    """PEFT's config may name heads that the model lacks, and what it excludes."""
+    config = {
+        "target_modules": ["q", "0.o", "1.o", "tokens"],
+        "exclude_modules": ["1.o"],
+        "modules_to_save": ["classifier", "score"],
+    }
+    peft_folder(tmp_path, config)
+    params = lj.import_peft(tmp_path, base(), NAMES)
+    assert params["blocks"]["o"]["lora_scale"].shape == (LAYERS,)
+
+
+def test_a_stack_saved_in_part(tmp_path):
+    whole = {"m.0.o.weight": ones(4, 6), "m.0.o.bias": ones(4)}
+    drop = [f"m.0.o.lora_{n}.weight" for n in "AB"]
+    config = {"target_modules": ["q", "tokens"], "modules_to_save": ["score", "0.o"]}
+    peft_folder(tmp_path, config, whole, drop)
+    with pytest.raises(ValueError, match=r"is a stack, of which it has 'm.0.o'"):
+        lj.import_peft(tmp_path, base(), NAMES)
+
+
+def test_a_cast_out_of_range(tmp_path):
+    peft_folder(tmp_path, tensors={"m.0.q.lora_A.weight": 1e6 * ones(2, 4)})
+    with pytest.raises(ValueError, match=r"'m.0.q' in float16.*not finite"):
+        lj.import_peft(tmp_path, base(), NAMES, dtype=jnp.float16)
+
+
 def test_other_bad_input(tmp_path):
     peft_folder(tmp_path)
     params = lj.import_peft(tmp_path, base(), NAMES)
@@ -185,6 +225,8 @@ def test_other_bad_input(tmp_path):
         ValueError, match=r"import_peft\(folder, strip\(params\), names"
     ):
         lj.import_peft(tmp_path, params, NAMES)
+    with pytest.raises(ValueError, match="dtype is floating, found"):
+        lj.import_peft(tmp_path, base(), NAMES, dtype=jnp.int8)
     wide = base()
     wide["tokens"]["embedding"] = jnp.ones((7, 5))
     with pytest.raises(ValueError, match=r"'m.tokens.lora_embedding_B' must be .*5, 2"):
