@@ -65,6 +65,7 @@ def options(files, folder, **changes):
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
+@pytest.mark.slow
 def test_both_methods_end_to_end(files, tmp_path, capsys):
     finetune.main(options(files, tmp_path / "new" / "folder"))
     output = tmp_path / "new" / "folder"
@@ -98,6 +99,7 @@ def test_both_methods_end_to_end(files, tmp_path, capsys):
     assert re.match(r"step 12/12: lora loss \d\.\d+, .* steps/s; full loss", lines[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_one_method_alone(files, tmp_path, capsys, method):
     finetune.main(options(files, tmp_path, method=method, steps=2, targets="query"))

@@ -730,6 +730,7 @@ ELSEWHERE = {"convert_element_type", "reshard", "pvary", "unstack"}
 ELSEWHERE |= {"stack", "closed_call", "eval_jaxpr"}
 
 
+@pytest.mark.slow
 def test_programs_cover_every_construct_and_rule(monkeypatch):
     drawn, met = set(), set()
 

@@ -140,6 +140,7 @@ def run(folder, *given):
     return json.loads((folder / "memory.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(tmp_path, capsys):
     given = "--model=tiny-llama", "--layers=1", "--sequence=8", "--rank=1"
     given += ("--dtype=float32",)
@@ -184,6 +185,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     assert shown.err == ""  # no progress where there is no terminal
 
 
+@pytest.mark.slow
 def test_images_layer_by_layer(tmp_path, capsys):
     given = "--model=tiny-vit", "--no-remat", "--no-scan", "--layers=1"
     results = run(tmp_path, *given, "--batch=2", "--dtype=float32")

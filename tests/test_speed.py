@@ -29,6 +29,7 @@ def no_peers(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
+@pytest.mark.slow
 def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_peers):
     monkeypatch.setitem(speed.JOBS, "transformer", TINY)
     monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
@@ -56,6 +57,7 @@ def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_p
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_floor_grows_with_the_rank():
     """6 m r (k + n) FLOPs for a step's thin products, 2 of them forward."""
     m, r = TINY.batch * TINY.length, TINY.rank
@@ -133,6 +135,7 @@ def test_peft_trains_the_same_numbers():
         contender.run()
 
 
+@pytest.mark.slow
 def test_adapters_that_are_timed_change_the_output():
     task, params = speed.task(TINY), speed.adapted(TINY)
     got = lj.lora(task.apply)(params, *task.inputs)

@@ -43,6 +43,7 @@ def given(tiny_smollm2, tmp_path, monkeypatch):
     return options
 
 
+@pytest.mark.slow
 def test_the_job_end_to_end(given, tmp_path, capsys, tiny_smollm2):
     to_peft.main(given("--no-check"))
     output = tmp_path / "new" / "output"

@@ -2,9 +2,11 @@
 
 import re
 
+import pytest
 import tracing
 
 
+@pytest.mark.slow
 def test_table(third_party):
     steps = tracing.contenders(tracing.Decoder(1, scanned=True))
     table = tracing.compare(steps, 1)

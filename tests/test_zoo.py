@@ -231,6 +231,9 @@ ZOO = {
     ),
     "routed experts": lambda: mixture(routed_mixture),
 }
+# Large models take the longest to trace: by default, one of them.
+LARGE = [name for name in ZOO if "For" in name and not name.startswith("GPT2")]
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in ZOO]
 
 
 def adapted(model, **options):
@@ -245,7 +248,7 @@ def filled(shapes, seed):
     return jax.tree.map(draw, shapes)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_merged_model(name, third_party, close):
     """Values and gradients, of a function that is traced once."""
     chex.clear_trace_counter()
@@ -271,7 +274,7 @@ def test_equals_the_merged_model(name, third_party, close):
         close(*both(filled(params, seed), model.inputs), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", NAMES)
 def test_keeps_every_weight_factored(name, third_party):
     model = ZOO[name]()
     rows = lj.explain(model.apply, adapted(model), *model.inputs).rows
