@@ -1,0 +1,82 @@
+"""Every notebook runs as a reader runs it, and is stored as such a run left it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# "STEPS = 200  # 4 in the tests": what a line of the first cells says, the tests do.
+SHORTER = re.compile(r"^(\w+ = ).+  # (.+) in the tests$", re.MULTILINE)
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code(book):
+    return [cell for cell in book.cells if cell.cell_type == "code"]
+
+
+def outputs(book):
+    return [(cell, output) for cell in code(book) for output in cell.outputs]
+
+
+def text(output):
+    """What an output says, but for its pictures."""
+    return output.get("text", "") + output.get("data", {}).get("text/plain", "")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of what runs the kernel, in this process
+@each
+def test_runs(path, monkeypatch):
+    # A kernel starts with this environment. Here much compiles and little is computed;
+    # there it is the other way around.
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    book = nbformat.read(path, as_version=4)
+    for cell in code(book):
+        cell.source = SHORTER.sub(r"\1\2", cell.source)
+        if "install" in cell.metadata.get("tags", []):
+            cell.source = ""
+    options = {"timeout": 300, "kernel_name": "python3"}
+    place = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(book, resources=place, **options).execute()
+    warned = [text(output) for _, output in outputs(book) if "Warning" in text(output)]
+    assert not warned
+
+
+@each
+def test_is_stored_as_a_run_left_it(path):
+    assert path.stat().st_size < 150_000
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert all(output.output_type != "error" for _, output in outputs(book))
+    said = "".join(text(output) for _, output in outputs(book))
+    assert not re.search(r"Warning|(?<![\w.])/(home|root|tmp|work)/", said)
+    # All cells ran, once, from the first to the last.
+    counts = [cell.execution_count for cell in code(book)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each
+def test_begins_with_a_badge_and_an_install(path):
+    title, install, *rest = nbformat.read(path, as_version=4).cells
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    home = project["urls"]["Repository"]
+    colab = home.replace("github.com", "colab.research.google.com/github")
+    assert title.source.startswith("# ")
+    assert f"]({colab}/blob/main/notebooks/{path.name})" in title.source
+    assert install.metadata.tags == ["install"]
+    assert f"git clone -q --depth 1 {home}" in install.source
+    assert not any("install" in cell.metadata.get("tags", []) for cell in rest)
+
+
+def test_each_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [f"notebooks/{path.name}" for path in NOTEBOOKS] == list(
+        dict.fromkeys(re.findall(r"notebooks/\w+\.ipynb", readme))
+    )
