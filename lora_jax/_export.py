@@ -19,7 +19,7 @@ from lora_jax._factors import (
 from lora_jax._folder import DTYPES, as_dtype, free_folder, write_folder
 from lora_jax._layouts import (
     PREFIX,
-    check_square,
+    check_inputs,
     given_axes,
     kinds_of,
     layouts_of,
@@ -153,7 +153,7 @@ def export_peft(
     }
     stems_of(orders)  # raises if the parameters of one module are in no order
     aligned = {p for p in weights if len(shapes[p][0]) == len(weights[p].shape) + 1}
-    check_square(weights, {*given, *aligned}, fan_in_fan_out)
+    check_inputs(weights, {*given, *aligned}, leaves, fan_in_fan_out)
     if portable:
         _check_portable(weights, whole, dtype, adapters, leaves)
 

@@ -22,7 +22,7 @@ from lora_jax._layouts import (
     LINEAR,
     PREFIX,
     TABLE,
-    check_square,
+    check_inputs,
     given_axes,
     kinds_of,
     layouts_of,
@@ -130,7 +130,7 @@ def import_peft(
         for path in leaves
         if path in used
     }
-    check_square(weights, given, bool(config.get("fan_in_fan_out")))
+    check_inputs(weights, given, leaves, bool(config.get("fan_in_fan_out")))
     modules = {
         name: _module(source, config, name, weights[known[name]], parts)
         for name, parts in factors.items()

@@ -5,9 +5,11 @@ A jaxpr is a list of equations over typed variables. What differs between releas
 closed) is settled here, through `jax.extend.core` alone.
 """
 
+import linecache
 import math
 import os
 import sysconfig
+import textwrap
 from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -188,11 +190,20 @@ def place(eqn: Any, within: str | None = None) -> str:
     own = [frame for frame in inside if not _in_library(frame.file_name)]
     flaxs = [frame for frame in inside if frame.file_name.startswith(_LIBRARIES[1:])]
     for frame in (*own, *flaxs):
-        path = os.path.relpath(frame.file_name)
-        if path.startswith(os.pardir):
-            path = os.path.basename(path)
-        return f"{path}:{frame.line_num}"
+        return _spot(frame.file_name, frame.line_num)
     return ""
+
+
+def _spot(file: str, line: int) -> str:
+    # The file of a notebook's cell has a number for a name: its text tells which it is.
+    folder = os.path.basename(os.path.dirname(file))
+    if folder.startswith("ipykernel_") or file.startswith("<ipython-input-"):
+        text = textwrap.shorten(linecache.getline(file, line), 50)
+        return f"line {line} of a cell, {text}"
+    path = os.path.relpath(file)
+    if path.startswith(os.pardir):
+        path = os.path.basename(path)
+    return f"{path}:{line}"
 
 
 def _in_library(file: str) -> bool:

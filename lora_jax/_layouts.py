@@ -11,7 +11,7 @@ from lora_jax._factors import Axes
 from lora_jax._modules import Weight, weight_of
 from lora_jax._names import Naming
 from lora_jax._targets import check_axes, is_adaptable, match_each, matches
-from lora_jax._tree import Path, path_name, unbox
+from lora_jax._tree import Path, is_array, path_name, unbox
 
 KINDS = ("linear", "conv", "embedding", "experts")
 PREFIX = "base_model.model."
@@ -97,20 +97,32 @@ def layouts_of(
     return layouts
 
 
-def check_square(
-    weights: Mapping[Path, Weight], told: Iterable[Path], fan_in_fan_out: bool
+def check_inputs(
+    weights: Mapping[Path, Weight],
+    told: Iterable[Path],
+    leaves: Mapping[Path, Any],
+    fan_in_fan_out: bool,
 ) -> None:
-    """A square kernel of GPT-2 does not say by itself which dimension is the input."""
+    """A kernel of GPT-2 does not say by itself which dimension is the input.
+
+    A bias beside it does, with a number for each output, unless the kernel is square.
+    """
     for path, weight in weights.items():
-        n_in, n_out = (math.prod(weight.sizes(dims)) for dims in weight.axes[1:])
-        like = any(name.split(".")[-1] in CONV1D for name in weight.slots)
-        if n_in != n_out or path in told or not (fan_in_fan_out or like):
+        if path in told or path[-1] == "embedding":
             continue
-        if path[-1] != "embedding":
+        n, n_in, n_out = (math.prod(weight.sizes(dims)) for dims in weight.axes)
+        like = any(name.split(".")[-1] in CONV1D for name in weight.slots)
+        bias = unbox(leaves.get((*path[:-1], "bias")))
+        size = math.prod(bias.shape) if is_array(bias) else 0
+        why = ""
+        if n_in == n_out and (fan_in_fan_out or like):
+            why = "is square, and a name like GPT-2's says nothing: which"
+        elif n_in != n_out and size == n * n_in:
+            why = f"has {n_out} outputs by its name, and its bias has {n_in}: which"
+        if why:
             raise ValueError(
-                f"{path_name(path)!r}, of shape {weight.shape}, is square, and in a "
-                "model like GPT-2 its name does not say which dimension is the input. "
-                "Write axes=find_axes(fn, params, *args)."
+                f"{path_name(path)!r}, of shape {weight.shape}, {why} dimension is the "
+                "input must be told. Write axes=find_axes(fn, params, *args)."
             )
 
 

@@ -198,18 +198,12 @@ def factors_of(weight: Weight, modules: Mapping[str, Module]) -> Adapter:
         a[(*index, ..., own)] = module.a
         b[(*index, ..., own, slice(None))] = module.b
         scale[index] = module.scale
-    dims = leaf_dims(weight)
+    dims = factor_dims(weight.axes, weight.shape, aligned=not weight.axes.standard)
     orders = _orders(weight.axes)
     values = zip((a, b, scale), orders, dims, strict=True)
     return Adapter(
         *(_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
     )
-
-
-def leaf_dims(weight: Weight) -> Adapter:
-    """The weight's dimension that each dimension of a new adapter's leaves is."""
-    aligned = not weight.axes.standard
-    return factor_dims(weight.axes, weight.shape, aligned=aligned)
 
 
 def shapes_of(weight: Weight, name: str, r: int) -> tuple[tuple[int, ...], ...]:

@@ -328,6 +328,19 @@ def test_square_kernels_of_gpt2_need_axes(tmp_path):
     assert read(tmp_path / "out")[0]["target_modules"] == ["h.0.attn.c_proj"]
 
 
+def test_a_bias_tells_a_kernel_that_is_stored_the_other_way(tmp_path):
+    """As Flax GPT-2 does: its kernels are (outputs, inputs)."""
+    base = {"c_fc": {"kernel": jnp.ones((2, 6, 4)), "bias": jnp.ones((2, 6))}}
+    axes = {"c_fc/kernel": lj.Axes((0,), (1,), (2,))}
+    params = lj.lorafy(base, 1, axes=axes)
+    with pytest.raises(ValueError, match="4 outputs by its name, and its bias has 6"):
+        lj.export_peft(tmp_path / "out", params, {"c_fc": "h.{layer}.mlp.c_fc"})
+    axes = {"c_fc/kernel": lj.Axes((0,), (2,), (1,))}
+    names = {"c_fc": "h.{layer}.mlp.c_fc"}
+    lj.export_peft(tmp_path / "out", params, names, axes=axes)
+    assert update(tmp_path / "out", "h.1.mlp.c_fc").shape == (6, 4)
+
+
 def test_a_table_used_as_a_matrix(tmp_path):
     axes = {"head/embedding": lj.Axes((), (1,), (0,))}
     base = {"head": {"embedding": jnp.ones((5, 3))}}

@@ -1,5 +1,6 @@
 """What is read from jaxprs, on whichever JAX is installed."""
 
+import linecache
 import weakref
 
 import jax
@@ -170,6 +171,15 @@ def test_flops_by_hand():
     assert count(conv, image, kernel) == 2 * (8 * 8 * 6) * (3 * 3 * 2)
     experts = np.ones((2, 4, 6), np.float32)
     assert count(lax.ragged_dot, x, experts, np.array([1, 2])) == product
+
+
+def test_a_place_in_a_notebook_is_the_text_of_the_line():
+    file, text = "/tmp/ipykernel_7/3141592653.py", "def f(x):\n    return jnp.sort(x)\n"
+    linecache.cache[file] = len(text), None, text.splitlines(True), file
+    cell = {"jnp": jnp}
+    exec(compile(text, file, "exec"), cell)
+    (eqn,) = jax.make_jaxpr(cell["f"])(jnp.ones(3)).eqns
+    assert place(eqn) == "line 2 of a cell, return jnp.sort(x)"
 
 
 def test_place_is_a_line_of_the_user():
