@@ -244,12 +244,18 @@ def start(
 
 
 def fit(
-    methods: Mapping[str, Method], data: Batch, args: argparse.Namespace
+    methods: Mapping[str, Method],
+    data: Batch,
+    args: argparse.Namespace,
+    show: Callable[[Mapping[str, Fitted]], None] | None = None,
 ) -> dict[str, Fitted]:
-    """Trains the methods side by side, step by step, so that noise hits them alike."""
+    """Trains the methods side by side, step by step, so that noise hits them alike.
+
+    After each step `show` is given what there is so far; None shows the progress.
+    """
     fitted = {name: Fitted(method.state[0], [], []) for name, method in methods.items()}
     states = {name: method.state for name, method in methods.items()}
-    show = progress(list(methods), args.steps)
+    show = show or progress(list(methods), args.steps)
     for batch in batches(data, args):
         for name, method in methods.items():
             began = time.perf_counter()
