@@ -74,13 +74,16 @@ def main(argv: list[str] | None = None) -> None:
     (args.output / "memory.json").write_text(text, encoding="utf-8")
     figure(args.output / "memory.png", results)
     print(f"{heading(results)}\n\n{table(results)}\n\n{words(results)}")
-    count = sum(x["compilations"] for x in results["methods"].values())
+    count = sum(len(x["peaks"]) for x in results["methods"].values())
     seconds = time.perf_counter() - began
     print(f"{count} compilations, {seconds:.0f} s; the files are in {args.output}")
 
 
 def compare(job: Job) -> dict[str, dict[str, Any]]:
-    """Returns what each method takes, and the largest batch that fits if asked for."""
+    """Returns what each method takes, and the largest batch that fits if asked for.
+
+    Of every batch that was compiled for that, `peaks` has the peak.
+    """
     found = {}
     with tqdm(unit=" compiled", disable=None) as bar:
         for name in job.args.methods:
@@ -101,8 +104,10 @@ def compare(job: Job) -> dict[str, dict[str, Any]]:
             most = {}
             if job.args.fits:
                 limit, chips = job.args.fits, job.mesh.size
-                most = {"largest_batch": largest(peak, limit, chips)}
-            found[name] = seen[job.args.batch] | most | {"compilations": len(seen)}
+                first = job.args.batch // chips
+                most = {"largest_batch": largest(peak, limit, chips, first)}
+            peaks = {n: seen[n]["peak"] for n in sorted(seen)}
+            found[name] = seen[job.args.batch] | most | {"peaks": peaks}
     return found
 
 
@@ -354,15 +359,19 @@ def refusal(text: str) -> dict[str, int | None]:
     return {"peak": peak, "limit": limit, "refused": True}
 
 
-def largest(peak: Callable[[int], float], limit: float, chips: int) -> int:
+def largest(
+    peak: Callable[[int], float], limit: float, chips: int, first: int = 1
+) -> int:
     """Returns the largest batch, over all chips, whose peak is within the limit.
+
+    The search starts at `first`, a batch for each chip.
 
     Memory is close to a straight line over the batch: looked at next is where the line
     through two batches meets the limit. The answer, unless it is 0, and the next larger
     batch are always among those looked at.
     """
     seen: dict[int, float] = {}  # a batch for each chip: its peak
-    fits, above, n = 0, None, 1
+    fits, above, n = 0, None, first
     while True:
         seen[n] = peak(n * chips)
         if seen[n] <= limit:

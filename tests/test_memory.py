@@ -115,10 +115,12 @@ def test_rotation_knows_distances_alone():
     ],
 )
 @pytest.mark.parametrize("chips", [1, 4])
-def test_the_largest_batch_fits_and_the_next_does_not(peak, chips):
+@pytest.mark.parametrize("first", [1, 7, 60])
+def test_the_largest_batch_fits_and_the_next_does_not(peak, chips, first):
     seen = []
     over_all = lambda n: seen.append(n) or peak(n // chips)
-    found = memory.largest(over_all, 1000, chips)
+    found = memory.largest(over_all, 1000, chips, first)
+    assert seen[0] == first * chips
     assert found % chips == 0
     assert not found or peak(found // chips) <= 1000
     assert peak(found // chips + 1) > 1000
@@ -166,6 +168,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     most = found["lora"]["largest_batch"]
     assert most > 1
     assert found["full"]["largest_batch"] == 0
+    assert str(most) in found["lora"]["peaks"]
+    assert found["full"]["peaks"] == {"1": found["full"]["peak"]}
     for n in (most, most + 1):
         stats = memory.lower(job, "lora", n)[0].compile().memory_analysis()
         size = stats.argument_size_in_bytes + stats.temp_size_in_bytes
