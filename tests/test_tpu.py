@@ -10,6 +10,7 @@ import memory
 import pytest
 import training
 from architectures import ARCHITECTURES, Architecture
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install -e '.[tpu]'")
@@ -25,6 +26,19 @@ KERNELS = [  # input, output; the longer is sharded, of two equal ones the first
     ("mlp/down", MLP, WIDTH, 0),
 ]
 TABLE = "bf16", (VOCAB, WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    """Without JAX's cache, which cannot read what was compiled for an absent chip."""
+
+    def enable(yes):
+        jax.config.update("jax_enable_compilation_cache", yes)
+        compilation_cache.reset_cache()
+
+    enable(False)
+    yield
+    enable(True)
 
 
 @pytest.fixture
