@@ -56,6 +56,7 @@ def compiled(monkeypatch):
     return compile_for
 
 
+@pytest.mark.slow
 def test_one_chip(compiled):
     step, (state, frozen, batch) = compiled("tpu-v5e", "--no-scan", "--no-remat")
     stats = step.memory_analysis()
@@ -70,6 +71,7 @@ def test_one_chip(compiled):
     assert 2 * forward < step.cost_analysis()["flops"] < 2.4 * forward
 
 
+@pytest.mark.slow
 def test_sharded_over_four_chips(compiled):
     step, (state, frozen, batch) = compiled("tpu-v5e:2x2")
     # A is split where W's inputs are, B where its outputs are; rank and layers are not.
