@@ -265,7 +265,11 @@ def fit(
             fitted[name].seconds.append(time.perf_counter() - began)
             fitted[name].losses.append(float(loss))
             if not math.isfinite(loss):
-                sys.exit(f"The loss became {loss}: write a smaller --{name}-lr.")
+                step = len(fitted[name].losses)
+                sys.exit(
+                    f"The loss of {name} became {loss} in step {step}: write a smaller "
+                    "learning rate."
+                )
         show(fitted)
     return {
         name: fit._replace(trainable=states[name][0]) for name, fit in fitted.items()
@@ -355,12 +359,12 @@ def judge_full(model: minilm.Classifier, params: dict, held: Batch) -> dict[str,
 
 def predict(apply: Callable[..., jax.Array], params: dict, held: Batch) -> np.ndarray:
     """Returns the logits of the held-out sentences, (n, 2)."""
-    run = jax.jit(lambda params, ids, mask: apply({"params": params}, ids, mask))
+    run = jax.jit(apply)
     ids, mask, _ = held
     # In full precision, so that on no device rounding alone turns a prediction.
     with jax.default_matmul_precision("highest"):
         parts = [
-            run(params, ids[i : i + 250], mask[i : i + 250])
+            run({"params": params}, ids[i : i + 250], mask[i : i + 250])
             for i in range(0, len(ids), 250)
         ]
     return np.concatenate(parts)

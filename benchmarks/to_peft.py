@@ -116,9 +116,7 @@ def options() -> argparse.ArgumentParser:
     add("--steps", type=whole(1), default=30, help="of training")
     add("--batch", type=whole(1), default=4, help="rows of a step")
     add("--length", type=whole(1), default=96, help="tokens of a row")
-    # The second name is the one that finetune.fit knows.
-    rate = dict(dest="rate", type=positive, default=2e-3)
-    add("--lr", "--lora-lr", **rate, help="peak learning rate")
+    add("--lr", type=positive, default=2e-3, help="peak learning rate")
     add("--seed", type=whole(0), default=1, help="of the data and of the adapters")
     add("--held-out", type=whole(1), default=64, help="sentences to test on")
     add("--prompt", default="the film", help="what the sample of text begins with")
@@ -250,7 +248,7 @@ def train(
         return adapted(lj.combine(adapters, base), ids)
 
     adapters, base = lj.split(params)
-    method = finetune.start(apply, adapters, base, args.rate, job.train, args)
+    method = finetune.start(apply, adapters, base, args.lr, job.train, args)
     fitted = finetune.fit({"lora": method}, job.train, args)["lora"]
     return lj.combine(fitted.trainable, base), fitted, method.memory
 

@@ -29,24 +29,44 @@ def text(output):
     return output.get("text", "") + output.get("data", {}).get("text/plain", "")
 
 
+def drawn(book):
+    """How many pictures each cell draws."""
+    return [
+        sum("image/png" in output.get("data", {}) for output in cell.outputs)
+        for cell in code(book)
+    ]
+
+
+# One is what Colab has; the notebook on sharding must be right there as well.
+RUNS = [(path, 8) for path in NOTEBOOKS]
+RUNS += [(path, 1) for path in NOTEBOOKS if path.stem == "03_colab_tpu"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of what runs the kernel, in this process
-@each
-def test_runs(path, monkeypatch):
+@pytest.mark.parametrize(("path", "devices"), RUNS, ids=lambda x: getattr(x, "stem", x))
+def test_runs(path, devices, monkeypatch):
     # A kernel starts with this environment. Here much compiles and little is computed;
     # there it is the other way around.
     monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
     book = nbformat.read(path, as_version=4)
+    stored = drawn(book)
     for cell in code(book):
-        cell.source = SHORTER.sub(r"\1\2", cell.source)
+        marks = cell.source.count(" in the tests")
+        cell.source, changed = SHORTER.subn(r"\1\2", cell.source)
+        assert changed == marks
         if "install" in cell.metadata.get("tags", []):
             cell.source = ""
     options = {"timeout": 300, "kernel_name": "python3"}
     place = {"metadata": {"path": str(path.parent)}}
     NotebookClient(book, resources=place, **options).execute()
-    warned = [text(output) for _, output in outputs(book) if "Warning" in text(output)]
-    assert not warned
+    said = "".join(text(output) for _, output in outputs(book))
+    assert "Warning" not in said, said
+    assert drawn(book) == stored
+    if path.stem == "03_colab_tpu":
+        assert f"{devices} x cpu" in said
 
 
 @each
@@ -55,6 +75,7 @@ def test_is_stored_as_a_run_left_it(path):
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
     assert all(output.output_type != "error" for _, output in outputs(book))
+    assert sum(drawn(book)) > 0
     said = "".join(text(output) for _, output in outputs(book))
     assert not re.search(r"Warning|(?<![\w.])/(home|root|tmp|work)/", said)
     # All cells ran, once, from the first to the last.
@@ -70,9 +91,20 @@ def test_begins_with_a_badge_and_an_install(path):
     colab = home.replace("github.com", "colab.research.google.com/github")
     assert title.source.startswith("# ")
     assert f"]({colab}/blob/main/notebooks/{path.name})" in title.source
+    assert f"[lora_jax]({home})" in title.source
     assert install.metadata.tags == ["install"]
     assert f"git clone -q --depth 1 {home}" in install.source
+    assert "%pip install" in install.source
     assert not any("install" in cell.metadata.get("tags", []) for cell in rest)
+
+
+@each
+def test_leads_on_and_only_to_what_there_is(path):
+    cells = nbformat.read(path, as_version=4).cells
+    said = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", said)
+    assert any(link in {other.name for other in NOTEBOOKS} for link in links)
+    assert all((path.parent / link).is_file() for link in links)
 
 
 def test_each_is_in_the_readme():
