@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax._factors import Axes, segments
+from lora_jax._adapters import Axes
+from lora_jax._factors import segments
 from lora_jax._jaxpr import (
     CALLS,
     call_jaxpr,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lora_jax._factors import find_adapters, without_adapters
+from lora_jax._adapters import find_adapters, without_adapters
 from lora_jax._jaxpr import flops, trace_call, used_inputs
 from lora_jax._lora import call
 from lora_jax._run import Run, noting

@@ -8,14 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._adapters import Adapter, Axes, axes_of_shapes, find_adapters, is_adapter
 from lora_jax._config import new_config, within
-from lora_jax._factors import (
-    Adapter,
-    Axes,
-    axes_of_shapes,
-    find_adapters,
-    is_adapter,
-)
 from lora_jax._folder import DTYPES, as_dtype, free_folder, write_folder
 from lora_jax._layouts import (
     PREFIX,

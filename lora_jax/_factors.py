@@ -1,4 +1,4 @@
-"""Adapters beside their weights: names, layouts, checks, and the views of one weight.
+"""A weight and its adapter as one array, and the views of it.
 
 `Factors` stands for the array `w + scale * sum_r a * b`, which is never formed unless
 `materialize` is called. It holds its factors in the aligned form: `a` and `b` have the
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,127 +19,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax._tree import Path, is_array, path_name, unbox
-
-PARTS = ("lora_a", "lora_b", "lora_scale")
 JOIN = " + "  # between the names of weights that have become one
-
-
-class Adapter(NamedTuple):
-    """The paths of a weight's three adapter leaves."""
-
-    a: Path
-    b: Path
-    scale: Path
-
-
-class Axes(NamedTuple):
-    """The dimensions of a weight: stacked layers or experts, inputs, outputs."""
-
-    batch: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @property
-    def standard(self) -> bool:
-        """Whether the dimensions stand in the order (batch, inputs, outputs)."""
-        order = (*self.batch, *self.inputs, *self.outputs)
-        return order == tuple(range(len(order)))
-
-
-def adapter_of(weight: Path) -> Adapter:
-    """The paths beside a weight where its adapter lives."""
-    *parent, name = weight
-    prefix = "" if name in ("kernel", "embedding") else f"{name}_"
-    return Adapter(*((*parent, prefix + part) for part in PARTS))
-
-
-def is_adapter(path: Path) -> bool:
-    return _stem(path[-1]) is not None
-
-
-def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
-    """Every adapted weight and its adapter, checked from names and shapes alone.
-
-    Raises:
-      ValueError: If there is no adapter, or a broken one.
-    """
-    found: dict[Path, Adapter] = {}
-    for path in leaves:
-        if is_adapter(path):
-            weight = _weight_of(path, leaves)
-            found[weight] = adapter_of(weight)
-    if not found:
-        raise ValueError(
-            "These parameters have no adapters. Write params = lorafy(params, rank)."
-        )
-    for weight, adapter in found.items():
-        check_adapter(leaves, weight, adapter)
-    return found
-
-
-def without_adapters(
-    leaves: dict[Path, Any], adapters: dict[Path, Adapter]
-) -> dict[Path, Any]:
-    """The plain tree's leaves: all but those that `find_adapters` found."""
-    gone = {part for adapter in adapters.values() for part in adapter}
-    return {path: leaf for path, leaf in leaves.items() if path not in gone}
-
-
-def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> None:
-    for path in (weight, *adapter):
-        if not is_array(unbox(leaves.get(path))):
-            raise ValueError(
-                f"The adapter of {path_name(weight)!r} is broken: "
-                f"{path_name(path)!r} is missing, or no array. Pass the whole tree, or "
-                "combine(adapters, base) if it was split."
-            )
-    shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
-    if not fits(*shapes):
-        w, a, b, scale = shapes
-        raise ValueError(
-            f"The adapter of {path_name(weight)!r} does not fit: lora_a {a}, lora_b "
-            f"{b} and lora_scale {scale} make no update of a weight {w}. Build the "
-            "adapter with lorafy on these very parameters."
-        )
-
-
-def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
-    """Whether factors of these shapes update a weight of shape `w`, in some layout."""
-    if not a or not b:
-        return False
-    if len(a) == len(b) == len(w) + 1:  # aligned
-        pairs = list(zip(w, a[:-1], b[:-1], strict=True))
-        batch = [n for n, i, o in pairs if i == o == n and n > 1]
-        whole = all(n in (i, o) and {i, o} <= {1, n} for n, i, o in pairs)
-        return whole and a[-1] == b[-1] and [n for n in scale if n > 1] == batch
-    batch = len(a) + len(b) - 2 - len(w)
-    inputs, outputs = len(a) - 1 - batch, len(b) - 1 - batch
-    if min(batch, inputs - 1, outputs - 1) < 0:
-        return False
-    split = batch + inputs
-    return (
-        a[:-1] == w[:split]
-        and b[:batch] == scale == w[:batch]
-        and b[batch + 1 :] == w[split:]
-        and a[-1] == b[batch]
-    )
-
-
-def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple) -> Axes:
-    """The dimensions that factors of fitting shapes say a weight has."""
-    if len(a) == len(w) + 1:
-        batch: tuple[int, ...] = ()
-        for d, (n, i, o) in enumerate(zip(w, a[:-1], b[:-1], strict=True)):
-            # One layer looks like one input or output, but that a scale counts it.
-            if n == i == o and scale[len(batch) :][:1] == (n,):
-                batch += (d,)
-        inputs = tuple(d for d, n in enumerate(w) if d not in batch and n == a[d])
-        outputs = tuple(d for d in range(len(w)) if d not in (*batch, *inputs))
-        return Axes(batch, inputs, outputs)
-    batch = len(a) + len(b) - 2 - len(w)
-    dims = tuple(range(len(w)))
-    return Axes(dims[:batch], dims[batch : len(a) - 1], dims[len(a) - 1 :])
 
 
 class Label(str):
@@ -453,27 +333,3 @@ def segments(old: tuple[int, ...], new: tuple[int, ...]):
 
 def _size(shape: tuple[int, ...], dims: list[int]) -> int:
     return math.prod(shape[d] for d in dims)
-
-
-def _stem(name: Any) -> str | None:
-    """What stands before `lora_a`, `lora_b` or `lora_scale` in a leaf's name."""
-    for part in PARTS:
-        if name == part:
-            return ""
-        if isinstance(name, str) and name.endswith(f"_{part}"):
-            return name.removesuffix(f"_{part}")
-    return None
-
-
-def _weight_of(path: Path, leaves: dict[Path, Any]) -> Path:
-    *parent, name = path
-    stem = _stem(name)
-    names = [stem] if stem else ["kernel", "embedding"]
-    weights = [(*parent, n) for n in names if (*parent, n) in leaves]
-    if len(weights) != 1:
-        raise ValueError(
-            f"The adapter leaf {path_name(path)!r} belongs to no weight: found "
-            f"{len(weights)} of {names} beside it, needed one. "
-            "Remove the leaf, or restore its weight."
-        )
-    return weights[0]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._adapters import Axes, adapter_of, is_adapter
 from lora_jax._config import (
     rank_and_scale,
     read_config,
@@ -16,7 +17,7 @@ from lora_jax._config import (
     targets_parameter,
     unfilled,
 )
-from lora_jax._factors import Axes, adapter_of, is_adapter, wider
+from lora_jax._factors import wider
 from lora_jax._folder import read_tensors
 from lora_jax._layouts import (
     LINEAR,

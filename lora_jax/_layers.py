@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lora_jax._factors import PARTS, Axes
+from lora_jax._adapters import PARTS, Axes
 from lora_jax._lora import lora
 from lora_jax._lorafy import lorafy
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_jax._factors import Axes
+from lora_jax._adapters import Axes
 from lora_jax._modules import Weight, weight_of
 from lora_jax._names import Naming
 from lora_jax._targets import check_axes, is_adaptable, match_each, matches

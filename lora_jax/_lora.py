@@ -9,13 +9,8 @@ from typing import Any
 
 import jax
 
-from lora_jax._factors import (
-    Factors,
-    align,
-    find_adapters,
-    is_adapter,
-    without_adapters,
-)
+from lora_jax._adapters import find_adapters, is_adapter, without_adapters
+from lora_jax._factors import Factors, align
 from lora_jax._jaxpr import trace_call, used_inputs
 from lora_jax._rules import run_jaxpr
 from lora_jax._run import Note, Run, noting, plain

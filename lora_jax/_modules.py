@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax._factors import Adapter, Axes, axes_of_shapes
+from lora_jax._adapters import Adapter, Axes, axes_of_shapes
 from lora_jax._lorafy import ABSENT, RANK, factor_dims
 from lora_jax._names import Naming, numbered
 from lora_jax._targets import axes_of, is_adaptable

@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax._factors import is_adapter
+from lora_jax._adapters import is_adapter
 from lora_jax._targets import as_patterns
 from lora_jax._tree import Path, flatten, listed, path_name
 

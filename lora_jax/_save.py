@@ -18,13 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lora_jax._factors import (
-    Adapter,
-    adapter_of,
-    axes_of_shapes,
-    find_adapters,
-    fits,
-)
+from lora_jax._adapters import Adapter, adapter_of, axes_of_shapes, find_adapters, fits
 from lora_jax._lorafy import beside, place
 from lora_jax._split import trainable
 from lora_jax._targets import Patterns

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax._factors import find_adapters, is_adapter
+from lora_jax._adapters import find_adapters, is_adapter
 from lora_jax._targets import Patterns, as_patterns, match_each
 from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
 

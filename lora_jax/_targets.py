@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax._factors import Axes, adapter_of, is_adapter
+from lora_jax._adapters import Axes, adapter_of, is_adapter
 from lora_jax._tree import Path, is_array, listed, path_name, unbox
 
 Patterns = str | Iterable[str]

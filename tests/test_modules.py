@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax._factors import adapter_of
+from lora_jax._adapters import adapter_of
 from lora_jax._layouts import kinds_of, stems_of
 from lora_jax._modules import (
     factors_of,

@@ -13,9 +13,9 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ORDER = (
-    "_tree _factors _ops _targets _lorafy _jaxpr _run _products _views _rules _axes "
-    "_lora _explain _layers _split _optimizer _merge _save _names _modules _layouts "
-    "_config _folder _export _import"
+    "_tree _adapters _factors _ops _targets _lorafy _jaxpr _run _products _views "
+    "_rules _axes _lora _explain _layers _split _optimizer _merge _save _names "
+    "_modules _layouts _config _folder _export _import"
 ).split()
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
