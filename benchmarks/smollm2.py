@@ -122,6 +122,8 @@ def read(path: Path) -> File:
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             for tensor in reader.tensors
         }
+    # What gguf raises for another format, an early end, a field that comes twice, and
+    # a quantisation that it cannot undo.
     except (ValueError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as a GGUF file: {error}.") from error
     return File(fields, tensors)
