@@ -268,7 +268,7 @@ def fit(
                 step = len(fitted[name].losses)
                 sys.exit(
                     f"The loss of {name} became {loss} in step {step}: write a smaller "
-                    "learning rate."
+                    "learning rate, which is --lr, --lora-lr or --full-lr."
                 )
         show(fitted)
     return {

@@ -207,7 +207,9 @@ def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypa
 def test_a_loss_that_is_no_number_ends_the_job():
     args = finetune.options().parse_args(["--batch=2"])
     method = finetune.Method(lambda *_: ((0, 0), np.float32(np.nan)), (0, 0), 0, {})
-    with pytest.raises(SystemExit, match=r"full became nan in step 1: .*smaller"):
+    with pytest.raises(
+        SystemExit, match=r"full became nan in step 1: .*smaller .*--full-lr"
+    ):
         finetune.fit({"full": method}, (np.arange(4), np.arange(4)), args)
 
 
