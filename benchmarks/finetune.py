@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import minilm
 import numpy as np
 import optax
 import report
-import reviews
 import safetensors.numpy
 import training
+from data import reviews
 from flax.traverse_util import flatten_dict
+from models import minilm
 from readers import existing, folder, positive, whole
 from tqdm import tqdm
 

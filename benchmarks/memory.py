@@ -30,10 +30,10 @@ import numpy as np
 import optax
 import report
 import training
-from architectures import ARCHITECTURES, Architecture, Model
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
+from models.architectures import ARCHITECTURES, Architecture, Model
 from readers import folder, whole
 from tqdm import tqdm
 

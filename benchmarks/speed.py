@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import minilm
 import numpy as np
 import optax
 import training
-from architectures import GPT2, Architecture, Model
 from matplotlib.figure import Figure
+from models import minilm
+from models.architectures import GPT2, Architecture, Model
 from readers import folder, whole
 from tqdm import tqdm
 
@@ -357,7 +357,7 @@ def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:
     """
     import peft
     import torch
-    import twin
+    from models import twin
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if jax.default_backend() != ("gpu" if device == "cuda" else "cpu"):

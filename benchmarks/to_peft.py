@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import report
-import reviews
-import smollm2
 import training
-from architectures import Model
+from data import reviews
 from matplotlib.figure import Figure
+from models import smollm2
+from models.architectures import Model
 from readers import existing, folder, positive, whole
 from tokenizers import Tokenizer
 

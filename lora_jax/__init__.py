@@ -25,6 +25,6 @@ from lora_jax._merge import merge as merge
 from lora_jax._merge import strip as strip
 from lora_jax._save import load as load
 from lora_jax._save import save as save
-from lora_jax._names import transformers_names as transformers_names
-from lora_jax._export import export_peft as export_peft
-from lora_jax._import import import_peft as import_peft
+from lora_jax._peft.names import transformers_names as transformers_names
+from lora_jax._peft.export import export_peft as export_peft
+from lora_jax._peft.import_ import import_peft as import_peft

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import find_adapters, without_adapters
-from lora_jax._jaxpr import flops, trace_call, used_inputs
+from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
+from lora_jax._engine.run import Run, noting
 from lora_jax._lora import call
-from lora_jax._run import Run, noting
 from lora_jax._tree import flatten, leaf_order, path_name, unbox, unflatten
 
 TITLES = ("weight", "shape", "rank", "factored", "FLOPs", "formed whole by")

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from lora_jax._adapters import find_adapters, is_adapter, without_adapters
-from lora_jax._factors import Factors, align
-from lora_jax._jaxpr import trace_call, used_inputs
-from lora_jax._rules import run_jaxpr
-from lora_jax._run import Note, Run, noting, plain
+from lora_jax._engine.factors import Factors, align
+from lora_jax._engine.jaxpr import trace_call, used_inputs
+from lora_jax._engine.rules import run_jaxpr
+from lora_jax._engine.run import Note, Run, noting, plain
 from lora_jax._tree import (
     flatten,
     leaf_order,

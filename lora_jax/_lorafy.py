@@ -14,7 +14,7 @@ from flax.core.meta import AxisMetadata
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._adapters import Adapter, Axes, adapter_of
-from lora_jax._factors import wider
+from lora_jax._engine.factors import wider
 from lora_jax._targets import Selector, plan
 from lora_jax._tree import Path, flatten, open_box, path_name, unbox, unflatten
 

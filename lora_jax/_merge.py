@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from lora_jax._adapters import find_adapters, without_adapters
-from lora_jax._factors import align, materialize
+from lora_jax._engine.factors import align, materialize
 from lora_jax._tree import flatten, rebox, unbox, unflatten
 
 

@@ -80,7 +80,7 @@ def close():
 @pytest.fixture
 def tiny_smollm2():
     """What a GGUF of a tiny Llama holds: its fields, and random tensors."""
-    import smollm2
+    from models import smollm2
     from tokenizers.pre_tokenizers import ByteLevel
 
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -12,43 +12,93 @@ import pytest
 import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
-ORDER = (
-    "_tree _adapters _factors _ops _targets _lorafy _jaxpr _run _products _views "
-    "_rules _axes _lora _explain _layers _split _optimizer _merge _save _names "
-    "_modules _layouts _config _folder _export _import"
+ENGINE = "factors ops jaxpr run products views rules uses".split()
+PEFT = "names modules layouts config folder export import_".split()
+# The rooms in the order of the data flow; a wing is a room.
+ROOMS = (
+    "_tree _adapters _engine _targets _lorafy _axes _lora _explain _layers _split "
+    "_optimizer _merge _save _peft"
 ).split()
+WINGS = {"_engine": ENGINE, "_peft": PEFT}
+ORDER = [
+    f"{room}.{name}" if name else room
+    for room in ROOMS
+    for name in WINGS.get(room, [""])
+]
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
 FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Report"}
 
 
+def source(name):
+    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
+
+
 def imports(path):
+    """The modules that a file imports, also as names out of their folders."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            yield from ([node.module] if node.module != "lora_jax" else ())
-            if node.module == "lora_jax":
-                yield from (f"lora_jax.{alias.name}" for alias in node.names)
+            folder = PACKAGE.parent.joinpath(*node.module.split(".")).is_dir()
+            names = [alias.name for alias in node.names]
+            yield from (
+                (f"{node.module}.{n}" for n in names) if folder else [node.module]
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
+def own_imports(name):
+    found = {m for m in imports(source(name)) if m.split(".")[0] == "lora_jax"}
+    return {m.removeprefix("lora_jax.") for m in found}
+
+
 def test_the_order_names_every_file():
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert files == set(ORDER)
+    files = {path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
+    assert files == {*map(source, ORDER)}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {
+        "__pycache__"
+    } == {*WINGS}
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_a_file_imports_only_from_those_above_it(name):
-    allowed = {f"lora_jax.{above}" for above in ORDER[: ORDER.index(name)]}
-    own = {m for m in imports(PACKAGE / f"{name}.py") if m.startswith("lora_jax")}
-    assert own <= allowed
+    assert own_imports(name) <= {*ORDER[: ORDER.index(name)]}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_knows_no_tree_no_file_and_no_optimizer(name):
+    assert all(m.startswith("_engine.") for m in own_imports(f"_engine.{name}"))
+    outside = {m.split(".")[0] for m in imports(source(f"_engine.{name}"))}
+    assert not outside & {"optax", "safetensors", "json", "pathlib", "tempfile"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_only_the_engine_reads_a_jaxpr(name):
+    nodes = ast.walk(ast.parse(source(name).read_text()))
+    reads = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert name.startswith("_engine.") or not reads & {"eqns", "invars", "outvars"}
+    assert name == "_engine.jaxpr" or not reads & {"eqns", "invars", "constvars"}
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_the_way_to_peft_knows_no_jaxpr(name):
+    engine = {m for m in own_imports(f"_peft.{name}") if m.startswith("_engine.")}
+    assert engine <= {"_engine.factors"}
 
 
 @pytest.mark.parametrize("name", ORDER)
 def test_jax_internals_stay_outside(name):
-    modules = set(imports(PACKAGE / f"{name}.py"))
+    modules = set(imports(source(name)))
     assert not {m for m in modules if m.startswith(("jax._src", "jax.interpreters"))}
-    assert "jax.extend" not in modules or name == "_jaxpr"
+    assert "jax.extend" not in modules or name == "_engine.jaxpr"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_has_its_map(wing):
+    path = PACKAGE / wing / "__init__.py"
+    assert len(ast.parse(path.read_text()).body) == 1  # the docstring
+    listed = re.findall(r"^  (\w+)\.py +\S", path.read_text(), re.MULTILINE)
+    assert listed == WINGS[wing]
 
 
 def test_init_is_a_table_of_contents():
@@ -57,6 +107,21 @@ def test_init_is_a_table_of_contents():
     order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in body[1:]]
     # Axes stands first as the type that the rest speaks of.
     assert order == sorted(order)
+
+
+def test_tests_stand_in_the_same_tree():
+    """A folder of tests for each folder of files; what spans files stands on top."""
+    tests = pathlib.Path(__file__).parent
+    for path in tests.rglob("test_*.py"):
+        folder, stem = path.parent.relative_to(tests), path.stem.removeprefix("test_")
+        if folder.parts[:1] == ("benchmarks",):
+            place = PACKAGE.parent / folder
+        else:
+            place = PACKAGE.joinpath(*(f"_{part}" for part in folder.parts))
+        assert place.is_dir(), path
+        named = {p.stem.removeprefix("_") for p in PACKAGE.rglob("*.py")}
+        beside = {p.stem.removeprefix("_") for p in place.glob("*.py")}
+        assert stem in beside or stem.removeprefix("_") not in named, path
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

@@ -1,0 +1,350 @@
+"""Walks JAX's jaxprs: the only file that does, and the only one that knows a version.
+
+A jaxpr is a list of equations over typed variables. What differs between releases
+(where `scan` counts its arguments, what `get_bind_params` returns, whether a jaxpr is
+closed) is settled here, through `jax.extend.core` alone.
+"""
+
+import linecache
+import math
+import os
+import sysconfig
+import textwrap
+from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import numpy as np
+from jax.extend import core
+
+# Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
+CALLS = {
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",  # up to 0.10
+    "eval_jaxpr": "call_jaxpr",  # the same in 0.12
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "shard_map": "jaxpr",
+}
+
+# What a function is traced over; its other arguments reach it as they are.
+ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+
+# Where the frames of libraries are, which no user would call a place in the model.
+_LIBRARIES = tuple(os.path.join(os.path.dirname(m.__file__), "") for m in (jax, flax))
+_STANDARD = os.path.join(sysconfig.get_paths()["stdlib"], "")
+_HERE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+
+
+class Trace(NamedTuple):
+    """A function as a jaxpr over flat arrays."""
+
+    jaxpr: Any
+    restore: Callable[[Sequence[Any]], Any]  # flat results to the function's own
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> Trace:
+    """Traces `fn(*args)` once; what it returns besides arrays is kept as it is."""
+    static: list[Any] = []
+    out_tree = None
+
+    def flat(*args):
+        nonlocal static, out_tree
+        leaves, out_tree = jax.tree.flatten(fn(*args))
+        static = [None if isinstance(x, jax.Array) else x for x in leaves]
+        return [x for x in leaves if isinstance(x, jax.Array)]
+
+    jaxpr = jax.make_jaxpr(flat)(*args)
+    traced = [x is None for x in static]
+
+    def restore(results):
+        rest = iter(results)
+        leaves = [next(rest) if t else x for t, x in zip(traced, static, strict=True)]
+        return jax.tree.unflatten(out_tree, leaves)
+
+    return Trace(jaxpr, restore)
+
+
+def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any):
+    """Traces `fn(*args, **kwargs)` over the arrays among its arguments.
+
+    Returns:
+      The trace, and which of `jax.tree.leaves((args, kwargs))` it takes: the others
+      are no arrays, and reach `fn` as they are.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
+
+    def flat(*arrays):
+        filled = list(leaves)
+        for i, x in zip(dynamic, arrays, strict=True):
+            filled[i] = x
+        args, kwargs = treedef.unflatten(filled)
+        return fn(*args, **kwargs)
+
+    return trace(flat, *(leaves[i] for i in dynamic)), dynamic
+
+
+def evaluate(
+    jaxpr: Any,
+    args: Sequence[Any],
+    apply: Callable[[int, Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+    """Runs `apply(index, equation, operands) -> results` over the equations."""
+    jaxpr, consts = _opened(jaxpr)
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= dict(zip(jaxpr.invars, args, strict=True))
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
+
+    last_use = {
+        v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)
+    }
+    kept = set(_variables(jaxpr.outvars))
+    for i, eqn in enumerate(jaxpr.eqns):
+        operands = [read(v) for v in eqn.invars]
+        # Without jit each value is an array in memory: let it go after its last use.
+        for v in set(_variables(eqn.invars)):
+            if last_use[v] == i and v not in kept:
+                del values[v]
+        scope = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
+            results = apply(i, eqn, operands)
+        pairs = zip(eqn.outvars, results, strict=True)
+        values |= ((v, x) for v, x in pairs if v in last_use or v in kept)
+    return [read(v) for v in jaxpr.outvars]
+
+
+def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """Runs one equation as it is on other operands, with its own derivative rules."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    out = eqn.primitive.bind(*functions, *args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def call_jaxpr(eqn: Any) -> Any:
+    return eqn.params[CALLS[eqn.primitive.name]]
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a `scan` are constants, and how many are carried."""
+    if "num_carry" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def manual_axes(eqn: Any) -> frozenset:
+    """The mesh axes that a `shard_map` maps over."""
+    new = eqn.params.get("newly_manual_axes")  # up to 0.10 it was `manual_axes`
+    return eqn.params["manual_axes"] if new is None else new
+
+
+def varying_axes(x: jax.Array) -> frozenset:
+    """The axes of `shard_map` along which devices may hold different values of x."""
+    aval = jax.typeof(x)
+    kinds = getattr(aval, "manual_axis_type", None)  # up to 0.11 it was `vma`
+    return aval.vma if kinds is None else kinds.varying
+
+
+def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of an equation's operands, and of its results."""
+    return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
+
+
+def contains(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive stands in a jaxpr, or in one within it."""
+    return any(
+        eqn.primitive.name == name or any(contains(sub, name) for sub in _inner(eqn))
+        for eqn in _opened(jaxpr)[0].eqns
+    )
+
+
+def _inner(eqn: Any) -> list[Any]:
+    values = (
+        v for x in eqn.params.values() for v in (x if isinstance(x, tuple) else [x])
+    )
+    return [v for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def result_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
+    return [v.aval.shape for v in _opened(jaxpr)[0].outvars]
+
+
+def place(eqn: Any, within: str | None = None) -> str:
+    """The line of the user's source that an equation stands for, as `file:line`.
+
+    The innermost frame, within the traced function, that is in no library: neither in
+    JAX or Flax nor in Python's own; or the innermost of Flax; or "". What a jitted
+    function did is known from its first call: `within` it, other callers do not count.
+    """
+    inside = []
+    for frame in getattr(eqn.source_info.traceback, "frames", ()):
+        if frame.file_name.startswith(_HERE):
+            break
+        inside.append(frame)
+    if within is not None:
+        depths = [i for i, f in enumerate(inside) if f.function_name == within]
+        inside = inside[: depths[-1] + 1] if depths else []
+    own = [frame for frame in inside if not _in_library(frame.file_name)]
+    flaxs = [frame for frame in inside if frame.file_name.startswith(_LIBRARIES[1:])]
+    for frame in (*own, *flaxs):
+        return _spot(frame.file_name, frame.line_num)
+    return ""
+
+
+def _spot(file: str, line: int) -> str:
+    # The file of a notebook's cell has a number for a name: its text tells which it is.
+    folder = os.path.basename(os.path.dirname(file))
+    if folder.startswith("ipykernel_") or file.startswith("<ipython-input-"):
+        text = textwrap.shorten(linecache.getline(file, line), 50)
+        return f"line {line} of a cell, {text}"
+    path = os.path.relpath(file)
+    if path.startswith(os.pardir):
+        path = os.path.basename(path)
+    return f"{path}:{line}"
+
+
+def _in_library(file: str) -> bool:
+    standard = file.startswith(_STANDARD) and "site-packages" not in file
+    return standard or file.startswith((*_LIBRARIES, "<frozen"))
+
+
+def passed_on(jaxpr: Any, output: int, operand: int) -> bool:
+    """Whether an output is just that operand, untouched, through calls as well."""
+    jaxpr, _ = _opened(jaxpr)
+    v, target = jaxpr.outvars[output], jaxpr.invars[operand]
+    for eqn in reversed(jaxpr.eqns):
+        if v in eqn.outvars:
+            if eqn.primitive.name not in CALLS:
+                return False
+            n, inner = eqn.outvars.index(v), call_jaxpr(eqn)
+            sources = [i for i in range(len(eqn.invars)) if passed_on(inner, n, i)]
+            if not sources:
+                return False
+            v = eqn.invars[sources[0]]
+    return v is target
+
+
+def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]:
+    """Which inputs the given outputs (all, if `None`) or an effect depend on."""
+
+    def operands(eqn, results):
+        return [any(results) or bool(eqn.effects)] * len(eqn.invars)
+
+    return _backward(jaxpr, outputs, operands)
+
+
+def leads_to(
+    jaxpr: Any,
+    index: int,
+    goals: Container[str],
+    passes: Callable[[Any], bool],
+) -> bool:
+    """Whether a result of equation `index` meets one of the primitives `goals`.
+
+    On its way there it may go through equations that `passes` allows, and into calls,
+    but not out of the jaxpr itself.
+    """
+
+    def operands(eqn, results):
+        hit = eqn.primitive.name in goals or (any(results) and passes(eqn))
+        return [hit] * len(eqn.invars)
+
+    jaxpr, _ = _opened(jaxpr)
+    live: set[Any] = set()
+    for eqn in reversed(jaxpr.eqns[index + 1 :]):
+        live |= _live_operands(eqn, live, operands)
+    return any(v in live for v in jaxpr.eqns[index].outvars)
+
+
+def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Any) -> list[bool]:
+    """Which inputs matter, if these outputs do, by `rule(eqn, results) -> operands`."""
+    jaxpr, _ = _opened(jaxpr)
+    wanted = [True] * len(jaxpr.outvars) if outputs is None else outputs
+    pairs = zip(jaxpr.outvars, wanted, strict=True)
+    live = set(_variables(v for v, want in pairs if want))
+    for eqn in reversed(jaxpr.eqns):
+        live |= _live_operands(eqn, live, rule)
+    return [v in live for v in jaxpr.invars]
+
+
+def _live_operands(eqn: Any, live: set[Any], rule: Any) -> set[Any]:
+    name, results = eqn.primitive.name, [v in live for v in eqn.outvars]
+    if name in CALLS:
+        used = _backward(call_jaxpr(eqn), results, rule)
+    elif name == "scan":
+        consts, carry = scan_counts(eqn)
+        used = _loop(eqn.params["jaxpr"], consts, carry, results, rule)
+    elif name == "while":
+        n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        test = _backward(eqn.params["cond_jaxpr"], None, rule)
+        wanted = [any(pair) for pair in zip(results, test[n:], strict=True)]
+        body = _loop(eqn.params["body_jaxpr"], m, len(results), wanted, rule)
+        carry = [any(pair) for pair in zip(test[n:], body[m:], strict=True)]
+        used = [*test[:n], *body[:m], *carry]
+    elif name == "cond":
+        branches = [_backward(b, results, rule) for b in eqn.params["branches"]]
+        used = [True, *map(any, zip(*branches, strict=True))]
+    else:
+        used = rule(eqn, results)
+    return set(_variables(v for v, use in zip(eqn.invars, used, strict=True) if use))
+
+
+def _loop(
+    jaxpr: Any, n_consts: int, n_carry: int, results: Sequence[bool], rule: Any
+) -> list[bool]:
+    """The operands of a loop's body that matter, in this round or in a later one."""
+    while True:
+        used = _backward(jaxpr, results, rule)
+        carry = used[n_consts : n_consts + n_carry]
+        carry += [False] * (len(results) - n_carry)
+        wanted = [any(pair) for pair in zip(results, carry, strict=True)]
+        if wanted == list(results):
+            return used
+        results = wanted
+
+
+def flops(jaxpr: Any) -> int:
+    """The FLOPs of a jaxpr's products: two for each number multiplied and added.
+
+    The body of a `scan` counts as often as it runs, that of a `while` once.
+    """
+    jaxpr, _ = _opened(jaxpr)
+    return sum(_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _flops(eqn: Any) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        return flops(call_jaxpr(eqn))
+    if name == "scan":
+        return params["length"] * flops(params["jaxpr"])
+    if name == "while":
+        return flops(params["cond_jaxpr"]) + flops(params["body_jaxpr"])
+    if name == "cond":
+        return max(map(flops, params["branches"]))
+    if name not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+        return 0
+    (lhs, rhs, *_), (out,) = shapes(eqn)
+    if name == "conv_general_dilated":
+        out_channel = params["dimension_numbers"].rhs_spec[0]
+        return 2 * math.prod(out) * math.prod(rhs) // max(rhs[out_channel], 1)
+    if name == "ragged_dot_general":
+        dims = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    else:
+        dims = params["dimension_numbers"]
+    (summed, _), _ = dims
+    return 2 * math.prod(out) * math.prod(lhs[d] for d in summed)
+
+
+def _variables(atoms: Any) -> list[Any]:
+    return [v for v in atoms if not isinstance(v, core.Literal)]
+
+
+def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and the values of its constants; newer releases keep the two together."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())

@@ -1,0 +1,81 @@
+"""What becomes of an adapted weight that meets a product: one rule per primitive.
+
+A rule takes the equation and its operands, of which at least one is `Factors`, and
+gives the results. `None`: the weight has to be materialised.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._engine import factors, ops
+from lora_jax._engine.factors import Factors, materialize
+from lora_jax._engine.run import Rule, Run, plain_one
+
+
+def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    lhs, rhs = operands
+    if isinstance(lhs, Factors) and isinstance(rhs, Factors):
+        if lhs.w.size < rhs.w.size:
+            lhs = plain_one(run, lhs, "dot_general")
+        else:
+            rhs = plain_one(run, rhs, "dot_general")
+    swap = isinstance(lhs, Factors)
+    x, f = (rhs, lhs) if swap else (lhs, rhs)
+    return [ops.dot_general(x, f, swap=swap, drop=_dropout(run), **eqn.params)]
+
+
+def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    f, indices = operands
+    if not isinstance(f, Factors):
+        return None
+    named = eqn.params["dimension_numbers"].start_index_map
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if fills and not factors.varying(f).issuperset(named):
+        return None  # out of bounds where neither factor has a number to leave out
+    found = ops.gather(f, indices, **eqn.params)
+    if factors.stacked(f).issuperset(named):
+        return [found]  # one layer, or expert, of a stack: a weight still
+    # The rows of an embedding. The plain function forms as many numbers, so that adding
+    # the thin product to them takes no more memory.
+    return [materialize(found)]
+
+
+def _conv(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    x, f = operands
+    if isinstance(x, Factors):
+        return None
+    y = ops.conv_general_dilated(x, f, drop=_dropout(run), **eqn.params)
+    return None if y is None else [y]
+
+
+def _ragged_dot(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    x, f, sizes = operands
+    if isinstance(x, Factors) or isinstance(sizes, Factors):
+        return None
+    y = ops.ragged_dot_general(x, f, sizes, drop=_dropout(run), **eqn.params)
+    return None if y is None else [y]
+
+
+def _dropout(run: Run) -> Callable[[jax.Array], jax.Array] | None:
+    if run.key is None:
+        return None
+
+    def drop(x):
+        keep = jax.random.bernoulli(run.key, 1 - run.rate, x.shape)
+        return jnp.where(
+            keep, x / jnp.asarray(1 - run.rate, x.dtype), jnp.zeros_like(x)
+        )
+
+    return drop
+
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
+}

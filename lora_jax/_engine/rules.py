@@ -1,0 +1,463 @@
+"""The evaluation of a jaxpr on factors, a rule per primitive, and the rules of calls.
+
+A rule takes the equation and its operands, of which at least one is `Factors`, and
+gives the results: another `Factors` for a change of view, an array for a product. A
+call carries the factors inside. No rule, or a rule that gives `None`: the weight is
+materialised for this one use, which is slower and never wrong.
+"""
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.sharding import PartitionSpec
+
+from lora_jax._engine import factors
+from lora_jax._engine.factors import JOIN, Factors, materialize, part_specs
+from lora_jax._engine.jaxpr import (
+    CALLS,
+    bind,
+    call_jaxpr,
+    contains,
+    evaluate,
+    manual_axes,
+    passed_on,
+    result_shapes,
+    scan_counts,
+    trace,
+)
+from lora_jax._engine.products import PRODUCTS
+from lora_jax._engine.run import (
+    Note,
+    Rule,
+    Run,
+    calls,
+    count,
+    note,
+    noting,
+    place_of,
+    plain,
+    plain_one,
+    weights,
+)
+from lora_jax._engine.views import VIEWS
+
+
+def run_jaxpr(run: Run, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """The results of a jaxpr on arrays and `Factors`; they are such themselves."""
+
+    def apply(index, eqn, operands):
+        if not any(isinstance(x, Factors) for x in operands):
+            return bind(eqn, operands)
+        name, times = eqn.primitive.name, eqn.params.get("length", 1)
+        trail = (*run.trail, (index, times))
+        here = run._replace(jaxpr=jaxpr, eqn=eqn, trail=trail)
+        if run.key is not None:
+            here = here._replace(key=jax.random.fold_in(run.key, index))
+        rule = RULES.get(name)
+        results = rule and rule(here, eqn, operands)
+        if results is None:
+            return bind(eqn, plain(here, operands, name))
+        if run.counting and name in PRODUCTS:
+            count(here, rule, operands)
+        return results
+
+    return evaluate(jaxpr, args, apply)
+
+
+def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    return run_jaxpr(run, call_jaxpr(eqn), operands)
+
+
+def _shard_map(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    params, axes = eqn.params, manual_axes(eqn)
+    leaves, treedef = jax.tree.flatten(operands)
+    pairs = zip(operands, params["in_specs"], strict=True)
+    specs = jax.tree.leaves(
+        [part_specs(x, p) if isinstance(x, Factors) else p for x, p in pairs]
+    )
+
+    def call(key, leaves):
+        for axis in axes if key is not None else ():
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        here = run._replace(key=key)
+        results = run_jaxpr(here, call_jaxpr(eqn), treedef.unflatten(leaves))
+        return plain(here, results, "shard_map")
+
+    mapped = jax.shard_map(
+        call,
+        mesh=params["mesh"],
+        in_specs=(None if run.key is None else PartitionSpec(), specs),
+        out_specs=list(params["out_specs"]),
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )
+    return mapped(run.key, leaves)
+
+
+class Form(NamedTuple):
+    """A jaxpr, jitted on factors, and what its evaluation had to tell."""
+
+    run: Callable[..., list[Any]]
+    told: dict[Any, list[tuple[int, Note]]]  # by the operands' shapes: (operand, note)
+
+
+# So that calling a jitted function again compiles nothing.
+_forms: weakref.WeakKeyDictionary[Any, dict[Any, Form]] = weakref.WeakKeyDictionary()
+
+
+def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    names = [str(x.name) if isinstance(x, Factors) else "" for x in operands]
+    token = calls.set((*calls.get(), eqn))
+    try:
+        if run.counting:  # a shared form is traced, and noted, but once
+            return _inline(run, eqn, operands)
+        form = _form(run, eqn)
+        with noting() as new:
+            results = form.run(run.key, operands)
+    finally:
+        calls.reset(token)
+    for told in new.values():
+        note(run, told)
+    if new:
+        owner = lambda told: next(
+            i for i, name in enumerate(names) if told.name in name.split(JOIN)
+        )
+        form.told[_avals_of(operands)] = [(owner(told), told) for told in new.values()]
+    elif form.told:
+        for i, told in form.told.get(_avals_of(operands), ()):
+            note(run, told._replace(name=names[i], place=place_of(run)))
+    return results
+
+
+def _form(run: Run, eqn: Any) -> Form:
+    jaxpr, params = call_jaxpr(eqn), eqn.params
+    shardings = params["in_shardings"], params["out_shardings"]
+    options = params.get("compiler_options_kvs", ())
+    keyless = Run(run.materialize, run.rate)
+    how = (keyless, params["inline"], shardings, options)
+    forms = _forms.setdefault(jaxpr, {})
+    if how not in forms:
+        # Holding the jaxpr itself would keep its own entry alive for ever.
+        held = weakref.ref(jaxpr)
+
+        def call(key, operands):
+            operands = map(_constrained, operands, shardings[0])
+            results = run_jaxpr(keyless._replace(key=key), held(), list(operands))
+            return list(map(_constrained, results, shardings[1]))
+
+        call.__name__ = params["name"]
+        jitted = jax.jit(
+            call, inline=params["inline"], compiler_options=dict(options) or None
+        )
+        forms[how] = Form(jitted, {})
+    return forms[how]
+
+
+def _constrained(x: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return x
+    if isinstance(x, Factors):
+        return dataclasses.replace(x, w=lax.with_sharding_constraint(x.w, sharding))
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    def call(key, operands):
+        return run_jaxpr(run._replace(key=key), call_jaxpr(eqn), operands)
+
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return jax.checkpoint(call, **options)(run.key, operands)
+
+
+def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The function's own forward rule, itself evaluated on the factors."""
+    call = jax.custom_jvp(_function_of(run, eqn))
+
+    def call_jvp(primals, tangents):
+        (key, operands), (_, dots) = primals, tangents
+        moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
+        dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
+        jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
+        traced = trace(jvp, weights(operands), dots)
+        inner = run._replace(key=key)
+        if contains(traced.jaxpr, "scan"):
+            # Ours would be no derivative of a scan, but a scan over tangents: JAX 0.9
+            # cannot transpose that.
+            operands = plain(inner, operands, "custom_jvp_call")
+        operands = [*operands, *jax.tree.leaves(dots)]
+        results = run_jaxpr(inner, traced.jaxpr, operands)
+        out, out_dots = traced.restore(plain(inner, results, "custom_jvp_call"))
+        return out, out_dots
+
+    call.defjvp(call_jvp, symbolic_zeros=True)
+    return call(run.key, operands)
+
+
+def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The function's own backward rule, itself evaluated on the factors."""
+    pullback = None  # how to run the backward pass from its residuals
+
+    def forward(key, operands):
+        nonlocal pullback
+        is_primal = lambda x: isinstance(x, CustomVJPPrimal)
+        values = lambda x: jax.tree.map(lambda x: x.value, x, is_leaf=is_primal)
+        key, primals, operands = values(key), operands, values(operands)
+        moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
+        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, moving))
+        traced = trace(vjp, *weights(operands))
+        results = run_jaxpr(run._replace(key=key), traced.jaxpr, operands)
+        n = len(eqn.outvars)
+        out = plain(run, results[:n], "custom_vjp_call")
+        residuals = results[n:]
+        pullback = lambda residuals: traced.restore([None] * n + residuals)[1]
+        return out, (key, operands, residuals)
+
+    def backward(saved, cotangents):
+        key, operands, residuals = saved
+        cotangents = [*map(_dense, cotangents)]
+        back = lambda residuals, ct: pullback(residuals)(ct)
+        traced = trace(back, weights(residuals), cotangents)
+        inner = run._replace(key=key)
+        results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
+        (grads,) = traced.restore(plain(inner, results, "custom_vjp_call"))
+        for i, grad in grads.items():
+            if isinstance(operands[i], Factors):
+                (grads[i],) = jax.vjp(materialize, operands[i])[1](grad)
+        return None, [grads.get(i) for i in range(len(operands))]
+
+    custom = jax.custom_vjp(_function_of(run, eqn))
+    custom.defvjp(forward, backward, symbolic_zeros=True)
+    return custom(run.key, operands)
+
+
+def _function_of(run: Run, eqn: Any) -> Callable[..., list[Any]]:
+    """A custom function without its rule: of a dropout key and operands, to arrays."""
+
+    def call(key, operands):
+        inner = run._replace(key=key)
+        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
+        return plain(inner, results, eqn.primitive.name)
+
+    return call
+
+
+def _moving(operands: Sequence[Any], marks: Any, moves: Any, is_leaf: Any = None):
+    """The operands that are differentiated, as marks on their leaves say.
+
+    Others may be constants that the function closes over. By those JAX does not
+    differentiate a custom function: to ask would be an error.
+    """
+    return [
+        i
+        for i, (x, mark) in enumerate(zip(weights(operands), marks, strict=True))
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        and any(map(moves, jax.tree.leaves(mark, is_leaf=is_leaf)))
+    ]
+
+
+def _dense(x: Any) -> Any:
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+
+def _pick(xs: Sequence[Any], which: Any) -> dict[int, Any]:
+    return {i: xs[i] for i in which}
+
+
+def _along(eqn: Any, xs: Sequence[Any]) -> Callable[[dict[int, Any]], list[Any]]:
+    """The equation as a function of some of its operands."""
+    return lambda some: bind(eqn, [some.get(i, x) for i, x in enumerate(xs)])
+
+
+def _tangent(x: Any, dot: Any) -> Any:
+    """The tangent of the whole weight: a custom rule sees no other."""
+    return jax.jvp(materialize, (x,), (dot,))[1] if isinstance(x, Factors) else dot
+
+
+def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    params = eqn.params
+    jaxpr, length = params["jaxpr"], params["length"]
+    n_consts, n_carry = scan_counts(eqn)
+    consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+    xs = operands[n_consts + n_carry :]
+    fixed = _fixed(jaxpr, init, n_consts)
+    stacks = [_slices(x) if isinstance(x, Factors) else (x, lambda x: x) for x in xs]
+    slices, restore = zip(*stacks, strict=True) if stacks else ((), ())
+    keys = None if run.key is None else jax.random.split(run.key, length)
+
+    def step(run, carry, x):
+        slices, key = x
+        xs = [join(x) for join, x in zip(restore, slices, strict=True)]
+        run = run._replace(key=key)
+        results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
+        # A weight that comes out of each step is a stack of weights again.
+        return _free(results[:n_carry], fixed), results[n_carry:]
+
+    def trial(run, carry, xs):
+        return step(run, carry, jax.tree.map(lambda x: x[0], xs))[0]
+
+    xs = (list(slices), keys)
+    carry = _free(init, fixed)
+    carry = _steady(run, carry, trial, xs) if length else plain(run, carry, "scan")
+
+    def body(carry, x):
+        after, ys = step(run, carry, x)
+        return _alike(run, carry, after), ys
+
+    options = {
+        n: params[n] for n in ("reverse", "unroll", "_split_transpose") if n in params
+    }
+    carry, ys = lax.scan(body, carry, xs, length, **options)
+    return [*_filled(carry, fixed), *ys]
+
+
+def _fixed(jaxpr: Any, init: Sequence[Any], n_consts: int) -> dict[int, Factors]:
+    """The carried weights that the loop never changes: constants, in truth."""
+    return {
+        i: x
+        for i, x in enumerate(init)
+        if isinstance(x, Factors) and passed_on(jaxpr, i, n_consts + i)
+    }
+
+
+def _free(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
+    return [x for i, x in enumerate(carry) if i not in fixed]
+
+
+def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
+    rest = iter(carry)
+    return [
+        fixed[i] if i in fixed else next(rest) for i in range(len(carry) + len(fixed))
+    ]
+
+
+def _steady(
+    run: Run, carry: list[Any], step: Callable[..., Any], *xs: Any
+) -> list[Any]:
+    """The carry in which what enters the loop as a weight also leaves it as one."""
+    quiet = run._replace(materialize="allow", counting=False)
+    cause = run.eqn.primitive.name
+    while any(isinstance(x, Factors) for x in carry):
+        with noting():  # and not telling: this was no evaluation
+            after = jax.eval_shape(functools.partial(step, quiet), carry, *xs)
+        kept = [
+            not isinstance(x, Factors) or _avals_of(x) == _avals_of(y)
+            for x, y in zip(carry, after, strict=True)
+        ]
+        if all(kept):
+            break
+        pairs = zip(carry, kept, strict=True)
+        carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
+    # Weights may change places from round to round: each has the names of all.
+    carried = [x for x in carry if isinstance(x, Factors)]
+    name = factors.joined(carried)
+    return [
+        dataclasses.replace(x, name=name) if isinstance(x, Factors) else x
+        for x in carry
+    ]
+
+
+def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
+    """What a loop hands on, weights only where it took weights."""
+    return [
+        y if isinstance(x, Factors) else plain(run, [y], run.eqn.primitive.name)[0]
+        for x, y in zip(before, after, strict=True)
+    ]
+
+
+def _avals_of(x: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(x)
+    return treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+
+
+def _slices(f: Factors):
+    """The parts of `f` that differ from slice to slice, and how to join one slice."""
+    parts = {"a": f.a, "b": f.b, "scale": f.scale[..., None]}
+    same = {
+        k: jnp.squeeze(x, 0) for k, x in parts.items() if 0 not in factors.present(x)
+    }
+    varying = {k: x for k, x in parts.items() if k not in same}
+
+    def join(slices):
+        w, varying = slices
+        parts = same | varying
+        return Factors(w, parts["a"], parts["b"], parts["scale"][..., 0], f.name)
+
+    return (f.w, varying), join
+
+
+def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, operands = operands[:n_cond], operands[n_cond:]
+    body_consts, init = operands[:n_body], operands[n_body:]
+    fixed = _fixed(params["body_jaxpr"], init, n_body)
+    # Under `vmap` each example has its own end: the others go on without it.
+    ((*mapped,),) = result_shapes(params["cond_jaxpr"])
+
+    def go(run, carry):
+        carry = [*cond_consts, *_filled(carry, fixed)]
+        return run_jaxpr(run, params["cond_jaxpr"], carry)[0]
+
+    def step(run, carry):
+        results = [*body_consts, *_filled(carry, fixed)]
+        results = _free(run_jaxpr(run, params["body_jaxpr"], results), fixed)
+        if not mapped:
+            return results
+        running = go(run, carry)
+        pairs = zip(plain(run, results, "while"), carry, strict=True)
+        return [
+            lax.select(lax.broadcast_in_dim(running, y.shape, range(len(mapped))), y, x)
+            for y, x in pairs
+        ]
+
+    def cond(state):
+        key, carry = state
+        more = go(run._replace(key=key), carry)
+        return jnp.any(more) if mapped else more
+
+    def body(state):
+        key, carry = state
+        key, own = (None, None) if key is None else jax.random.split(key)
+        return key, _alike(run, carry, step(run._replace(key=own), carry))
+
+    carry = _free(init, fixed)
+    carry = plain(run, carry, "while") if mapped else _steady(run, carry, step)
+    return _filled(lax.while_loop(cond, body, (run.key, carry))[1], fixed)
+
+
+def _cond(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    index, *operands = operands
+
+    def branch(jaxpr, operands):
+        return plain(run, run_jaxpr(run, jaxpr, operands), "cond")
+
+    branches = [functools.partial(branch, jaxpr) for jaxpr in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:  # of `lax.platform_dependent`: only one is ever lowered
+        pairs = [*zip(platforms, branches, strict=True)]
+        own = {name: branch for names, branch in pairs for name in names or ()}
+        default = next((branch for names, branch in pairs if names is None), None)
+        return lax.platform_dependent(operands, default=default, **own)
+    return lax.switch(index, branches, operands)
+
+
+RULES: dict[str, Rule] = {
+    **VIEWS,
+    **PRODUCTS,
+    **dict.fromkeys(CALLS, _inline),
+    "jit": _jit,
+    "shard_map": _shard_map,
+    "remat2": _remat,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

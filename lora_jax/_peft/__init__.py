@@ -1,0 +1,17 @@
+"""Adapters out to the world of Hugging Face PEFT, and in again.
+
+What comes in is a tree with adapters and a map, which says which PyTorch module each of
+its weights is; or a folder, the same map and a plain tree. What goes out is a folder
+that PEFT and vLLM load, or a tree with adapters. The wing knows trees and files: no
+jaxpr.
+
+Read in this order:
+
+  names.py     which PyTorch modules a weight is: the map
+  modules.py   one weight's adapter as those of its modules, there and back
+  layouts.py   how PyTorch keeps each leaf, and the keys of its tensors
+  config.py    PEFT's adapter_config.json
+  folder.py    a folder, written whole or not at all
+  export.py    `export_peft`
+  import_.py   `import_peft`
+"""

@@ -1,0 +1,268 @@
+"""A GGUF becomes the published Llama, number for number; its converter is strict."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import architectures, smollm2
+
+import lora_jax as lj
+
+pytestmark = pytest.mark.usefixtures("third_party")
+
+
+@pytest.fixture
+def tiny(tiny_smollm2):
+    return tiny_smollm2
+
+
+def models(file):
+    """The model in both forms: its function, and its parameters."""
+    arch = smollm2.measure(file.fields)
+    for scanned in (True, False):
+        model = smollm2.build(arch, scanned)
+        params = smollm2.convert(file.tensors, arch, scanned=scanned)
+        yield lambda p, x, model=model: model.apply({"params": p}, x), params
+
+
+# The parameters.
+
+
+def test_converted_parameters_are_the_modules_own(tiny):
+    arch, ids = smollm2.measure(tiny.fields), jnp.ones((1, 4), jnp.int32)
+    assert (arch.layers, arch.rope, arch.epsilon) == (2, 100.0, 1e-5)
+    describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+    for scanned in (True, False):
+        made = jax.eval_shape(
+            smollm2.build(arch, scanned).init, jax.random.key(0), ids
+        )["params"]
+        params = smollm2.convert(tiny.tensors, arch, scanned=scanned)
+        assert describe(params) == describe(made)
+        layer = params["blocks"] if scanned else params["blocks_1"]
+        down = layer["mlp"]["down"]["kernel"]
+        down = down[1] if scanned else down
+        np.testing.assert_array_equal(down, tiny.tensors["blk.1.ffn_down.weight"].T)
+
+
+def test_both_forms_are_one_function(tiny):
+    ids = np.random.default_rng(1).integers(0, 200, (2, 9))
+    scanned, apart = (jax.jit(fn)(params, ids) for fn, params in models(tiny))
+    np.testing.assert_allclose(scanned, apart, atol=1e-5)
+
+
+def test_rows_are_those_of_rotated_neighbours():
+    """In a GGUF's order neighbours rotate; the products must be those of halves."""
+    heads, size, time, wavelength = 3, 8, 5, 50.0
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(time, 16)).astype(np.float32)
+    speed = wavelength ** (-np.arange(size // 2) / (size // 2))
+    turn = np.exp(1j * np.arange(time)[:, None] * speed)[:, None]  # (time, 1, pair)
+
+    def neighbours(w):
+        pairs = (x @ w.T).reshape(time, heads, -1, 2)
+        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+        return np.stack([turned.real, turned.imag], -1).reshape(time, heads, size)
+
+    def apart(w):
+        y = (x @ smollm2.halves(w, heads).T).reshape(1, time, heads, size)
+        return np.asarray(architectures.rotate(jnp.asarray(y), wavelength))[0]
+
+    q, k = (rng.normal(size=(heads * size, 16)).astype(np.float32) for _ in "qk")
+    products = lambda rotate: np.einsum("thd,shd->hts", rotate(q), rotate(k))
+    np.testing.assert_allclose(products(apart), products(neighbours), atol=1e-3)
+
+
+DOWN = "blk.1.ffn_down.weight"
+KERNELS = list(smollm2.LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (DOWN, None, r"lack blk\.1\.ffn_down\.weight: exactly"),
+        ("output.weight", np.zeros(1, "f4"), r"also hold output\.weight: .* tied head"),
+        ("blk.2.attn_q.weight", np.zeros(1, "f4"), r"also hold blk\.2\.attn_q\.weight"),
+        ("blk.0.attn_q.bias", np.zeros(1, "f4"), r"also hold blk\.0\.attn_q\.bias"),
+        (DOWN, np.zeros((64, 32), "f4"), r"is float32 \(64, 32\): float32 \(32, 64\)"),
+        (DOWN, np.zeros((32, 64), "f2"), r"is float16 \(32, 64\): float32"),
+    ],
+)
+def test_other_tensors_are_refused(tiny, name, value, message):
+    arch = smollm2.measure(tiny.fields)
+    tiny.tensors.pop(name, None)
+    if value is not None:
+        tiny.tensors[name] = value
+    with pytest.raises(ValueError, match=message):
+        smollm2.convert(tiny.tensors, arch)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("general.architecture", "gemma2", "holds a gemma2: a llama is needed"),
+        ("llama.block_count", None, r"no field llama\.block_count"),
+        ("llama.rope.scaling.type", "yarn", r"llama\.rope\.scaling\.type, which"),
+        ("llama.rope.dimension_count", 4, "rotates 4 dimensions of a head's 8"),
+        ("llama.attention.head_count_kv", 3, "has 4 heads, 3 of keys and values"),
+        ("llama.embedding_length", 30, "and the width 30: each must divide"),
+    ],
+)
+def test_other_architectures_are_refused(tiny, name, value, message):
+    tiny.fields.pop(name, None)
+    if value is not None:
+        tiny.fields[name] = value
+    with pytest.raises(ValueError, match=message):
+        smollm2.measure(tiny.fields)
+
+
+def test_the_packages_own_file_must_be_the_published_model(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "own", lambda: tmp_path)
+    monkeypatch.setattr(smollm2, "read", lambda path: tiny)
+    with pytest.raises(ValueError, match=r"says Architecture\(layers=2, .* is needed"):
+        smollm2.load()
+    loaded = smollm2.load(tmp_path, scanned=False, remat=True)
+    assert (loaded.model.scanned, loaded.model.remat) == (False, True)
+    assert loaded.tokenizer.get_vocab_size() == loaded.model.arch.vocab
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_each_name_has_a_weight_and_each_kernel_a_name(tiny, scanned):
+    arch = smollm2.measure(tiny.fields)
+    params = smollm2.convert(tiny.tensors, arch, scanned=scanned)
+    shapes = jax.eval_shape(lambda: params)
+    names = smollm2.names(scanned=scanned)
+    stacks = {f"blocks/{part}/kernel": lj.Axes((0,), (1,), (2,)) for part in KERNELS}
+    adapted = lj.lorafy(
+        shapes, 2, targets=[*names], axes=stacks if scanned else None
+    )  # refuses a pattern that matches nothing
+    kernels = 7 if scanned else 7 * arch.layers
+    assert len(jax.tree.leaves(lj.split(adapted)[0])) == 2 * (kernels + 1)
+    assert names["tokens/embedding"] == ("model.embed_tokens", "lm_head")
+    assert len(set(names.values())) == 8
+
+
+# The text.
+
+
+def test_text_comes_back(tiny):
+    tokenizer = smollm2.tokenizer(tiny.fields)
+    for text in ("the naïve café, 112 ½ times", " then\n\tthe end  ", "日本"):
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids) == text
+    # A digit stands alone, even where a merge would join two; spaces lead their words.
+    assert tokenizer.encode("the the 12").tokens == ["the", "Ġthe", "Ġ", "1", "2"]
+    assert tokenizer.encode("the<|im_end|>").ids[-1] == 2
+    assert tokenizer.get_vocab_size() == len(tiny.fields["tokenizer.ggml.tokens"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pre", "llama-bpe", "is gpt2 and llama-bpe: gpt2 and smollm"),
+        ("merges", None, r"no field tokenizer\.ggml\.merges"),
+        ("tokens", ["a", "a"], "has 2 tokens, 1 of them different, and"),
+    ],
+)
+def test_other_tokenizers_are_refused(tiny, name, value, message):
+    tiny.fields[f"tokenizer.ggml.{name}"] = value
+    if value is None:
+        del tiny.fields[f"tokenizer.ggml.{name}"]
+    with pytest.raises(ValueError, match=message):
+        smollm2.tokenizer(tiny.fields)
+
+
+def test_the_likeliest_token_follows_again_and_again():
+    """Of a model that adds the last two tokens, from what is written alone."""
+
+    def apply(params, ids):
+        before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
+        return params * jax.nn.one_hot(ids + before, 50)
+
+    ids = jnp.array([[1, 1], [2, 5]], jnp.int32)
+    made = smollm2.generate(apply, jnp.float32(1), ids, 4)
+    assert made.tolist() == [[1, 1, 2, 3, 5, 8], [2, 5, 7, 12, 19, 31]]
+
+
+def test_generation_is_that_of_the_whole_text(tiny):
+    fn, params = next(models(tiny))
+    ids = jnp.array([[5, 9, 14], [70, 7, 7]], jnp.int32)
+    made = smollm2.generate(fn, params, ids, 5)
+    # No token sees a later one, so that all texts are in the last.
+    logits = jax.jit(fn)(params, made)
+    np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), made[:, 3:])
+
+
+# The file, and others' readers of it.
+
+
+@pytest.fixture
+def path(tiny, tmp_path):
+    """The tiny model as a GGUF, its tables quantised as SmolLM2's are."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, tiny.fields["general.architecture"])
+    for name, value in tiny.fields.items():
+        if name == "general.architecture":
+            continue  # already there
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        else:
+            writer.add_uint32(name, value)
+    for name, x in tiny.tensors.items():
+        kind = gguf.GGMLQuantizationType.Q4_1 if x.ndim == 2 else None
+        written = x if kind is None else gguf.quants.quantize(x, kind)
+        writer.add_tensor(name, written, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_file_is_read_and_multiplied_out(tiny, path):
+    file = smollm2.read(path)
+    assert {name: file.fields[name] for name in tiny.fields} == tiny.fields
+    assert set(file.tensors) == set(tiny.tensors)
+    for name, x in tiny.tensors.items():
+        blocks, found = (y.reshape(-1, 32) for y in (x, file.tensors[name]))
+        assert file.tensors[name].dtype == np.float32
+        # Sixteen levels between a block's least and largest number
+        step = np.ptp(blocks, axis=1, keepdims=True) / np.float32(15)
+        assert np.all(abs(found - blocks) <= 0.6 * step if x.ndim == 2 else found == x)
+    smollm2.load(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing of the kind", 5000, -64])
+def test_other_files_are_refused(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else path.read_bytes()[:data])
+    with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
+        smollm2.read(path)
+    with pytest.raises(FileNotFoundError):
+        smollm2.read(path.with_name("missing"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_and_tokens_are_those_of_transformers(tiny, path):
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
+    theirs = smollm2.torch_model(path)
+    ids = np.random.default_rng(1).integers(0, 200, (2, 40))
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids)).logits.numpy()
+    for fn, params in models(smollm2.read(path)):
+        np.testing.assert_allclose(jax.jit(fn)(params, ids), want, atol=1e-4)
+    for pattern, names in smollm2.names().items():
+        part = smollm2.LINEAR.get(pattern.removeprefix("blocks/"))
+        tensor = "token_embd.weight" if part is None else f"blk.1.{part[0]}.weight"
+        for name in (names,) if isinstance(names, str) else names:
+            weight = theirs.get_submodule(name.format(layer=1)).weight
+            assert weight.shape == tiny.tensors[tensor].shape
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "the naïve café, then the end"
+    found = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found == smollm2.tokenizer(tiny.fields).encode(text).ids

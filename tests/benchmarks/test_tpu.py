@@ -1,0 +1,142 @@
+"""A LoRA step compiles for TPUs, on one chip and sharded, without a TPU."""
+
+import itertools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import memory
+import pytest
+import training
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+from models.architectures import ARCHITECTURES, Architecture
+
+pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install -e '.[tpu]'")
+pytestmark = pytest.mark.usefixtures("third_party")
+
+# No weight is as long as a batch of 4 x 160 tokens: a shape tells what it is of.
+RANK, LAYERS, WIDTH, MLP, VOCAB, TIME = 4, 2, 512, 1024, 2048, 160
+TINY = Architecture(LAYERS, WIDTH, 4, MLP, VOCAB, kv_heads=2)
+KERNELS = [  # input, output; the longer is sharded, of two equal ones the first
+    *[("attention/query", WIDTH, WIDTH, 0), ("attention/out", WIDTH, WIDTH, 0)],
+    *[("attention/key", WIDTH, WIDTH // 2, 0), ("attention/value", WIDTH, 256, 0)],
+    *[("mlp/gate", WIDTH, MLP, 1), ("mlp/up", WIDTH, MLP, 1)],
+    ("mlp/down", MLP, WIDTH, 0),
+]
+TABLE = "bf16", (VOCAB, WIDTH)
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    """Without JAX's cache, which cannot read what was compiled for an absent chip."""
+
+    def enable(yes):
+        jax.config.update("jax_enable_compilation_cache", yes)
+        compilation_cache.reset_cache()
+
+    enable(False)
+    yield
+    enable(True)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The compiled LoRA step for a device, and the shapes that it was given."""
+    monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
+
+    def compile_for(device, *more):
+        given = ["--model=tiny", f"--sequence={TIME}", f"--rank={RANK}"]
+        args = memory.options().parse_args([*given, f"--device={device}", *more])
+        job = memory.prepare(args)
+        lowered, shapes = memory.lower(job, "lora", job.mesh.size)
+        return lowered.compile(), shapes
+
+    return compile_for
+
+
+@pytest.mark.slow
+def test_one_chip(compiled):
+    step, (state, frozen, batch) = compiled("tpu-v5e", "--no-scan", "--no-remat")
+    stats = step.memory_analysis()
+    held = training.nbytes((state, frozen, batch))
+    assert held <= stats.argument_size_in_bytes < 1.1 * held
+    # The new state takes the place of the old, and nothing else comes out but the loss.
+    assert stats.alias_size_in_bytes >= training.nbytes(state)
+    assert stats.output_size_in_bytes - stats.alias_size_in_bytes < 2048
+    # A product for each weight forward, one back, and none for its gradient.
+    weights = LAYERS * sum(n_in * n_out for _, n_in, n_out, _ in KERNELS)
+    forward = 2 * TIME * (weights + VOCAB * WIDTH)
+    assert 2 * forward < step.cost_analysis()["flops"] < 2.4 * forward
+
+
+@pytest.mark.slow
+def test_sharded_over_four_chips(compiled):
+    step, (state, frozen, batch) = compiled("tpu-v5e:2x2")
+    # A is split where W's inputs are, B where its outputs are; rank and layers are not.
+    for path, n_in, n_out, split in KERNELS:
+        part, name = path.split("/")
+        adapter, weight = state[0]["blocks"][part][name], frozen["blocks"][part][name]
+        first, second = ("chips", None) if split == 0 else (None, "chips")
+        assert weight["kernel"].sharding.spec == P(None, first, second)
+        assert adapter["lora_a"].shape == (LAYERS, n_in, RANK)
+        assert adapter["lora_a"].sharding.spec == P(None, first, None)
+        assert adapter["lora_b"].shape == (LAYERS, RANK, n_out)
+        assert adapter["lora_b"].sharding.spec == P(None, None, second)
+    # The program takes everything so, and gives the new state back as it took the old.
+    (given, _), (left, _) = step.input_shardings, step.output_shardings
+    for found, wanted in ((given, (state, frozen, *batch)), (left, state)):
+        same = jax.tree.map(
+            lambda s, x: s.is_equivalent_to(x.sharding, x.ndim), found, wanted
+        )
+        assert all(jax.tree.leaves(same))
+
+    gathered, summed = collectives(step.as_text())
+    # Each weight is gathered as it is, in bfloat16: forward, for what remat computes
+    # again, and for the way back; the table once. Neither W + A B nor x ever is.
+    large = Counter({x: n for x, n in gathered.items() if RANK not in x[1]})
+    weights = [("bf16", (n_in, n_out)) for _, n_in, n_out, _ in KERNELS]
+    assert Counter(weights * 2) <= large <= Counter([*weights * 3, TABLE])
+    # What the chips sum are gradients of adapters, and the loss.
+    assert all(not shape or RANK in shape for _, shape in summed)
+
+
+def collectives(text):
+    """Counts of (dtype, shape) that are gathered, and that are summed over chips.
+
+    XLA writes one collective into several fusions; its channel tells that it is one.
+    """
+    found = {"all-gather": {}, "all-reduce": {}}
+    line = r"= (.*?) ([a-z]+-[a-z-]+?)(?:-start)?\(.*?channel_id=(\d+)"
+    for shapes, kind, channel in re.findall(line, text):
+        if kind in found:
+            found[kind][channel] = [  # a layer of a stack has size 1 in front
+                (dtype, tuple(int(n) for n in sizes.split(",") if n not in ("", "1")))
+                for dtype, sizes in re.findall(r"(b?f\d+)\[([\d,]*)\]", shapes)
+            ]
+    return (Counter(itertools.chain(*x.values())) for x in found.values())
+
+
+def test_unknown_meshes_are_refused(capsys):
+    for device, message in {
+        "tpu-v5e:3x3": "libtpu knows no tpu-v5e:3x3",
+        "tpu-v99": "libtpu knows no tpu-v99",
+    }.items():
+        with pytest.raises(SystemExit) as error:
+            memory.main([f"--device={device}"])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_too_large_for_the_chip_is_told():
+    """In the words of the installed compiler."""
+    place = jax.sharding.SingleDeviceSharding(memory.devices("tpu-v5e")[0])
+    x = jax.ShapeDtypeStruct((8, 2**30), jnp.float32, sharding=place)
+    lowered = jax.jit(lambda x: x + 1).lower(x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
+        lowered.compile()
+    told = memory.refusal(str(error.value))
+    assert told["refused"]
+    assert told["limit"] == 15.75 * 2**30
+    assert told["peak"] >= 4 * 8 * 2**30

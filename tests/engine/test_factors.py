@@ -1,0 +1,232 @@
+"""Layouts are read from shapes, and every view of a weight is a view of its factors."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax._adapters import axes_of_shapes, fits
+from lora_jax._engine.factors import (
+    Factors,
+    add,
+    align,
+    broadcast,
+    concatenate,
+    cut,
+    delta,
+    materialize,
+    reshape,
+    stacked,
+    transpose,
+    wider,
+)
+
+RNG = np.random.default_rng(0)
+# Shapes of w, a, b and the scale, and how NumPy writes scale * A B for them.
+LAYOUTS = {
+    "matrix": ((4, 5), (4, 2), (2, 5), (), "ir,ro,->io"),
+    "heads": ((4, 2, 3), (4, 2), (2, 2, 3), (), "ir,rhd,->ihd"),
+    "out": ((2, 3, 4), (2, 3, 2), (2, 4), (), "hdr,ro,->hdo"),
+    "stack": ((3, 4, 5), (3, 4, 2), (3, 2, 5), (3,), "lir,lro,l->lio"),
+    "experts": ((2, 3, 4, 5), (2, 3, 4, 2), (2, 3, 2, 5), (2, 3), "leir,lero,le->leio"),
+    "one row": ((1, 5), (1, 2), (2, 5), (), "ir,ro,->io"),
+    "one layer": ((1, 4, 5), (1, 4, 2), (1, 2, 5), (1,), "lir,lro,l->lio"),
+    "aligned": ((5, 4), (1, 4, 2), (5, 1, 2), (), "xir,oyr,->oi"),
+    "aligned fused": (
+        (3, 2, 4, 5),
+        (1, 1, 4, 1, 2),
+        (3, 2, 1, 5, 2),
+        (),
+        "xyizr,fhwdr,->fhid",
+    ),
+    "aligned batch": ((4, 3, 5), (4, 3, 1, 2), (1, 3, 5, 2), (3,), "ilxr,ylor,l->ilo"),
+}
+
+
+def normal(shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    *shapes, equation = LAYOUTS[request.param]
+    return [normal(shape) for shape in shapes], equation
+
+
+def test_delta_against_numpy(layout):
+    (w, a, b, scale), equation = layout
+    assert fits(w.shape, a.shape, b.shape, scale.shape)
+    want = np.einsum(equation, *(np.asarray(x, np.float64) for x in (a, b, scale)))
+    f = align(w, a, b, scale)
+    np.testing.assert_allclose(delta(f), want, atol=1e-5)
+    np.testing.assert_allclose(materialize(f), w + want.astype(np.float32), atol=1e-5)
+
+
+def test_axes_are_those_of_the_equation(layout):
+    (w, a, b, scale), equation = layout
+    axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
+    assert sorted((*axes.batch, *axes.inputs, *axes.outputs)) == list(range(w.ndim))
+    if 1 not in w.shape:
+        operands, result = equation.split("->")
+        in_a, in_b, _ = operands.split(",")
+        letters = list(enumerate(result))
+        assert axes.batch == tuple(d for d, n in letters if n in in_a and n in in_b)
+        assert axes.inputs == tuple(d for d, n in letters if n not in in_b)
+
+
+def test_views_of_the_factors_are_views_of_the_weight(layout):
+    (w, a, b, scale), _ = layout
+    f, whole = align(w, a, b, scale), materialize(align(w, a, b, scale))
+    for permutation in itertools.islice(itertools.permutations(range(w.ndim)), 6):
+        got = transpose(f, w.transpose(permutation), permutation)
+        np.testing.assert_allclose(
+            materialize(got), whole.transpose(permutation), atol=1e-6
+        )
+    shape = (2, *w.shape)
+    dims = tuple(range(1, w.ndim + 1))
+    got = broadcast(f, jnp.broadcast_to(w, shape), dims)
+    np.testing.assert_allclose(
+        materialize(got), jnp.broadcast_to(whole, shape), atol=1e-6
+    )
+    assert got.a.size == a.size and got.b.size == b.size
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "follows"),
+    [
+        ("matrix", (2, 2, 5), True),
+        ("matrix", (4, 1, 5, 1), True),
+        ("matrix", (1, 4, 5), True),
+        ("matrix", (20,), False),
+        ("matrix", (2, 10), False),
+        ("heads", (4, 6), True),
+        ("heads", (8, 3), False),
+        ("heads", (4, 3, 2), True),
+        ("out", (6, 4), True),
+        ("out", (6, 2, 2), True),
+        ("stack", (12, 5), False),
+        ("experts", (6, 4, 5), True),
+        ("one row", (5,), True),
+        ("one row", (1, 1, 5, 1), True),
+        ("one layer", (4, 5), True),
+        ("aligned", (5, 2, 2), True),
+        ("aligned fused", (6, 4, 5), True),
+        ("aligned fused", (3, 8, 5), False),
+    ],
+)
+def test_reshape_respects_the_split(name, shape, follows):
+    *shapes, _ = LAYOUTS[name]
+    f = align(*map(normal, shapes))
+    got = reshape(f, f.w.reshape(shape))
+    assert (got is not None) == follows
+    if follows:
+        want = materialize(f).reshape(shape)
+        np.testing.assert_allclose(materialize(got), want, atol=1e-6)
+
+
+def test_reshape_of_nothing_is_materialized():
+    f = align(*map(normal, ((0, 5), (0, 2), (2, 5), ())))
+    assert reshape(f, f.w.reshape((5, 0))) is None
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "want"),
+    [
+        (["bfloat16"], "float32"),
+        (["float16", "float32"], "float32"),
+        (["float8_e4m3fn"], "float32"),
+        (["float64", "bfloat16"], "float64"),
+        (["complex64"], "complex64"),
+    ],
+)
+def test_wider(dtypes, want):
+    with jax.enable_x64(True):
+        assert wider(*map(jnp.dtype, dtypes)) == want
+
+
+def test_low_precision_is_summed_in_float32_and_cast_once():
+    w, a, b = (normal(shape).astype(jnp.bfloat16) for shape in ((4, 5), (4, 2), (2, 5)))
+    got = materialize(align(w, a, b, jnp.float32(0.3)))
+    exact = [np.asarray(x, np.float64) for x in (w, a, b)]
+    want = exact[0] + np.float32(0.3) * exact[1] @ exact[2]
+    assert got.dtype == jnp.bfloat16
+    assert (got == want.astype(np.float32).astype(jnp.bfloat16)).all()
+
+
+def pieces(*shapes, axes):
+    """Weights of one layout, and the plain arrays that they stand for."""
+    made = []
+    for w, a, b, scale in shapes:
+        f = align(normal(w), normal(a), normal(b), normal(scale), "w")
+        made.append(transpose(f, jnp.transpose(f.w, axes), axes))
+    return made, [np.asarray(materialize(f)) for f in made]
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_side_by_side(axis, axes):
+    """Weights of several ranks, and a plain array, as one weight."""
+    n = [(4, 3), (4, 3)]
+    n[1] = (4, 2) if axes[axis] == 1 else (2, 3)
+    fs, plain = pieces(
+        *((w, (w[0], r), (r, w[1]), ()) for w, r in zip(n, (1, 2), strict=True)),
+        axes=axes,
+    )
+    array = normal(plain[0].shape)
+    parts = [fs[0], array, fs[1]]
+    weights = [x.w if isinstance(x, Factors) else x for x in parts]
+    f = concatenate(parts, jnp.concatenate(weights, axis), axis)
+    want = np.concatenate([plain[0], array, plain[1]], axis)
+    np.testing.assert_allclose(materialize(f), want, atol=1e-5)
+    assert f.a.shape[-1] == 3  # the ranks add up
+
+
+def test_stacked_weights_keep_their_rank():
+    shapes = (((4, 3), (4, r), (r, 3), ()) for r in (1, 2))
+    fs, plain = pieces(*shapes, axes=(0, 1))
+    ones = [broadcast(f, f.w[None], (1, 2)) for f in fs]
+    f = concatenate(ones, jnp.stack([x.w for x in fs]), 0)
+    np.testing.assert_allclose(materialize(f), np.stack(plain), atol=1e-5)
+    assert f.a.shape == (2, 4, 1, 2) and f.b.shape == (2, 1, 3, 2)
+    assert stacked(f) == {0}
+
+
+def test_pieces_of_one_weight_share_its_other_factor():
+    ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+
+    def piece(low, high):
+        take = lambda x, own: x[low:high] if 0 in own else x
+        return cut(f, f.w[low:high], take)
+
+    rolled = concatenate([piece(3, 4), piece(0, 3)], jnp.roll(f.w, 1, 0), 0)
+    np.testing.assert_allclose(materialize(rolled), np.roll(plain, 1, 0), atol=1e-5)
+    assert rolled.a.shape[-1] == 2
+
+
+def test_a_matrix_beside_a_stack_has_no_factors():
+    ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+    stack = align(*map(normal, ((4, 3), (4, 3, 2), (1, 3, 2), (3,))))
+    assert concatenate([f, stack], jnp.zeros((4, 6)), 1) is None
+    want = plain + materialize(stack)  # but a sum may have
+    np.testing.assert_allclose(
+        materialize(add(f, stack, f.w + stack.w)), want, atol=1e-5
+    )
+
+
+def test_a_sum_adds_up_the_ranks():
+    shapes = [((4, 3), (4, 1), (1, 3), ()), ((3, 4), (3, 2), (2, 4), ())]
+    ((f,), (x,)) = pieces(shapes[0], axes=(0, 1))
+    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # its factors the other way round
+    h = add(f, g, f.w + g.w)
+    np.testing.assert_allclose(materialize(h), x + y, atol=1e-5)
+    assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)
+
+
+def test_mixed_precision_side_by_side():
+    ((f, g), (x, y)) = pieces(*[((4, 3), (4, 2), (2, 3), ())] * 2, axes=(0, 1))
+    low = Factors(g.w, *(x.astype(jnp.bfloat16) for x in (g.a, g.b)), g.scale)
+    h = concatenate([f, low], jnp.concatenate([f.w, g.w], 1), 1)
+    assert h.a.dtype == h.b.dtype == jnp.float32
+    np.testing.assert_allclose(materialize(h), np.concatenate([x, y], 1), atol=0.1)

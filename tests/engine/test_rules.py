@@ -1,0 +1,71 @@
+"""Without a rule a weight is materialised: exact, for that use alone, and said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import Primitive, primitives
+from jax.interpreters import ad, mlir
+
+import lora_jax as lj
+from lora_jax._engine import rules
+
+cube_p = Primitive("cube_of_a_user")
+cube_p.def_impl(lambda x: x**3)
+cube_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(cube_p, mlir.lower_fun(lambda x: x**3, multiple_results=False))
+ad.primitive_jvps[cube_p] = lambda x, dx: (cube_p.bind(*x), 3 * x[0] ** 2 * dx[0])
+X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+
+def test_each_rule_is_for_a_primitive_of_jax():
+    known = {p.name for n, p in vars(primitives).items() if n.endswith("_p")}
+    # Some that jax.extend does not list, and a call that was renamed.
+    rest = {
+        *("optimization_barrier", "split", "reshard", "closed_call", "eval_jaxpr"),
+        *("device_put", "pvary", "ragged_dot_general", "shard_map"),
+        *("stack", "tile", "unstack"),  # new in 0.12
+    }
+    assert set(rules.RULES) - known <= rest
+
+
+@pytest.fixture
+def params(randomized):
+    base = {name: {"kernel": jnp.ones((4, 4)) / 4} for name in ("a", "b")}
+    return randomized(lj.lorafy(base, 2))
+
+
+def use(p, x):
+    return x @ cube_p.bind(p["a"]["kernel"]) + x @ p["a"]["kernel"] @ p["b"]["kernel"]
+
+
+def test_an_unknown_primitive_is_exact_and_named(params, close):
+    with pytest.warns(
+        UserWarning, match="'a/kernel' meets 'cube_of_a_user' at .*test_rules.py:"
+    ) as caught:
+        got = lj.lora(use)(params, X)
+    assert len(caught) == 1  # the other uses stay factored
+    close(got, use(lj.merge(params), X))
+    adapters, base = lj.split(params)
+    quiet = lj.lora(use, materialize="allow")
+    got = jax.grad(lambda a: quiet(lj.combine(a, base), X).sum())(adapters)
+    merged = lambda a: use(lj.merge(lj.combine(a, base)), X).sum()
+    close(got, jax.grad(merged)(adapters))
+
+
+@pytest.mark.parametrize("name", ["scan", "jit", "dot_general", "transpose"])
+def test_an_unreadable_primitive_is_exact(name, params, close, monkeypatch):
+    """As on a JAX that changed it: the rule is gone and the weights are formed."""
+    monkeypatch.delitem(rules.RULES, name)
+
+    def fn(p, x):
+        body = lambda c, _: (jnp.sin(c @ p["a"]["kernel"].T), None)
+        return jax.jit(lambda w, x: x @ w)(
+            p["b"]["kernel"], jax.lax.scan(body, x, length=2)[0]
+        )
+
+    with pytest.warns(
+        UserWarning, match=f"meets '{name}' at .*which needs the whole weight"
+    ):
+        got = lj.lora(fn)(params, X)
+    close(got, fn(lj.merge(params), X))

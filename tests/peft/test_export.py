@@ -1,0 +1,391 @@
+"""export_peft, against NumPy: what each tensor says is what the merged weight moved."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from flax.core import freeze
+
+import lora_jax as lj
+from lora_jax._peft.export import VLLM_RANKS
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {
+        "tokens": {"embedding": draw(7, 4)},
+        "conv": {"kernel": draw(3, 2, 4, 5), "bias": draw(5)},
+        "blocks": {
+            "query": {"kernel": draw(2, 4, 2, 3), "bias": draw(2, 2, 3)},
+            "out": {"kernel": draw(2, 2, 3, 4), "bias": draw(2, 4)},
+            "qkv": {"kernel": draw(2, 4, 9)},
+        },
+        "head": {"kernel": draw(4, 3), "bias": draw(3)},
+    }
+
+
+AXES = {
+    "blocks/query/kernel": lj.Axes((0,), (1,), (2, 3)),
+    "blocks/out/kernel": lj.Axes((0,), (1, 2), (3,)),
+    "blocks/qkv/kernel": lj.Axes((0,), (1,), (2,)),
+}
+NAMES = {
+    "tokens": ("model.tokens", "lm_head"),
+    "blocks/qkv": {
+        f"model.layers.{{layer}}.{n}": k for n, k in dict(a=3, b=2, c=4).items()
+    },
+    "blocks/*": "model.layers.{layer}.{}_proj",
+    "conv": "model.conv",
+    "head": "score",
+}
+
+
+def adapted(randomized, **options):
+    ranks, alphas = {"query": 2, "tokens": 3, "*/kernel": 1}, {"out": 3, "*": 0.5}
+    return randomized(lj.lorafy(tree(), ranks, alpha=alphas, axes=AXES, **options))
+
+
+def read(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+
+
+def update(folder, name, table=False):
+    """The matrix scale * B A of one module, by the format's own rules."""
+    config, tensors = read(folder)
+    ends = (".lora_embedding_A", ".lora_embedding_B")
+    ends = ends if table else (".lora_A.weight", ".lora_B.weight")
+    a, b = (tensors[f"base_model.model.{name}{end}"] for end in ends)
+    r = config["rank_pattern"].get(name, config["r"])
+    assert a.shape[0] == b.shape[1] == r
+    scale = config["alpha_pattern"].get(name, config["lora_alpha"]) / r
+    return scale * np.einsum("or...,r...->o...", b.reshape(len(b), r), a)
+
+
+def moved(params):
+    return jax.tree.map(lambda x, y: np.asarray(x - y), lj.merge(params), tree())
+
+
+@pytest.mark.parametrize("form", ["dict", "frozen", "params", "state"])
+def test_each_module_moves_as_the_merged_weight(tmp_path, randomized, close, form):
+    params = adapted(randomized)
+    want = moved(params)
+    wrapped = {
+        "dict": params,
+        "frozen": freeze(params),
+        "params": {"params": params, "batch_stats": {"mean": jnp.ones(3)}},
+        "state": nnx.State(jax.tree.map(nnx.Param, params)),
+    }
+    lj.export_peft(tmp_path / "out", wrapped[form], NAMES)
+    got = lambda *args: update(tmp_path / "out", *args)
+    close(got("model.tokens", True).T, want["tokens"]["embedding"])
+    close(got("lm_head"), want["tokens"]["embedding"])
+    close(got("model.conv").transpose(2, 3, 1, 0), want["conv"]["kernel"])
+    close(got("score").T, want["head"]["kernel"])
+    for i in range(2):
+        block = jax.tree.map(lambda x, i=i: x[i], want["blocks"])
+        layer = f"model.layers.{i}."
+        close(got(f"{layer}query_proj").T.reshape(4, 2, 3), block["query"]["kernel"])
+        close(got(f"{layer}out_proj").T.reshape(2, 3, 4), block["out"]["kernel"])
+        parts = [got(layer + name).T for name in "abc"]
+        assert [x.shape[1] for x in parts] == [3, 2, 4]
+        close(np.concatenate(parts, 1), block["qkv"]["kernel"])
+    config, tensors = read(tmp_path / "out")
+    assert len(tensors) == 2 * len(config["target_modules"]) == 2 * 14
+    assert all(x.dtype == np.float32 for x in tensors.values())
+
+
+def test_the_config(tmp_path, randomized):
+    lj.export_peft(
+        tmp_path,
+        adapted(randomized),
+        NAMES,
+        base_model="org/model",
+        task_type="CAUSAL_LM",
+    )
+    config, _ = read(tmp_path)
+    assert config["r"] == 1 and config["lora_alpha"] == 0.5
+    assert config["rank_pattern"] == {
+        "model.tokens": 3,
+        "lm_head": 3,
+        "model.layers.0.query_proj": 2,
+        "model.layers.1.query_proj": 2,
+    }
+    assert config["alpha_pattern"] == {
+        "model.layers.0.out_proj": 3,
+        "model.layers.1.out_proj": 3,
+    }
+    assert config["base_model_name_or_path"] == "org/model"
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM"
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+    assert config["inference_mode"] is True and config["use_rslora"] is False
+
+
+def test_scale_is_exact(tmp_path):
+    params = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 3, alpha=0.7, rslora=True)
+    lj.export_peft(tmp_path, params, {"a": "m.a"})
+    config, _ = read(tmp_path)
+    scale = config["lora_alpha"] / config["r"]
+    assert np.float32(scale) == params["a"]["lora_scale"]
+    whole = lj.lorafy({"a": {"kernel": jnp.ones((9, 9))}}, 7, alpha=16)
+    lj.export_peft(tmp_path, whole, {"a": "m.a"})
+    assert read(tmp_path)[0]["lora_alpha"] == 16
+
+
+def test_leaves_that_also_train(tmp_path, randomized, close):
+    params = adapted(randomized, exclude=["head", "conv"])
+    with pytest.raises(ValueError, match="saves whole modules: add 'head/kernel'"):
+        lj.export_peft(tmp_path / "out", params, NAMES, also="head/bias")
+    with pytest.raises(ValueError, match=r"model.layers.0.out_proj'.* saved whole"):
+        lj.export_peft(tmp_path / "out", params, NAMES, also="blocks/out/bias")
+    lj.export_peft(tmp_path / "out", params, NAMES, also=["head", "conv"])
+    config, tensors = read(tmp_path / "out")
+    assert config["modules_to_save"] == ["model.conv", "score"]
+    get = lambda name: tensors[f"base_model.model.{name}"]
+    close(get("score.weight"), np.asarray(params["head"]["kernel"]).T)
+    close(get("score.bias"), np.asarray(params["head"]["bias"]))
+    want = np.asarray(params["conv"]["kernel"]).transpose(3, 2, 0, 1)
+    close(get("model.conv.weight"), want)
+    close(get("model.conv.bias"), np.asarray(params["conv"]["bias"]))
+
+
+def test_portable(tmp_path, randomized, close):
+    params = adapted(randomized, exclude=["conv"])
+    names = NAMES | {"tokens": ("model.embed_tokens", "lm_head")}
+    names.pop("conv")
+    lj.export_peft(tmp_path, params, names, portable=True, dtype=jnp.float32)
+    config, _ = read(tmp_path)
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    want = moved(params)
+    close(update(tmp_path, "score").T, want["head"]["kernel"])
+    table = want["tokens"]["embedding"]
+    close(update(tmp_path, "lm_head"), table)
+    close(update(tmp_path, "model.embed_tokens", True).T, table)
+    back = lj.import_peft(tmp_path, tree(), names, axes=AXES)
+    close(lj.merge(back), lj.merge(params))
+    one = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 1)
+    lj.export_peft(tmp_path, one, {"a": "a"}, portable=True)
+    assert read(tmp_path)[0]["r"] == 1
+
+
+@pytest.mark.parametrize(
+    "targets, names, options, match",
+    [
+        ("conv", {}, {}, "'conv/kernel' cannot be portable: .* is a convolution"),
+        ("tokens", {}, {}, "adapts the table embed_tokens, not 'model.tokens'"),
+        ("head", {}, {"also": "conv"}, "vLLM takes no modules_to_save"),
+        ("head", {}, {"dtype": jnp.float16}, "it is float16, and float32 or bfloat16"),
+        (
+            "qkv",
+            {"blocks/qkv": "m.e"},
+            {"kinds": {"qkv": "experts"}},
+            "'m.e' is a parameter of experts",
+        ),
+    ],
+)
+def test_what_is_not_portable(tmp_path, targets, names, options, match):
+    params = lj.lorafy(tree(), 1, targets=targets, axes=AXES)
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(
+            tmp_path / "out", params, NAMES | names, portable=True, **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_vllm_does_not_take(tmp_path):
+    params = lj.lorafy({"a": {"kernel": jnp.ones((600, 600))}}, 513)
+    with pytest.raises(ValueError, match="vLLM takes ranks up to 512, not 513"):
+        lj.export_peft(tmp_path, params, {"a": "a"}, portable=True)
+    assert VLLM_RANKS[-1] == 512
+
+
+@pytest.mark.parametrize(
+    "names, options, match",
+    [
+        ({"head": None}, {}, "names has no name for 'head/kernel'.*Write names="),
+        ({"head": "model.conv"}, {}, "have one name, 'model.conv'"),
+        ({"blocks/*": "layers.{}"}, {}, "stacks more than the name .* counts"),
+        ({"head": "s.{layer}"}, {}, "counts 1 stacked dimensions.* has 0"),
+        ({"blocks/qkv": {"a.{layer}": 3}}, {}, "has 9 outputs, and the parts"),
+        ({"blocks/qkv": ("a.{layer}", "b.{layer}")}, {}, "has 9 outputs"),
+        ({"tokens": ("a", "b", "c")}, {}, "is a table: it has one name, or two"),
+        ({"hed": "score"}, {}, "No leaf matches 'hed' of names"),
+        ({}, {"modules": ["model.tokens", "lm_head"]}, "which is not in modules"),
+        ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
+        ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
+        (
+            {},
+            {"also": "head"},
+            "saved whole, and PEFT then ignores the adapter of 'score'",
+        ),
+        ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
+        ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes says"),
+        ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
+    ],
+)
+def test_bad_input_leaves_the_folder_alone(tmp_path, names, options, match):
+    params = lj.lorafy(tree(), 1, targets="*", axes=AXES)
+    names = {k: v for k, v in (NAMES | names).items() if v is not None}
+    lj.export_peft(tmp_path / "out", lj.lorafy(tree(), 1, targets="head"), NAMES)
+    before = [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())]
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(tmp_path / "out", params, names, **options)
+    assert [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())] == before
+
+
+def test_other_bad_input(tmp_path):
+    base = {"a": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(ValueError, match="have no adapters"):
+        lj.export_peft(tmp_path, base, {"a": "a"})
+    params = lj.lorafy(base, 1)
+    with pytest.raises(ValueError, match=r"axes=find_axes\(fn, params"):
+        lj.export_peft(tmp_path, params, {"a": "a"}, fan_in_fan_out=True)
+    with pytest.raises(TypeError, match="modules is a list"):
+        lj.export_peft(tmp_path, params, {"a": "a"}, modules="a")
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="no values to save"):
+        lj.export_peft(tmp_path, shapes, {"a": "a"})
+    params["a"]["lora_a"] = params["a"]["lora_a"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        lj.export_peft(tmp_path, params, {"a": "a"})
+    two = lj.lorafy(
+        {"up": jnp.ones((2, 3, 4)), "down": jnp.ones((2, 4, 3))},
+        1,
+        targets="*",
+        axes={n: lj.Axes((0,), (1,), (2,)) for n in ("up", "down")},
+    )
+    for names in (lambda path: f"m.{path}", {"*": "m.{}"}):
+        with pytest.raises(ValueError, match="their order matters"):
+            lj.export_peft(tmp_path, two, names, kinds={"*": "experts"})
+    assert not list(tmp_path.iterdir())
+
+
+one = lambda *shape: {"kernel": jnp.ones(shape)}
+
+
+@pytest.mark.parametrize(
+    "also, path, leaf, name, match",
+    [
+        ("head", "up", one(4, 3), "m.my_head", "ignores the adapter of 'm.my_head'"),
+        ("head", "up", one(4, 3), "head.up", "ignores the adapter of 'head.up'"),
+        ("head", "bottom", one(4, 3), "head.up", "'bottom/kernel' is in one that also"),
+        ("up", "up", one(4, 3), "h.0.c_fc", "layer of that name may store .in, out"),
+        ("up", "up", {"w": jnp.ones((4, 3))}, "up", "does not say what it is.*kinds="),
+        ("up", "up", {"scale": jnp.ones(())}, "up.{layer}", "counts 1 stacked dim"),
+        ("norm", "norm", {"mean": jnp.ones(3)}, "norm", "more of such statistics"),
+        ("Conv*", "ConvTranspose_0", one(3, 4, 3), "c", "turns the windows"),
+    ],
+)
+def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
+    """Each would load without a word, and lose an adapter or a leaf."""
+    base = {"a": one(4, 4), "head": {"scale": jnp.ones(4)}, path: leaf}
+    names = {"a": "m.a", path: name, "head": "head"}
+    targets = ["a", "up"] if "ignores" in match else "a"
+    params = lj.lorafy(base, 1, targets=targets)
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(tmp_path / "out", params, names, also=also)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_a_task(tmp_path):
+    base = {"a": one(4, 4), "classifier": {**one(4, 2), "fn": print, "none": None}}
+    names = {"*/kernel": "m.{}"}
+    options = {"task_type": "SEQ_CLS", "also": "classifier/kernel"}
+    with pytest.raises(ValueError, match="called classifier or score: train it"):
+        plain = lj.lorafy(base, 1, targets="a")
+        lj.export_peft(tmp_path, plain, names, task_type="SEQ_CLS")
+    lj.export_peft(tmp_path, lj.lorafy(base, 1, targets="a"), names, **options)
+    config, _ = read(tmp_path)
+    assert config["modules_to_save"] == ["m.classifier"]
+    base["score"] = one(4, 2)
+    with pytest.raises(ValueError, match=r"saves 'm.score' whole, and it has an adapt"):
+        params = lj.lorafy(base, 1, targets=["a", "score"])
+        lj.export_peft(tmp_path, params, names, **options)
+
+
+def test_stacks_saved_whole_are_the_first_dimensions(tmp_path):
+    base = {"a": {"kernel": jnp.ones((4, 2, 3)), "b": jnp.ones((3, 2))}}
+    axes = {"a/kernel": lj.Axes((1,), (0,), (2,))}
+    params = lj.lorafy(base, 1, axes=axes)
+    names = {"a/kernel": "m.{layer}.a", "a/b": "m.{layer}.b"}
+    with pytest.raises(ValueError, match="which of its dimensions is the stack"):
+        lj.export_peft(tmp_path / "out", params, names, also="a/b")
+
+
+def test_square_kernels_of_gpt2_need_axes(tmp_path):
+    params = lj.lorafy({"attn": {"out": one(4, 4)}}, 1)
+    with pytest.raises(ValueError, match=r"is square.*axes=find_axes\(fn"):
+        lj.export_peft(tmp_path / "out", params, {"attn/out": "h.0.attn.c_proj"})
+    axes = {"attn/out/kernel": lj.Axes((), (0,), (1,))}
+    names = {"attn/out": "h.0.attn.c_proj"}
+    lj.export_peft(tmp_path / "out", params, names, axes=axes)
+    assert read(tmp_path / "out")[0]["target_modules"] == ["h.0.attn.c_proj"]
+
+
+def test_a_bias_tells_a_kernel_that_is_stored_the_other_way(tmp_path):
+    """As Flax GPT-2 does: its kernels are (outputs, inputs)."""
+    base = {"c_fc": {"kernel": jnp.ones((2, 6, 4)), "bias": jnp.ones((2, 6))}}
+    axes = {"c_fc/kernel": lj.Axes((0,), (1,), (2,))}
+    params = lj.lorafy(base, 1, axes=axes)
+    with pytest.raises(ValueError, match="4 outputs by its name, and its bias has 6"):
+        lj.export_peft(tmp_path / "out", params, {"c_fc": "h.{layer}.mlp.c_fc"})
+    axes = {"c_fc/kernel": lj.Axes((0,), (2,), (1,))}
+    names = {"c_fc": "h.{layer}.mlp.c_fc"}
+    lj.export_peft(tmp_path / "out", params, names, axes=axes)
+    assert update(tmp_path / "out", "h.1.mlp.c_fc").shape == (6, 4)
+
+
+def test_a_table_used_as_a_matrix(tmp_path):
+    axes = {"head/embedding": lj.Axes((), (1,), (0,))}
+    base = {"head": {"embedding": jnp.ones((5, 3))}}
+    params = lj.lorafy(base, 1, targets="*", axes=axes)
+    with pytest.raises(ValueError, match=r"kinds={'head/embedding': 'linear'}"):
+        lj.export_peft(tmp_path, params, {"head": "lm_head"})
+    lj.export_peft(tmp_path, params, {"head": "lm_head"}, kinds={"head": "linear"})
+    assert update(tmp_path, "lm_head").shape == (5, 3)
+
+
+def test_scales_are_folded_in_float32(tmp_path, close):
+    """Narrow leaves keep their dtype, and lose no bits to the scale before that."""
+    params = lj.lorafy({"a": one(8, 8)}, 8, alpha=0.7, dtype=jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(0), (8, 8), jnp.bfloat16)
+    params["a"]["lora_b"] = b
+    lj.export_peft(tmp_path, params, {"a": "a"}, portable=True, base_model=tmp_path)
+    config, tensors = read(tmp_path)
+    stored = tensors["base_model.model.a.lora_B.weight"]
+    assert stored.dtype == jnp.bfloat16
+    scale = np.asarray(params["a"]["lora_scale"])
+    want = (np.asarray(b, np.float32) * scale).astype(stored.dtype)
+    np.testing.assert_array_equal(stored, want.T)
+    assert config["base_model_name_or_path"] == str(tmp_path)
+
+
+def test_modules_may_be_those_of_tensors(tmp_path):
+    params = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 1)
+    lj.export_peft(tmp_path, params, {"a": "m.a"}, modules=["m.a.weight", "m.b.bias"])
+    assert read(tmp_path)[0]["target_modules"] == ["m.a"]
+    axes = {"up": lj.Axes((0,), (1,), (2,))}
+    params = lj.lorafy({"up": jnp.ones((2, 3, 4))}, 1, targets="*", axes=axes)
+    options = {"kinds": {"up": "experts"}, "modules": ["m.experts"]}
+    lj.export_peft(tmp_path, params, {"up": "m.experts.up"}, **options)
+    assert read(tmp_path)[0]["target_parameters"] == ["m.experts.up"]
+
+
+def test_sharded_and_boxed(tmp_path, randomized):
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    base = {"a": {"kernel": jax.device_put(jnp.ones((4, 8)), spec)}}
+    params = randomized(lj.lorafy(base, 2))
+    lj.export_peft(tmp_path, params, {"a": "a"})
+    want = np.asarray(lj.merge(params)["a"]["kernel"]) - 1
+    np.testing.assert_allclose(update(tmp_path, "a").T, want, atol=1e-5)
+    back = lj.import_peft(tmp_path, base, {"a": "a"})
+    for name in ("lora_a", "lora_b"):
+        assert back["a"][name].sharding == lj.lorafy(base, 2)["a"][name].sharding
+        np.testing.assert_array_equal(back["a"][name], params["a"][name])

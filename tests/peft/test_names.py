@@ -1,0 +1,130 @@
+"""Names: patterns with captures, stacks, parts, and what is a slip."""
+
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from lora_jax._peft.names import Naming, captures, check_names, naming_of, numbered
+
+PATHS = [
+    ("layers_0", "attn", "query", "kernel"),
+    ("layers_10", "attn", "query", "kernel"),
+    ("head", "kernel"),
+    ("head", "bias"),
+]
+
+
+@pytest.mark.parametrize(
+    "pattern, path, found",
+    [
+        ("layers_*/attn/query", "layers_10/attn/query/kernel", ["10"]),
+        ("layers_*/*/query/kernel", "layers_0/attn/query/kernel", ["0", "attn"]),
+        ("*/kernel", "model/layers/0/mlp/up/kernel", ["model/layers/0/mlp/up"]),
+        ("*/kernel", "params/model/up/kernel", ["model/up"]),
+        ("params/*/kernel", "params/model/up/kernel", ["model/up"]),
+        ("mlp/*", "a/mlp/up/kernel", ["up"]),
+        ("mlp/*", "a/mlp/q/kernel", ["q"]),
+        ("head", "head/kernel", []),
+        ("head/kernel", "params/head/kernel", []),
+        ("h*d", "head/kernel", ["ea"]),
+        ("w[0]", "m/w[0]", []),
+        ("ead", "head/kernel", None),
+        ("head*", "head/kernel", None),
+        ("layers_*", "layers_/kernel", None),
+    ],
+)
+def test_captures(pattern, path, found):
+    assert captures(pattern, tuple(path.split("/"))) == found
+
+
+def test_the_first_pattern_wins_and_fills_its_name():
+    names = {"layers_0/attn/*": "first.{}", "layers_*/*/query": "l.{1}.{0}.q"}
+    check_names(names, PATHS)
+    assert naming_of(names, PATHS[0]) == Naming(("first.query",), None, 0, 0)
+    assert naming_of(names, PATHS[1]) == Naming(("l.attn.10.q",), None, 0, 1)
+    assert naming_of(names, PATHS[2]) is None
+
+
+def test_a_function_of_the_path():
+    dotted = lambda path: None if "head" in path else path.replace("/", ".")
+    assert naming_of(dotted, ("params", "a", "kernel")).templates == ("a.kernel",)
+    assert naming_of(dotted, PATHS[2]) is None
+
+
+def test_stacks_and_parts():
+    names = {"w": {"l.{layer}.e.{expert}.q": 4, "l.{layer}.e.{expert}.k": 2}}
+    naming = naming_of(names, ("w",))
+    assert naming.sizes == (4, 2) and naming.stacked == 2
+    found = dict(numbered(naming, (2, 3)))
+    assert len(found) == 6
+    assert found[1, 2] == ("l.1.e.2.q", "l.1.e.2.k")
+
+
+@pytest.mark.parametrize(
+    "names, error, match",
+    [
+        ({"layers_*/attn/qurey": "q"}, ValueError, "No leaf matches.*Close: 'layers"),
+        ({"head": "a", "head/": "b"}, ValueError, "one pattern twice"),
+        ({"": "a"}, ValueError, "names takes patterns"),
+        (["head"], TypeError, "names is {pattern"),
+    ],
+)
+def test_slips_of_a_map(names, error, match):
+    with pytest.raises(error, match=match):
+        check_names(names, PATHS)
+
+
+@pytest.mark.parametrize(
+    "name, error, match",
+    [
+        ("a.{}.{}", ValueError, r"more places {} than its pattern has stars: 1"),
+        ("a.{block}", ValueError, r"has a place {block}.*{layer} and {expert}"),
+        ("a.{", ValueError, "is no template"),
+        (("a.{layer}", "b"), ValueError, "in some of its parts only"),
+        ({"a": 0}, ValueError, "each part's outputs"),
+        ({"a": 1.5}, ValueError, "each part's outputs"),
+        ((), TypeError, "is no module name"),
+        ("", TypeError, "is no module name"),
+        (3, TypeError, "is no module name"),
+        ((1, 2), TypeError, "is no module name"),
+    ],
+)
+def test_slips_of_a_name(name, error, match):
+    with pytest.raises(error, match=match):
+        naming_of({"*/kernel": name}, PATHS[2])
+
+
+def transformer(root, *leaves):
+    marks = {
+        "bert": "encoder/layer/0/attention/self/query/kernel",
+        "transformer": "h/0/attn/c_attn/kernel",
+        "model": "layers/0/self_attn/q_proj/kernel",
+    }
+    tree = {}
+    for path in (f"{root}/{marks[root]}", *leaves):
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jnp.ones((2, 2))
+    return tree
+
+
+def test_names_of_transformers():
+    tied = {"transformer/wte/embedding": ("transformer.wte", "lm_head")}
+    gpt = transformer("transformer", "transformer/wte/embedding")
+    rest = {"*/kernel": "{}", "*/embedding": "{}"}
+    assert lj.transformers_names(gpt) == tied | rest
+    assert lj.transformers_names({"params": gpt}) == tied | rest
+    assert lj.transformers_names(lj.lorafy(gpt, 1)) == tied | rest
+    own = transformer("transformer", "transformer/wte/embedding", "lm_head/kernel")
+    assert lj.transformers_names(own) == rest
+    words = "bert/embeddings/word_embeddings/embedding"
+    assert lj.transformers_names(transformer("bert", words)) == rest
+    found = lj.transformers_names(transformer("bert", words, "cls/predictions/bias"))
+    head = "bert.embeddings.word_embeddings", "cls.predictions.decoder"
+    assert found == {words: head, **rest, "*/bias": "{}"}
+    bare = transformer("model")["model"]
+    assert lj.transformers_names(bare) == {"*/kernel": "{}"}
+    with pytest.raises(ValueError, match="not the parameters of a Flax BERT, GPT-2"):
+        lj.transformers_names({"layer_0": {"kernel": jnp.ones((2, 2))}})
