@@ -8,6 +8,7 @@ benchmarks/results. Takes a few minutes on two CPU cores.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import files
 import jax
 import numpy as np
 import optax
@@ -27,13 +29,13 @@ import training
 from data import reviews
 from flax.traverse_util import flatten_dict
 from models import minilm
-from readers import existing, folder, positive, whole
+from readers import Defaults, existing, folder, positive, targets, whole
 from tqdm import tqdm
 
 import lora_jax as lj
 
 LENGTH = 48  # tokens of a sentence; longer ones are cut
-HEAD = ("head",)  # new, so it trains in full beside the adapters
+HEAD = ("head",)  # new, so it trains whole beside the adapters
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, mask (n, LENGTH); labels (n,)
 
@@ -60,39 +62,57 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    try:
-        model, pretrained, train, held = prepare(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    methods = {}
-    if args.method != "full":
-        methods["lora"] = start_lora(model, pretrained, train, args)
-    if args.method != "lora":
-        methods["full"] = start_full(model, pretrained, train, args)
-    fitted = fit(methods, train, args)
-    results: dict[str, Any] = {}
-    if "lora" in methods:
-        params = lj.combine(fitted["lora"].trainable, methods["lora"].frozen)
-        path = args.output / "adapter.safetensors"
-        results |= judge_lora(model, params, pretrained, held, path)
-    if "full" in methods:
-        results["full"] = judge_full(model, fitted["full"].trainable, held)
-    for name, method in methods.items():
-        step_ms = 1000 * statistics.median(fitted[name].seconds)
-        results[name] |= {"step_ms": step_ms, "memory": method.memory}
-    results["settings"] = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-    }
-    results["versions"] = training.versions()
-    text = json.dumps(results, indent=2) + "\n"
-    (args.output / "finetune.json").write_text(text, encoding="utf-8")
-    losses = {name: fit.losses for name, fit in fitted.items()}
-    report.figure(args.output / "finetune.png", results, losses)
-    print(report.table(results))
+    with files.stoppable(parser, args.output):
+        try:
+            with files.during("before training"):
+                job = prepare(args)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        run(*job, args)
     print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
+
+
+def run(
+    model: minilm.Classifier,
+    pretrained: dict,
+    train: Batch,
+    held: Batch,
+    args: argparse.Namespace,
+) -> None:
+    """Trains, tests, and writes the files, all of them or none."""
+    with files.during("before training"):
+        methods = {}
+        if args.method != "full":
+            methods["lora"] = start_lora(model, pretrained, train, args)
+        if args.method != "lora":
+            methods["full"] = start_full(model, pretrained, train, args)
+    fitted = fit(methods, train, args)
+    done = f"after all {args.steps} steps, before the tests were done"
+    with files.during(done), files.written(args.output) as new:
+        found: dict[str, Any] = {}
+        if "lora" in methods:
+            params = lj.combine(fitted["lora"].trainable, methods["lora"].frozen)
+            path = new / "adapter.safetensors"
+            found |= judge_lora(model, params, pretrained, held, path)
+        if "full" in methods:
+            found["full"] = judge_full(model, fitted["full"].trainable, held)
+        for name, method in methods.items():
+            step_ms = 1000 * statistics.median(fitted[name].seconds)
+            found[name] |= {"step_ms": step_ms, "memory": method.memory}
+        found["settings"] = settings(args)
+        found["versions"] = training.versions()
+        text = json.dumps(found, indent=2) + "\n"
+        (new / "finetune.json").write_text(text, encoding="utf-8")
+        losses = {name: fit.losses for name, fit in fitted.items()}
+        report.figure(new / "finetune.png", found, losses)
+        print(report.table(found))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options as JSON can hold them."""
+    return {k: str(x) if isinstance(x, Path) else x for k, x in vars(args).items()}
 
 
 # The command line.
@@ -102,7 +122,7 @@ def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes MiniLM for sentiment, with LoRA and in full.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add = parser.add_argument
     add("--rank", type=whole(1), default=8, help="of every adapter")
@@ -115,8 +135,8 @@ def options() -> argparse.ArgumentParser:
     add("--full-lr", type=positive, default=5e-5, help="peak learning rate in full")
     add("--method", choices=["both", "lora", "full"], default="both", help="to run")
     add("--held-out", type=whole(1), default=1000, help="sentences to test on")
-    results = Path(__file__).parent / "results"
-    add("--output", type=folder, default=results, help="where the files are written")
+    place = Path(__file__).parent / "results"
+    add("--output", type=folder, default=place, help="where the files are written")
     add("--weights", type=existing, help="model.safetensors, instead of the download")
     add("--tokenizer", type=existing, help="tokenizer.json, if not beside --weights")
     add("--data", type=existing, help="csv of text,label, instead of the download")
@@ -142,7 +162,7 @@ def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, B
         check_local(sizes, args.tokenizer)
     model = minilm.Classifier(sizes)
     if args.method != "full":
-        adapt(shapes(model), args)  # refuses the rank and the targets by shapes alone
+        adapt(shapes(model), args)  # refuses the targets by shapes alone
     args.output.mkdir(parents=True, exist_ok=True)
     parts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
     if len(parts[0][0]) < args.batch:
@@ -184,9 +204,17 @@ def shapes(model: minilm.Classifier) -> dict:
 
 
 def adapt(params: dict, args: argparse.Namespace) -> dict:
-    """Adds the adapters; they draw from another key than the head."""
+    """Adds the adapters, which draw from another key than the head, and its copy.
+
+    Raises:
+      ValueError: If the targets are no weights; the head has its copy already.
+    """
+    given = dict(alpha=args.alpha, exclude=HEAD, also=HEAD)
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
-    return lj.lorafy(params, args.rank, alpha=args.alpha, targets=args.targets, key=key)
+    try:
+        return lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
+    except ValueError as error:
+        raise targets(args, error, "query value") from None
 
 
 # Training: the two methods differ in what they train and in the function they call.
@@ -201,7 +229,7 @@ def start_lora(
         params = lj.combine(adapters, base)
         return lj.lora(model.apply)({"params": params}, ids, mask)
 
-    adapters, base = lj.split(adapt(on_device(pretrained), args), also=HEAD)
+    adapters, base = lj.split(adapt(on_device(pretrained), args))
     return start(apply, adapters, base, args.lora_lr, data, args)
 
 
@@ -255,25 +283,34 @@ def fit(
     """
     fitted = {name: Fitted(method.state[0], [], []) for name, method in methods.items()}
     states = {name: method.state for name, method in methods.items()}
-    show = show or progress(list(methods), args.steps)
-    for batch in batches(data, args):
-        for name, method in methods.items():
-            began = time.perf_counter()
-            states[name], loss = jax.block_until_ready(
-                method.step(states[name], method.frozen, *batch)
-            )
-            fitted[name].seconds.append(time.perf_counter() - began)
-            fitted[name].losses.append(float(loss))
-            if not math.isfinite(loss):
-                step = len(fitted[name].losses)
-                sys.exit(
-                    f"The loss of {name} became {loss} in step {step}: write a smaller "
-                    "learning rate, which is --lr, --lora-lr or --full-lr."
-                )
-        show(fitted)
+    shown = (
+        contextlib.nullcontext(show) if show else progress(list(methods), args.steps)
+    )
+    with shown as show:
+        for step, batch in enumerate(batches(data, args), 1):
+            with files.during(f"in step {step} of {args.steps}"):
+                for name, method in methods.items():
+                    began = time.perf_counter()
+                    states[name], loss = jax.block_until_ready(
+                        method.step(states[name], method.frozen, *batch)
+                    )
+                    fitted[name].seconds.append(time.perf_counter() - began)
+                    fitted[name].losses.append(float(loss))
+                    check_loss(name, step, loss, args)
+                show(fitted)
     return {
         name: fit._replace(trainable=states[name][0]) for name, fit in fitted.items()
     }
+
+
+def check_loss(name: str, step: int, loss: Any, args: argparse.Namespace) -> None:
+    """Ends the job if the loss is no number."""
+    if not math.isfinite(loss):
+        option = f"--{name}-lr" if hasattr(args, f"{name}_lr") else "--lr"
+        sys.exit(
+            f"The loss of {name} became {loss} in step {step}: write a smaller "
+            f"{option}."
+        )
 
 
 def batches(data: Batch, args: argparse.Namespace) -> Iterator[Batch]:
@@ -287,8 +324,11 @@ def batches(data: Batch, args: argparse.Namespace) -> Iterator[Batch]:
         yield tuple(x[rows] for x in data)
 
 
-def progress(names: list[str], steps: int) -> Callable[[Mapping[str, Fitted]], None]:
-    """Returns the function that shows a step: bars on a terminal, else some lines."""
+@contextlib.contextmanager
+def progress(
+    names: list[str], steps: int
+) -> Iterator[Callable[[Mapping[str, Fitted]], None]]:
+    """Gives the function that shows a step: bars on a terminal, else some lines."""
 
     def state(fit: Fitted) -> str:
         rate = 1 / statistics.mean(fit.seconds[-10:])
@@ -301,21 +341,23 @@ def progress(names: list[str], steps: int) -> Callable[[Mapping[str, Fitted]], N
             print(f"step {done}/{steps}: {states}", file=sys.stderr, flush=True)
 
     if not sys.stderr.isatty():
-        return lines
+        yield lines
+        return
     form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
-    made = {
-        name: tqdm(total=steps, desc=name, position=i, bar_format=form)
-        for i, name in enumerate(names)
-    }
+    with contextlib.ExitStack() as stack:
+        made = {
+            name: stack.enter_context(
+                tqdm(total=steps, desc=name, position=i, bar_format=form)
+            )
+            for i, name in enumerate(names)
+        }
 
-    def bars(fitted: Mapping[str, Fitted]) -> None:
-        for name, bar in made.items():
-            bar.set_postfix_str(state(fitted[name]), refresh=False)
-            bar.update()
-            if bar.n == steps:
-                bar.close()
+        def bars(fitted: Mapping[str, Fitted]) -> None:
+            for name, bar in made.items():
+                bar.set_postfix_str(state(fitted[name]), refresh=False)
+                bar.update()
 
-    return bars
+        yield bars
 
 
 # What came of it.
@@ -326,13 +368,13 @@ def judge_lora(
 ) -> dict[str, Any]:
     """Saves the adapter, tests it, and tests it again merged, and again reloaded."""
     adapted = lj.lora(model.apply)
-    lj.save(path, params, also=HEAD)
+    lj.save(path, params)
     logits = predict(adapted, params, held)
     merged = predict(model.apply, lj.merge(params), held)
     reloaded = predict(adapted, lj.load(path, pretrained), held)
     agree("The merged model", merged, logits, held)
     agree("The reloaded adapter", reloaded, logits, held)
-    trainable, total = lj.count(params, also=HEAD)
+    trainable, total = lj.count(params)
     return {
         "lora": {
             "accuracy": accuracy(logits, held),

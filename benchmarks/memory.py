@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from models.architectures import ARCHITECTURES, Architecture, Model
-from readers import folder, whole
+from readers import Defaults, folder, targets, whole
 from tqdm import tqdm
 
 import lora_jax as lj
@@ -62,19 +63,20 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    try:
-        job = prepare(args)
-    except ValueError as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    results = {"methods": compare(job)} | about(job)
-    args.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2) + "\n"
-    (args.output / "memory.json").write_text(text, encoding="utf-8")
-    figure(args.output / "memory.png", results)
-    print(f"{heading(results)}\n\n{table(results)}\n\n{words(results)}")
-    count = sum(len(x["peaks"]) for x in results["methods"].values())
+    with files.stoppable(parser, args.output):
+        try:
+            job = prepare(args)
+        except ValueError as error:
+            parser.error(str(error))
+        except RuntimeError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        found = {"methods": compare(job)} | about(job)
+        with files.written(args.output) as new:
+            text = json.dumps(found, indent=2) + "\n"
+            (new / "memory.json").write_text(text, encoding="utf-8")
+            figure(new / "memory.png", found)
+            print(f"{heading(found)}\n\n{table(found)}\n\n{words(found)}")
+    count = sum(len(x["peaks"]) for x in found["methods"].values())
     seconds = time.perf_counter() - began
     print(f"{count} compilations, {seconds:.0f} s; the files are in {args.output}")
 
@@ -136,7 +138,7 @@ def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Says what memory a training step takes, in full and with LoRA.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", choices=list(ARCHITECTURES), default="gpt2-medium", help="its sizes")
@@ -164,8 +166,8 @@ def options() -> argparse.ArgumentParser:
         help="to compare",
     )
     add("--fits", type=size, metavar="16GB", help="find the largest batch that fits")
-    results = Path(__file__).parent / "results"
-    add("--output", type=folder, default=results, help="where the files are written")
+    place = Path(__file__).parent / "results"
+    add("--output", type=folder, default=place, help="where the files are written")
     return parser
 
 
@@ -173,7 +175,8 @@ def device(text: str) -> str:
     """Reads an option: cpu, gpu, or a kind of TPU with or without a mesh."""
     if not re.fullmatch(r"cpu|gpu|tpu-\w+(:[1-9]\d*x[1-9]\d*)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(
-            f"{text} is not cpu, gpu, or a TPU such as tpu-v5e, tpu-v6e or tpu-v5e:2x4"
+            f"{text} is not what can be planned for: cpu, gpu (the one in this "
+            "machine), or a TPU, there or not, such as tpu-v5e, tpu-v6e or tpu-v5e:2x4"
         )
     return text
 
@@ -227,7 +230,10 @@ def prepare(args: argparse.Namespace) -> Job:
     if {*args.methods} == {"full"}:
         return job
     axes = lj.find_axes(apply, job.params, inputs)
-    adapted = lj.lorafy(job.params, args.rank, targets=args.targets, axes=axes)
+    try:
+        adapted = lj.lorafy(job.params, args.rank, targets=args.targets, axes=axes)
+    except ValueError as error:
+        raise targets(args, error, "query value") from None
     return job._replace(adapted=adapted)
 
 
@@ -238,7 +244,14 @@ def devices(name: str) -> list[Any]:
       RuntimeError: If there are none of that name.
     """
     if not name.startswith("tpu"):
-        return jax.devices(name)[:1]
+        try:
+            return jax.devices(name)[:1]
+        except RuntimeError:
+            raise RuntimeError(
+                f"There is no {name} in this machine, and its compiler plans for no "
+                "other: write --device cpu, or a TPU such as tpu-v5e, which need not "
+                "be there."
+            ) from None
     kind, _, shape = name.removeprefix("tpu-").partition(":")
     # The compiler alone is wanted: no machine is asked which TPU it has, and no TPU is
     # kept from other processes.

@@ -2,8 +2,18 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that says each default once, and none of an option that has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            action.help if action.default is None else super()._get_help_string(action)
+        )
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -42,3 +52,16 @@ def folder(text: str) -> Path:
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a folder")
     return Path(text)
+
+
+def targets(args: argparse.Namespace, error: ValueError, example: str) -> ValueError:
+    """Returns what `lorafy` says of the targets in terms of the option.
+
+    Nothing else of the command line can be wrong there: ranks and alphas are checked as
+    they are read.
+    """
+    said = re.split(r" Write ", str(error))[0].replace(" of targets", "")
+    return ValueError(
+        f"--targets {' '.join(args.targets)}: {said} Write patterns of what to adapt, "
+        f"for example --targets {example}"
+    )

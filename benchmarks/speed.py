@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ import training
 from matplotlib.figure import Figure
 from models import minilm
 from models.architectures import GPT2, Architecture, Model
-from readers import folder, whole
+from readers import Defaults, folder, whole
 from tqdm import tqdm
 
 import lora_jax as lj
@@ -96,38 +97,46 @@ class Contender(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the jobs that the command line asks for."""
-    args = options().parse_args(argv)
+    parser = options()
+    args = parser.parse_args(argv)
+    with files.stoppable(parser, args.output):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times the jobs, and writes the files, all of them or none."""
     args.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"versions": training.versions(), "jobs": {}}
+    found: dict[str, Any] = {"versions": training.versions(), "jobs": {}}
     texts = []
     with tqdm(total=len(args.jobs), unit="job", disable=None) as bar:
         for name in args.jobs:
             bar.set_description(name)
-            results["jobs"][name] = compare(JOBS[name], args.repeats, bar.write)
-            texts.append(f"{title(name, JOBS[name])}\n\n{table(results['jobs'][name])}")
+            found["jobs"][name] = compare(JOBS[name], args.repeats, bar.write)
+            texts.append(f"{title(name, JOBS[name])}\n\n{table(found['jobs'][name])}")
             bar.update()
     if "transformer" in args.jobs:
-        texts.append(targets(results["jobs"]["transformer"]))
+        texts.append(targets(found["jobs"]["transformer"]))
     text = "\n".join(texts)
-    (args.output / "speed.md").write_text(text + "\n", encoding="utf-8")
-    data = json.dumps(results, indent=2) + "\n"
-    (args.output / "speed.json").write_text(data, encoding="utf-8")
-    figure(args.output / "speed.png", results["jobs"])
-    print(f"{text}\n{results['versions']}\nThe files are in {args.output}")
+    with files.written(args.output) as new:
+        (new / "speed.md").write_text(text + "\n", encoding="utf-8")
+        data = json.dumps(found, indent=2) + "\n"
+        (new / "speed.json").write_text(data, encoding="utf-8")
+        figure(new / "speed.png", found["jobs"])
+    print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
 
 
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Times LoRA beside full fine-tuning and its peers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add = parser.add_argument
     default = [name for name in JOBS if name != "1b"]
     add("--jobs", nargs="+", choices=JOBS, default=default, help="to time")
     add("--repeats", type=whole(1), default=12, help="of each step")
-    results = Path(__file__).parent / "results"
-    add("--output", type=folder, default=results, help="where the files are written")
+    place = Path(__file__).parent / "results"
+    add("--output", type=folder, default=place, help="where the files are written")
     return parser
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -23,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import files
 import finetune
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ from data import reviews
 from matplotlib.figure import Figure
 from models import smollm2
 from models.architectures import Model
-from readers import existing, folder, positive, whole
+from readers import Defaults, existing, folder, positive, targets, whole
 from tokenizers import Tokenizer
 
 import lora_jax as lj
@@ -63,41 +65,55 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    try:
-        job = prepare(args)
-        plain = function(job.model)
-        params = adapt(plain, job.params, args)
-        export(params, args)  # what would keep the last export from it shows now
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
+    with files.stoppable(parser, args.output):
+        try:
+            with files.during("before training"):
+                job = prepare(args)
+                plain = function(job.model)
+                params = adapt(plain, job.params, args)
+                # What would keep the last export from its place shows now.
+                with tempfile.TemporaryDirectory() as trial:
+                    export(params, Path(trial, "adapter"), args)
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        fell = run(job, plain, params, args)
+    print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
+    if not fell:
+        sys.exit("The held-out loss did not fall: write more --steps or another --lr.")
+
+
+def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
+    """Trains, judges, and writes the files, all of them or none.
+
+    Returns:
+      Whether the held-out loss fell.
+    """
     adapted = lj.lora(plain)
     print(lj.count(params))
-    results: dict[str, Any] = {"before": judge(adapted, params, job, args)}
+    with files.during("before training"):
+        found: dict[str, Any] = {"before": judge(adapted, params, job, args)}
     params, fitted, memory = train(adapted, params, job, args)
-    results["after"] = judge(adapted, params, job, args)
-    results |= {
-        "losses": fitted.losses,
-        "step_ms": 1000 * statistics.median(fitted.seconds),
-        "memory": memory,
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-        },
-        "versions": training.versions(),
-    }
-    figure(args.output / "to_peft.png", results)
-    print(summary(results))
-    export(params, args)
-    if args.check:
-        results["versions"] |= {name: version(name) for name in PEERS}
-        results["check"] = check(args, plain, params, job)
-    text = json.dumps(results, indent=2) + "\n"
-    (args.output / "to_peft.json").write_text(text, encoding="utf-8")
-    print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
-    if results["after"]["loss"] >= results["before"]["loss"]:
-        sys.exit("The held-out loss did not fall: write more --steps or another --lr.")
+    done = f"after all {args.steps} steps, before the adapter was checked"
+    with files.during(done), files.written(args.output) as new:
+        found["after"] = judge(adapted, params, job, args)
+        found |= {
+            "losses": fitted.losses,
+            "step_ms": 1000 * statistics.median(fitted.seconds),
+            "memory": memory,
+            "settings": finetune.settings(args),
+            "versions": training.versions(),
+        }
+        figure(new / "to_peft.png", found)
+        print(summary(found))
+        export(params, new / "adapter", args)
+        if args.check:
+            found["versions"] |= {name: version(name) for name in PEERS}
+            found["check"] = check(new / "adapter", args, plain, params, job)
+        text = json.dumps(found, indent=2) + "\n"
+        (new / "to_peft.json").write_text(text, encoding="utf-8")
+    return found["after"]["loss"] < found["before"]["loss"]
 
 
 # The command line.
@@ -107,7 +123,7 @@ def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes SmolLM2 with LoRA, and hands the adapter to PEFT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add = parser.add_argument
     add("--rank", type=whole(1), default=8, help="of every adapter")
@@ -125,8 +141,8 @@ def options() -> argparse.ArgumentParser:
     add("--unrolled", action="store_true", help="layer by layer, instead of a scan")
     check = dict(action=argparse.BooleanOptionalAction, default=True)
     add("--check", **check, help="load the adapter with PEFT, which needs torch")
-    results = Path(__file__).parent / "results" / "to_peft"
-    add("--output", type=folder, default=results, help="where the files are written")
+    place = Path(__file__).parent / "results" / "to_peft"
+    add("--output", type=folder, default=place, help="where the files are written")
     add("--weights", type=existing, help="a GGUF, instead of the download")
     add("--data", type=existing, help="csv of text,label, instead of the download")
     return parser
@@ -153,6 +169,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise ValueError("--prompt is empty: write a word or more.")
     if args.weights is None:
         check_adapters(smollm2.build(smollm2.ARCH, not args.unrolled), args)
+    check_place(args.output / "adapter")
     args.output.mkdir(parents=True, exist_ok=True)
     texts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
     model, params, tokenizer = smollm2.load(
@@ -183,8 +200,21 @@ def check_rows(parts: Sequence[Rows], args: argparse.Namespace) -> None:
             )
 
 
+def check_place(path: Path) -> None:
+    """Raises ValueError unless nothing but an adapter is where this one will be."""
+    others = {"adapter"} if path.exists() else set()
+    if path.is_dir():
+        others = {x.name for x in path.iterdir()}
+        others -= {"adapter_config.json", "adapter_model.safetensors"}
+    if others:
+        raise ValueError(
+            f"The adapter's place is {path}, where other files are: "
+            f"{', '.join(sorted(others)[:6])}. Write another --output."
+        )
+
+
 def check_adapters(model: Model, args: argparse.Namespace) -> None:
-    """Raises ValueError, by shapes alone, if the rank or the targets do not fit."""
+    """Raises ValueError, by shapes alone, if the targets do not fit."""
     ids = jax.ShapeDtypeStruct((1, 2), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     adapt(function(model), shapes, args)
@@ -196,15 +226,17 @@ def function(model: Model) -> Apply:
 
 
 def adapt(apply: Apply, params: dict, args: argparse.Namespace) -> dict:
-    """Adds the adapters, or their shapes to a tree of shapes."""
-    return lj.lorafy(
-        params,
-        args.rank,
-        alpha=args.alpha,
-        targets=args.targets,
-        axes=axes(apply, params),
-        key=jax.random.key(args.seed),
-    )
+    """Adds the adapters, or their shapes to a tree of shapes.
+
+    Raises:
+      ValueError: If the targets are no weights.
+    """
+    given = dict(alpha=args.alpha, axes=axes(apply, params))
+    key = jax.random.key(args.seed)
+    try:
+        return lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
+    except ValueError as error:
+        raise targets(args, error, "query value") from None
 
 
 def axes(apply: Apply, params: dict) -> dict[str, lj.Axes]:
@@ -339,15 +371,15 @@ def figure(path: Path, results: dict[str, Any]) -> None:
 # PEFT's side.
 
 
-def export(params: dict, args: argparse.Namespace) -> None:
+def export(params: dict, path: Path, args: argparse.Namespace) -> None:
     """Writes the adapters into a folder as PEFT has them, by torch's names."""
     names = smollm2.names(scanned=not args.unrolled)
     settings = dict(base_model=smollm2.HUB, task_type="CAUSAL_LM")
-    lj.export_peft(args.output / "adapter", params, names, **settings)
+    lj.export_peft(path, params, names, **settings)
 
 
 def check(
-    args: argparse.Namespace, plain: Apply, params: dict, job: Job
+    path: Path, args: argparse.Namespace, plain: Apply, params: dict, job: Job
 ) -> dict[str, float]:
     """Ends the job unless the exported and the merged adapter do what this one does.
 
@@ -355,7 +387,7 @@ def check(
       The largest logit; how far at most those of the merged model, of PEFT's and of the
       model before training lie from those of the trained one.
     """
-    theirs = peft_logits(args.output / "adapter", args.weights)
+    theirs = peft_logits(path, args.weights)
     merged, base = lj.merge(params), lj.strip(params)
     run, run_adapted = jax.jit(plain), jax.jit(lj.lora(plain))
     gaps = []

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import training
 
 import lora_jax as lj
 
@@ -57,25 +58,19 @@ def contenders(model):
     apply = lambda params, tokens: model.apply({"params": params}, tokens)
     params = lj.lorafy(plain, RANK, axes=lj.find_axes(apply, plain, tokens))
     lora, tx = lj.lora(apply), optax.adamw(1e-3)
+    whole = lambda fn: lambda params, _, tokens: fn(params, tokens)
     halves = lambda adapters, base, tokens: lora(lj.combine(adapters, base), tokens)
+    batch = tokens, tokens  # labels have the same shape
     return {
-        "full": step(apply, tx, plain, tokens),
-        "split": step(halves, tx, *lj.split(params), tokens),
-        "adapters_only": step(lora, lj.adapters_only(tx), params, tokens),
+        "full": step(whole(apply), tx, plain, {}, *batch),
+        "split": step(halves, tx, *lj.split(params), *batch),
+        "adapters_only": step(whole(lora), lj.adapters_only(tx), params, {}, *batch),
     }
 
 
-def step(fn, tx, trained, *rest):
-    def loss(trained, *rest):
-        logits, ids = fn(trained, *rest)[:, :-1], rest[-1][:, 1:]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ids))
-
-    def update(trained, state, *rest):
-        value, grads = jax.value_and_grad(loss)(trained, *rest)
-        updates, state = tx.update(grads, state, trained)
-        return optax.apply_updates(trained, updates), state, value
-
-    return update, (trained, jax.eval_shape(tx.init, trained), *rest)
+def step(fn, tx, trained, frozen, *batch):
+    state = trained, jax.eval_shape(tx.init, trained)
+    return training.step(fn, tx), (state, frozen, *batch)
 
 
 def compare(steps, repeats):

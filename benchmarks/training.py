@@ -47,6 +47,10 @@ def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]
     one time, within its temporaries, beside the activations. The peak is all that XLA
     allocates for the step: arguments, temporaries, and outputs that reuse no argument.
     (XLA's own peak_memory_in_bytes leaves the temporaries out on CPU.)
+
+    Where `lorafy(..., also=...)` trains a copy of a leaf, the step does not read the
+    leaf itself, and `jit` does not hand it over. It is `unread`, and no part of the
+    parameters; as it is held in memory all the same, the peak counts it.
     """
     known = parts(state, frozen)
     stats = compiled.memory_analysis()
@@ -54,22 +58,39 @@ def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]
     held = known["parameters"] + known["optimizer"] + nbytes(batch)
     if given < held:  # more is padding, which some devices add
         raise RuntimeError(
-            f"The step takes {given} bytes of arguments, its trees hold {held}: it "
-            "leaves a part of them unused."
+            f"The step takes {given} bytes of arguments, its trees hold {held}, and "
+            f"{known['unread']} that trained copies replace: it leaves a part unused."
         )
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporaries = stats.temp_size_in_bytes
-    return known | {"temporaries": temporaries, "peak": given + outputs + temporaries}
+    peak = given + known["unread"] + outputs + temporaries
+    return known | {"temporaries": temporaries, "peak": peak}
 
 
 def parts(state: Any, frozen: Any) -> dict[str, int]:
     """Returns the bytes of a training step that shapes alone tell."""
     trainable, optimizer = state
+    unread = nbytes(replaced(trainable, frozen))
     return {
-        "parameters": nbytes((trainable, frozen)),
+        "parameters": nbytes((trainable, frozen)) - unread,
+        "unread": unread,
         "gradients": nbytes(trainable),
         "optimizer": nbytes(optimizer),
     }
+
+
+def replaced(trainable: Any, frozen: Any) -> list[Any]:
+    """Returns the frozen leaves in whose place a copy trains, which stands beside."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    trained = {name(path) for path, _ in jax.tree.leaves_with_path(trainable)}
+
+    def copy(path: Any) -> str:
+        *parent, leaf = name(path).split("/")
+        prefix = "" if leaf in ("kernel", "embedding") else f"{leaf}_"
+        return "/".join([*parent, f"{prefix}lora_w"])
+
+    leaves = jax.tree.leaves_with_path(frozen)
+    return [leaf for path, leaf in leaves if copy(path) in trained]
 
 
 def nbytes(tree: Any) -> int:

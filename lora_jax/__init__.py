@@ -23,6 +23,8 @@ from lora_jax._split import split as split
 from lora_jax._optimizer import adapters_only as adapters_only
 from lora_jax._merge import merge as merge
 from lora_jax._merge import strip as strip
+from lora_jax._detach import attach as attach
+from lora_jax._detach import detach as detach
 from lora_jax._save import load as load
 from lora_jax._save import save as save
 from lora_jax._peft.names import transformers_names as transformers_names

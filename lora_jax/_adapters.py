@@ -2,17 +2,34 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from lora_jax._tree import Path, is_array, path_name, unbox
 
-PARTS = ("lora_a", "lora_b", "lora_scale")
+FACTORS = ("lora_a", "lora_b", "lora_scale")
+COPY = "lora_w"
 
 
 class Adapter(NamedTuple):
-    """The paths of a weight's three adapter leaves."""
+    """The paths of the leaves beside a weight that make a low-rank update of it."""
 
     a: Path
     b: Path
     scale: Path
+
+    @property
+    def trained(self) -> tuple[Path, ...]:
+        return self.a, self.b
+
+
+class Copy(NamedTuple):
+    """The path of the leaf beside another that trains in its place."""
+
+    w: Path
+
+    @property
+    def trained(self) -> tuple[Path, ...]:
+        return (self.w,)
 
 
 class Axes(NamedTuple):
@@ -31,44 +48,65 @@ class Axes(NamedTuple):
 
 def adapter_of(weight: Path) -> Adapter:
     """The paths beside a weight where its adapter lives."""
-    *parent, name = weight
-    prefix = "" if name in ("kernel", "embedding") else f"{name}_"
-    return Adapter(*((*parent, prefix + part) for part in PARTS))
+    return Adapter(*(_beside(weight, part) for part in FACTORS))
+
+
+def copy_of(leaf: Path) -> Copy:
+    """The path beside a leaf where its trained copy lives."""
+    return Copy(_beside(leaf, COPY))
 
 
 def is_adapter(path: Path) -> bool:
     return _stem(path[-1]) is not None
 
 
-def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter]:
-    """Every adapted weight and its adapter, checked from names and shapes alone.
+def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
+    """Every adapted leaf and what adapts it, checked from names and shapes alone.
 
     Raises:
       ValueError: If there is no adapter, or a broken one.
     """
-    found: dict[Path, Adapter] = {}
+    found: dict[Path, Adapter | Copy] = {}
     for path in leaves:
         if is_adapter(path):
             weight = _weight_of(path, leaves)
-            found[weight] = adapter_of(weight)
+            factored, copied = adapter_of(weight), copy_of(weight)
+            own = factored if path in factored else copied
+            if found.setdefault(weight, own) != own:
+                raise ValueError(
+                    f"{path_name(weight)!r} has both an adapter and a trained copy, "
+                    f"{path_name(copied.w)!r}, which would hide it. Remove one of them."
+                )
     if not found:
         raise ValueError(
             "These parameters have no adapters. Write params = lorafy(params, rank)."
         )
-    for weight, adapter in found.items():
-        check_adapter(leaves, weight, adapter)
+    for weight, own in found.items():
+        check_adapter(leaves, weight, own)
     return found
 
 
+def of_rank(adapters: dict[Path, Adapter | Copy]) -> dict[Path, Adapter]:
+    """Those that are low-rank updates."""
+    return {p: own for p, own in adapters.items() if isinstance(own, Adapter)}
+
+
+def of_copies(adapters: dict[Path, Adapter | Copy]) -> dict[Path, Copy]:
+    """Those that are trained copies."""
+    return {p: own for p, own in adapters.items() if isinstance(own, Copy)}
+
+
 def without_adapters(
-    leaves: dict[Path, Any], adapters: dict[Path, Adapter]
+    leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]
 ) -> dict[Path, Any]:
     """The plain tree's leaves: all but those that `find_adapters` found."""
     gone = {part for adapter in adapters.values() for part in adapter}
     return {path: leaf for path, leaf in leaves.items() if path not in gone}
 
 
-def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> None:
+def check_adapter(
+    leaves: dict[Path, Any], weight: Path, adapter: Adapter | Copy
+) -> None:
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
             raise ValueError(
@@ -77,12 +115,26 @@ def check_adapter(leaves: dict[Path, Any], weight: Path, adapter: Adapter) -> No
                 "combine(adapters, base) if it was split."
             )
     shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
-    if not fits(*shapes):
+    if isinstance(adapter, Copy):
+        check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight])
+    elif not fits(*shapes):
         w, a, b, scale = shapes
         raise ValueError(
             f"The adapter of {path_name(weight)!r} does not fit: lora_a {a}, lora_b "
             f"{b} and lora_scale {scale} make no update of a weight {w}. Build the "
             "adapter with lorafy on these very parameters."
+        )
+
+
+def check_copy(name: str, copy: Any, leaf: Any) -> None:
+    """A trained copy is floating and has the shape of its leaf."""
+    x, w = unbox(copy), unbox(leaf)
+    floating = all(jnp.issubdtype(y.dtype, jnp.floating) for y in (x, w))
+    if x.shape != w.shape or not floating:
+        raise ValueError(
+            f"{name!r}, {x.dtype} {x.shape}, is no trained copy of its leaf, "
+            f"{w.dtype} {w.shape}: both are floating, of one shape. Write "
+            "lorafy(..., also=...) on these very parameters."
         )
 
 
@@ -124,9 +176,15 @@ def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple) -> Axes:
     return Axes(dims[:batch], dims[batch : len(a) - 1], dims[len(a) - 1 :])
 
 
+def _beside(weight: Path, part: str) -> Path:
+    *parent, name = weight
+    prefix = "" if name in ("kernel", "embedding") else f"{name}_"
+    return (*parent, prefix + part)
+
+
 def _stem(name: Any) -> str | None:
-    """What stands before `lora_a`, `lora_b` or `lora_scale` in a leaf's name."""
-    for part in PARTS:
+    """What stands before `lora_a`, `lora_b`, ... in a leaf's name."""
+    for part in (*FACTORS, COPY):
         if name == part:
             return ""
         if isinstance(name, str) and name.endswith(f"_{part}"):

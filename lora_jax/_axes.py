@@ -1,20 +1,23 @@
 """Which dimensions of a weight are stacked, inputs and outputs: by how it is used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from lora_jax._adapters import Axes
+from lora_jax._arguments import chosen, leaves_of, pick, place
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.uses import Use, uses_of
 from lora_jax._targets import is_adaptable
-from lora_jax._tree import Path, flatten, leaf_order, path_name, unbox
+from lora_jax._tree import Path, leaf_order, path_name, unbox
 
 
 def find_axes(
-    fn: Callable[..., Any], params: Any, *args: Any, argnum: int = 0, **kwargs: Any
-) -> dict[str, Axes]:
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] | None = None,
+    argnames: str | Sequence[str] = (),
+    **kwargs: Any,
+) -> Any:
     """Finds out, from how a function uses each weight, which dimensions are which.
 
     What a product sums over is an input, and the rest an output; what it keeps apart,
@@ -24,22 +27,23 @@ def find_axes(
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`; traced, never run.
-      params: Its parameters, without adapters: the tree that `lorafy` will get. Arrays
-        or `ShapeDtypeStruct`.
-      *args: The other arguments, arrays or `ShapeDtypeStruct`.
-      argnum: The position of `params` among the arguments of `fn`.
-      **kwargs: Keyword arguments of `fn`.
+      *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them are
+        without adapters: the tree that `lorafy` will get.
+      argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
+      argnames: Which keyword argument holds them, as in `lora`.
+      **kwargs: Its keyword arguments.
 
     Returns:
       `{path: Axes(batch, inputs, outputs)}` for each floating weight of two or more
-      dimensions that `fn` uses. A weight that meets no product and no lookup, as a
+      dimensions that `fn` uses; a tuple of them if several arguments hold parameters,
+      positions first. A weight that meets no product and no lookup, as a
       table of positions that is added, has its last dimension for an output. Experts
       that are all computed at once, "td,edh->teh", cannot be told from heads; for an
       adapter each, write `find_axes(...) | {path: Axes((0,), (1,), (2,))}`.
 
     Raises:
       ValueError: If a weight is used in two ways that no one adapter can serve.
-      TypeError: If `argnum` is no position among the arguments.
+      TypeError: If `argnums` or `argnames` names no argument, or one that is no tree.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -52,25 +56,27 @@ def find_axes(
     Reference:
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
-    if not 0 <= argnum <= len(args):
-        raise TypeError(
-            f"argnum={argnum} names no argument: with params there are {len(args) + 1} "
-            "positional. Pass the other arguments after params, in their order."
-        )
-    leaves = flatten(params)
-    weights = {
-        path: len(unbox(leaf).shape)
-        for path, leaf in leaves.items()
-        if is_adaptable(path, leaf)
-    }
-    traced, dynamic = trace_call(fn, (*args[:argnum], params, *args[argnum:]), kwargs)
-    before = len(jax.tree.leaves(args[:argnum]))
-    paths = dict(enumerate(leaf_order(params), before))
-    paths = [paths.get(i) for i in dynamic]
-    uses = uses_of(traced.jaxpr, paths, weights)
-    used = zip(paths, used_inputs(traced.jaxpr), strict=True)
-    met = {path for path, use in used if use and path in weights}
-    return {path_name(p): _settle(p, weights[p], uses[p]) for p in weights if p in met}
+    trees = pick(args, kwargs, chosen(argnums, argnames))
+    traced, dynamic = trace_call(fn, args, kwargs)
+    weights, paths = {}, {}  # dimensions of each weight; and which leaf is where
+    for key, params in trees.items():
+        leaves = leaves_of(key, params)
+        for i, path in enumerate(leaf_order(params), place(args, kwargs, key)):
+            if is_adaptable(path, leaves[path]):
+                weights[key, path] = len(unbox(leaves[path]).shape)
+                paths[i] = key, path
+    names = [paths.get(i) for i in dynamic]
+    uses = uses_of(traced.jaxpr, names, weights)
+    met = dict(zip(names, used_inputs(traced.jaxpr), strict=True))
+    found = [
+        {
+            path_name(path): _settle(path, n, uses[argument, path])
+            for (argument, path), n in weights.items()
+            if argument == key and met[key, path]
+        }
+        for key in trees
+    ]
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _settle(path: Path, n: int, uses: list[Use]) -> Axes:

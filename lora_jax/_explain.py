@@ -1,30 +1,37 @@
 """What `lora` makes of a function: which adapters stay factored, and at what cost."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import find_adapters, without_adapters
+from lora_jax._adapters import (
+    Adapter,
+    axes_of_shapes,
+    find_adapters,
+    without_adapters,
+)
+from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
 from lora_jax._engine.run import Run, noting
 from lora_jax._lora import call
-from lora_jax._tree import flatten, leaf_order, path_name, unbox, unflatten
+from lora_jax._tree import Path, leaf_order, unbox, unflatten
 
 TITLES = ("weight", "shape", "rank", "factored", "FLOPs", "formed whole by")
 
 
 class Row(NamedTuple):
-    """What becomes of one adapter.
+    """What becomes of one adapter, or of a leaf that trains whole: its `rank` is None.
 
-    `factored` counts the places in the program where it stays in factors;
-    `materialized` names the primitives that need W + scale * A B, at the `places` in
-    the user's source; `flops` is what it adds. `used` is False for an adapter that no
-    result depends on.
+    `full_rank` is the largest rank that serves the weight; `factored` counts the places
+    in the program where it stays in factors; `materialized` names the primitives that
+    need W + scale * A B, at the `places` in the user's source; `flops` is what it adds.
+    `used` is False for an adapter that no result depends on.
     """
 
     path: str
     shape: tuple[int, ...]
-    rank: int
+    rank: int | None
+    full_rank: int | None
     factored: int
     materialized: tuple[str, ...]
     places: tuple[str, ...]
@@ -52,28 +59,38 @@ class Report(NamedTuple):
         return "\n".join((*table, _totals(self)))
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Report:
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    argnums: int | Sequence[int] | None = None,
+    argnames: str | Sequence[str] = (),
+    **kwargs: Any,
+) -> Report:
     """Explains what `lora(fn)` does with each adapter, by tracing alone.
 
     Nothing runs and nothing is allocated.
 
     Args:
       fn: The function that `lora` would get, such as `model.apply`.
-      params: A tree from `lorafy`, of arrays or `ShapeDtypeStruct`.
-      *args: The other arguments of `fn`, arrays or `ShapeDtypeStruct`.
+      *args: Its arguments, arrays or `ShapeDtypeStruct`; the parameters among them are
+        a tree from `lorafy`.
+      argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
+      argnames: Which keyword argument holds them, as in `lora`.
       **kwargs: Its keyword arguments.
 
     Returns:
       A `Report`, which prints as a table. `.rows` has one row per adapter: `path`,
-      `shape`, `rank`, `factored` (in how many places of the program it stays in
-      factors), `materialized` (the primitives that need the whole weight, so that
-      W + scale * A B is formed), `places` (their files and lines in the source of
-      `fn`), `flops` (what it adds), `used` (whether a result depends on it). `.flops`
-      is the function's own. FLOPs are of products, forward: two for each number
-      multiplied and added, in each step of a `scan`, in one of a `while` loop.
+      `shape`, `rank` (None for a leaf that trains whole), `full_rank` (a rank above it
+      is wasteful, and the table says so), `factored` (in how many places of the program
+      it stays in factors), `materialized` (the primitives that need the whole weight,
+      so that W + scale * A B is formed), `places` (their files and lines in the source
+      of `fn`), `flops` (what it adds), `used` (whether a result depends on it).
+      `.flops` is the function's own. FLOPs are of products, forward: two for each
+      number multiplied and added, in each step of a `scan`, in one of a `while` loop.
 
     Raises:
-      ValueError: If `params` has no adapters or broken ones.
+      ValueError: If the parameters have no adapters or broken ones.
+      TypeError: If `argnums` or `argnames` names no argument, or one that is no tree.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -87,38 +104,67 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> R
     Reference:
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
-    leaves = flatten(params)
-    adapters = find_adapters(leaves)
-    base = unflatten(params, without_adapters(leaves, adapters))
-    plain, dynamic = trace_call(fn, (base, *args), kwargs)
-    order = [path_name(path) for path in leaf_order(base)]
-    used = zip(dynamic, used_inputs(plain.jaxpr), strict=True)
-    used = {order[i] for i, use in used if use and i < len(order)}
+    where = chosen(argnums, argnames)
+    given = pick(args, kwargs, where)
+    leaves = {key: leaves_of(key, params) for key, params in given.items()}
+    adapters = {key: find_adapters(own) for key, own in leaves.items()}
+    base = {
+        key: unflatten(params, without_adapters(leaves[key], adapters[key]))
+        for key, params in given.items()
+    }
+    plain_args, plain_kwargs = replaced(args, kwargs, base)
+    plain, dynamic = trace_call(fn, plain_args, plain_kwargs)
+    use = dict(zip(dynamic, used_inputs(plain.jaxpr), strict=True))
+    used = {
+        (key, path)
+        for key in given
+        for i, path in enumerate(
+            leaf_order(base[key]), place(plain_args, plain_kwargs, key)
+        )
+        if use.get(i)
+    }
 
     def adapted(*args, **kwargs):
         run = Run("allow", counting=True)
-        return call(fn, args, kwargs, (0,), "ignore", run)
+        return call(fn, args, kwargs, where, "ignore", run)
 
     with noting() as found:
-        trace_call(adapted, (params, *args), kwargs)
+        trace_call(adapted, args, kwargs)
     rows = []
-    for path, adapter in adapters.items():
-        name = path_name(path)
-        notes = [n for n in found.values() if n.name == name and name in used]
-        formed = dict.fromkeys((n.primitive, n.place) for n in notes if n.formed)
-        rows.append(
-            Row(
-                path=name,
-                shape=tuple(unbox(leaves[path]).shape),
-                rank=unbox(leaves[adapter.a]).shape[-1],
-                factored=sum(not n.formed for n in notes),
-                materialized=tuple(primitive for primitive, _ in formed),
-                places=tuple(place for _, place in formed),
-                flops=sum(n.flops for n in notes),
-                used=name in used,
-            )
-        )
+    for key in given:
+        for path, own in adapters[key].items():
+            name = named(key, path, where)
+            notes = [n for n in found.values() if n.name == name]
+            is_used = (key, path) in used
+            rows.append(_row(name, leaves[key], path, own, notes * is_used, is_used))
     return Report(tuple(rows), flops(plain.jaxpr))
+
+
+def _row(
+    name: str,
+    leaves: dict[Path, Any],
+    path: Path,
+    own: Any,
+    notes: Sequence[Any],
+    used: bool,
+) -> Row:
+    w, rank, full = unbox(leaves[path]), None, None
+    if isinstance(own, Adapter):
+        shapes = [unbox(leaves[part]).shape for part in own]
+        rank, axes = shapes[0][-1], axes_of_shapes(w.shape, *shapes)
+        full = min(math.prod(w.shape[d] for d in dims) for dims in axes[1:])
+    formed = dict.fromkeys((n.primitive, n.place) for n in notes if n.formed)
+    return Row(
+        path=name,
+        shape=tuple(w.shape),
+        rank=rank,
+        full_rank=full,
+        factored=sum(not n.formed for n in notes),
+        materialized=tuple(primitive for primitive, _ in formed),
+        places=tuple(place for _, place in formed),
+        flops=sum(n.flops for n in notes),
+        used=used,
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -127,7 +173,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.path,
         str(row.shape),
-        str(row.rank),
+        "whole" if row.rank is None else str(row.rank),
         str(row.factored),
         f"+{_short(row.flops)}",
         causes if row.used else "NEVER USED: it would learn nothing",
@@ -137,13 +183,21 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _totals(report: Report) -> str:
     formed = sum(len(row.materialized) for row in report.rows)
     idle = sum(not row.used for row in report.rows)
+    whole = sum(row.rank is None for row in report.rows)
     added = sum(row.flops for row in report.rows)
+    wasteful = [
+        f"{row.path} ({row.rank} above {row.full_rank})"
+        for row in report.rows
+        if row.rank is not None and row.rank > row.full_rank
+    ]
     share = f" ({100 * added / report.flops:.3g} %)" if report.flops else ""
     parts = (
-        f"Adapters: {len(report.rows)}",
+        f"Adapters: {sum(row.rank is not None for row in report.rows)}",
+        *([f"Trained whole: {whole}"] if whole else []),
         f"Uses in factors: {sum(row.factored for row in report.rows)}",
         *([f"Uses formed whole: {formed}"] if formed else []),
         *([f"NEVER USED: {idle}"] if idle else []),
+        *([f"Wasteful ranks: {', '.join(wasteful)}"] if wasteful else []),
         f"FLOPs: +{_short(added)} to {_short(report.flops)}{share}",
     )
     return ". ".join(parts) + "."

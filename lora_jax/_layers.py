@@ -10,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lora_jax._adapters import PARTS, Axes
+from lora_jax._adapters import FACTORS, Axes, is_adapter
 from lora_jax._lora import lora
 from lora_jax._lorafy import lorafy
 
@@ -173,7 +173,8 @@ class Einsum(nn.Einsum):
 
 
 def _has_adapter(layer: nn.Module) -> bool:
-    return layer.has_variable("params", PARTS[0])
+    """Whether anything in the layer is adapted: its kernel, or a bias that trains."""
+    return any(is_adapter((name,)) for name in layer.variables.get("params", ()))
 
 
 def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
@@ -189,7 +190,7 @@ def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
         rslora=layer.rslora,
         key=layer.make_rng("params"),
     )
-    for part in PARTS:
+    for part in FACTORS:
         layer.param(part, lambda _, part=part: adapted[part])
 
 

@@ -2,47 +2,58 @@
 
 import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from lora_jax._adapters import find_adapters, is_adapter, without_adapters
+from lora_jax._adapters import Adapter, find_adapters
+from lora_jax._arguments import (
+    Where,
+    check_elsewhere,
+    chosen,
+    leaves_of,
+    named,
+    pick,
+    place,
+    replaced,
+)
 from lora_jax._engine.factors import Factors, align
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.rules import run_jaxpr
 from lora_jax._engine.run import Note, Run, noting, plain
-from lora_jax._tree import (
-    flatten,
-    leaf_order,
-    listed,
-    path_name,
-    unbox,
-    unflatten,
-)
+from lora_jax._lorafy import with_copies
+from lora_jax._tree import leaf_order, listed, unbox, unflatten
 
 
 def lora(
     fn: Callable[..., Any],
     *,
-    argnums: int | Sequence[int] = 0,
+    argnums: int | Sequence[int] | None = None,
+    argnames: str | Sequence[str] = (),
     dropout: float = 0.0,
     unused: str = "error",
     materialize: str = "warn",
 ) -> Callable[..., Any]:
     """The same function, on parameters with adapters.
 
+    Dropout acts in those calls alone that are given `dropout_key=`: without one, under
+    `jax.grad` too, nothing is dropped.
+
     `lora(fn)(params, ...)` equals `fn(merge(params), ...)` to rounding, for every JAX
     function `fn`, and does not form `W + scale * A B` where a weight meets a matrix
-    product, a lookup or a convolution: it adds `(x A) B` to `x W`. The function is not
-    changed and need not know of adapters. Works inside and around `jit`, `grad`, `jvp`,
-    `vmap`, `scan`, `remat` and shardings.
+    product, a lookup or a convolution: it adds `(x A) B` to `x W`. A leaf that trains
+    whole is replaced by its copy, `lora_w`, cast to the leaf's dtype. The function is
+    not changed and need not know of adapters. Works inside and around `jit`, `grad`,
+    `jvp`, `vmap`, `scan`, `remat` and shardings.
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.
-      argnums: Which positional argument, or arguments, hold the parameters.
+      argnums: Which positional argument, or arguments, hold the parameters. Default: 0,
+        or none if there are `argnames`.
+      argnames: Which keyword arguments hold them, as in Hugging Face's
+        `model(ids, params=params)`.
       dropout: Rate at which the input of each adapter in a matrix product or a
         convolution is dropped. Acts only in calls that are given `dropout_key=`.
       unused: What to do about an adapter that the result does not depend on: "error",
@@ -60,7 +71,8 @@ def lora(
       ValueError: If an option is not one of those above. When called: if the parameters
         have no adapters or broken ones, an adapter is unused, or a weight cannot stay
         factored under `materialize="error"`.
-      TypeError: When called, if `argnums` names no positional argument.
+      TypeError: When called, if `argnums` or `argnames` names no argument, or one that
+        is no tree of parameters.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax as lj
@@ -73,9 +85,8 @@ def lora(
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
       https://arxiv.org/abs/2106.09685
     """
-    several = isinstance(argnums, Sequence)
-    positions = tuple(map(operator.index, argnums if several else [argnums]))
-    _check_options(positions, dropout, unused, materialize)
+    where = chosen(argnums, argnames)
+    _check_options(dropout, unused, materialize)
     shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)
@@ -85,7 +96,7 @@ def lora(
         key = dropout_key if dropout else None
         run = Run(materialize, float(dropout), key)
         with noting() as notes:
-            results = call(fn, args, kwargs, positions, unused, run)
+            results = call(fn, args, kwargs, where, unused, run)
         if materialize == "warn":
             _warn(list(notes.values()))
         return results
@@ -97,46 +108,35 @@ def call(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    positions: tuple[int, ...],
+    where: Where,
     unused: str,
     run: Run,
 ) -> Any:
-    base, factors = list(args), []
-    for position in positions:
-        if not -len(args) <= position < len(args):
-            raise TypeError(
-                f"argnums={position} names no argument: the call has {len(args)} "
-                "positional. Pass the parameters by position, not by keyword."
-            )
-        base[position], found = _take_apart(args[position])
-        factors.append((position % len(args), found))
+    given, base = pick(args, kwargs, where), {}
+    factors: dict[int, Factors] = {}
+    names: dict[int, str] = {}  # of all adapted leaves
+    for key, params in given.items():
+        leaves = leaves_of(key, params)
+        adapters = find_adapters(leaves)
+        base[key] = unflatten(params, with_copies(leaves, adapters))
+        start = place(*replaced(args, kwargs, base), key)
+        for i, path in enumerate(leaf_order(base[key]), start):
+            if path in adapters:
+                names[i] = named(key, path, where)
+            if isinstance(own := adapters.get(path), Adapter):
+                parts = (unbox(leaves[part]) for part in (path, *own))
+                factors[i] = align(*parts, name=names[i])
 
-    traced, dynamic = trace_call(fn, base, kwargs)
-    operands = jax.tree.leaves((base, kwargs))
-    for position, found in factors:
-        before = len(jax.tree.leaves(base[:position]))
-        for i, f in found.items():
-            operands[before + i] = f
-    operands = [operands[i] for i in dynamic]
+    args, kwargs = replaced(args, kwargs, base)
+    traced, dynamic = trace_call(fn, args, kwargs)
+    operands = jax.tree.leaves((args, kwargs))
     if unused == "error":
-        used = used_inputs(traced.jaxpr)
-        _check_used(operands, used)
-        _check_elsewhere(base, dict(zip(dynamic, used, strict=True)))
+        used = dict(zip(dynamic, used_inputs(traced.jaxpr), strict=True))
+        _check_used({names[i]: used[i] for i in names})
+        check_elsewhere(args, kwargs, used)
+    operands = [factors.get(i, operands[i]) for i in dynamic]
     results = run_jaxpr(run, traced.jaxpr, operands)
     return traced.restore(plain(run, results, "return"))
-
-
-def _take_apart(params: Any) -> tuple[Any, dict[int, Factors]]:
-    """The plain tree, and the `Factors` in place of some of its `jax.tree.leaves`."""
-    leaves = flatten(params)
-    factors = {}
-    adapters = find_adapters(leaves)
-    for weight, paths in adapters.items():
-        parts = (unbox(leaves[path]) for path in (weight, *paths))
-        factors[weight] = align(*parts, name=path_name(weight))
-    base = unflatten(params, without_adapters(leaves, adapters))
-    order = enumerate(leaf_order(base))
-    return base, {i: factors[path] for i, path in order if path in factors}
 
 
 def _warn(notes: list[Note]) -> None:
@@ -156,31 +156,13 @@ def _at(note: Note) -> str:
     return f" at {note.place}" if note.place else ""
 
 
-def _check_used(operands: Sequence[Any], used: Sequence[bool]) -> None:
-    idle = [
-        str(f.name)
-        for f, use in zip(operands, used, strict=True)
-        if isinstance(f, Factors) and not use
-    ]
-    if idle:
+def _check_used(used: dict[str, bool]) -> None:
+    if idle := [name for name, use in used.items() if not use]:
         raise ValueError(
             f"The function never uses {len(idle)} adapted weight(s): {listed(idle)}. "
             "An adapter there would learn nothing. Leave them out, "
             "lorafy(params, rank, exclude=[...]), or write lora(fn, unused='ignore')."
         )
-
-
-def _check_elsewhere(args: Sequence[Any], used: dict[int, bool]) -> None:
-    """Adapters in an argument that `argnums` does not name would do nothing."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(args))
-    for i, (path, _) in enumerate(leaves):
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        if is_adapter((name,)) and not used.get(i, True):
-            raise ValueError(
-                f"Argument {path[0].idx} has adapters too, such as {name!r}, and the "
-                "function never reads them: they would do nothing. Name both, "
-                f"lora(fn, argnums=(..., {path[0].idx})), or pass strip(params)."
-            )
 
 
 def _has_parameter(fn: Callable[..., Any], name: str) -> bool:
@@ -190,11 +172,7 @@ def _has_parameter(fn: Callable[..., Any], name: str) -> bool:
         return False
 
 
-def _check_options(
-    positions: tuple[int, ...], dropout: float, unused: str, materialize: str
-) -> None:
-    if not positions:
-        raise ValueError("argnums is empty. Name the parameters' position: argnums=0.")
+def _check_options(dropout: float, unused: str, materialize: str) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), found {dropout}.")
     if unused not in ("error", "ignore"):

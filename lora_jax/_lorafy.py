@@ -13,13 +13,34 @@ from flax import nnx
 from flax.core.meta import AxisMetadata
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._adapters import Adapter, Axes, adapter_of
+from lora_jax._adapters import (
+    Adapter,
+    Axes,
+    Copy,
+    adapter_of,
+    copy_of,
+    of_copies,
+    without_adapters,
+)
 from lora_jax._engine.factors import wider
-from lora_jax._targets import Selector, plan
-from lora_jax._tree import Path, flatten, open_box, path_name, unbox, unflatten
+from lora_jax._targets import Patterns, Selector, also_trained, plan
+from lora_jax._tree import (
+    Path,
+    flatten,
+    open_box,
+    path_name,
+    rebox,
+    unbox,
+    unflatten,
+)
 
 # A factor's dimension is one of the weight's, or one of these two.
 RANK, ABSENT = -1, -2
+
+
+class LoRAScale(nnx.Variable):
+    """The scale of an adapter in an `nnx.State`: a setting, which no filter trains."""
+
 
 gaussian = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -28,9 +49,10 @@ def lorafy(
     params: Any,
     rank: int | Mapping[str, int],
     *,
-    alpha: float | Mapping[str, float] | None = None,
+    alpha: float | jax.Array | Mapping[str, float | jax.Array] | None = None,
     targets: Selector | None = None,
     exclude: Selector = (),
+    also: Patterns = (),
     axes: Mapping[str, Axes] | None = None,
     init: Callable[..., jax.Array] = gaussian,
     rslora: bool = False,
@@ -42,18 +64,26 @@ def lorafy(
     The new tree computes, through `lora`, exactly what the old one did: A is Gaussian
     of variance 1 / inputs and B is zero. Beside `kernel` or `embedding` stand `lora_a`
     of shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and `lora_scale`
-    (batch...) in float32; beside any other name `w` stand `w_lora_a`, and so on.
+    (batch...) in float32; beside any other name `w` stand `w_lora_a`, and so on. Leaves
+    that are to train whole get a copy beside them, `lora_w`, `bias_lora_w`, ..., which
+    takes their place. So what trains is what has such a name, and nothing else is.
 
     Args:
       params: A tree of mappings: nested dict, `FrozenDict`, `nnx.State`, a whole
         `{"params": ...}`; boxed leaves or not; arrays, tracers or `ShapeDtypeStruct`.
-      rank: Rank r of the update, or `{pattern: rank}`, which is its own targets.
-      alpha: The update is scaled by alpha / rank; `{pattern: alpha}` for some. Default:
-        the rank, for a scale of 1.
+      rank: Rank r of the update, or `{pattern: rank}`, which is its own targets. Above
+        the inputs or the outputs of a weight, as for a head of two classes, it is
+        wasteful and no error; `explain` says so.
+      alpha: The update is scaled by alpha / rank; `{pattern: alpha}` for some. A number
+        above 0, or a JAX scalar, which may be traced. Default: the rank, for a scale
+        of 1.
       targets: A pattern, several, or `callable(path, array) -> bool`. A pattern matches
         a run of whole path components, `*` may cross slashes: "query", "attn/*/kernel".
         Default: every leaf named `kernel` of two or more dimensions.
       exclude: What to leave out, in the same form.
+      also: Patterns of further leaves that train, such as a new head, norms or biases:
+        floating, of any shape. Each gets a copy of itself, in float32 beside a narrower
+        one, so that small updates are not rounded away.
       axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` reads it off a
         function, where Flax's names do not tell which dimensions of a weight are which.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
@@ -67,9 +97,9 @@ def lorafy(
 
     Raises:
       TypeError: If `params` is no tree of parameters.
-      ValueError: If a pattern matches nothing, a rank is below 1 or above a weight's
-        own, alpha is no number above 0, a weight already has an adapter, its dimensions
-        cannot be told, or nothing is left to adapt.
+      ValueError: If a pattern matches nothing, a rank is below 1, alpha is no number
+        above 0, a weight already has an adapter or is also to train whole, its
+        dimensions cannot be told, or nothing is left to adapt.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -85,11 +115,13 @@ def lorafy(
     """
     leaves = flatten(params)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
+    copied = also_trained(leaves, also, plans)
     key = jax.random.key(0) if key is None else key
     # Each new leaf must find its place before any array is made.
     parts = [part for path in plans for part in adapter_of(path)]
+    parts += [copy_of(path).w for path in copied]
     unflatten(params, leaves | dict.fromkeys(parts))
-    new: dict[Path, Any] = {}
+    new: dict[Path, Any] = {copy_of(p).w: trained_copy(leaves[p]) for p in copied}
     for path, (r, weight_alpha, dims) in plans.items():
         w = unbox(leaves[path])
         factor_dtype = wider(w.dtype) if dtype is None else dtype
@@ -112,8 +144,36 @@ def lorafy(
                 value = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
             else:
                 value = place(fill(shape), own, w)
-            new[part] = box(value, own, leaves[path])
+            trains = part in adapter_of(path).trained
+            new[part] = box(value, own, leaves[path], trains=trains)
     return unflatten(params, leaves | new)
+
+
+def trained_copy(leaf: Any, value: Any = None) -> Any:
+    """A copy of a leaf to train, or another value in its place, in the leaf's box."""
+    w = unbox(leaf)
+    dims, dtype = tuple(range(len(w.shape))), wider(w.dtype)
+    if isinstance(w, jax.ShapeDtypeStruct) and value is None:
+        x = jax.ShapeDtypeStruct(w.shape, dtype, sharding=_sharding(w, dims))
+    else:
+        # A copy indeed: one buffer cannot be donated for two leaves.
+        x = place(jnp.array(w if value is None else value, dtype, copy=True), dims, w)
+    return box(x, dims, leaf)
+
+
+def with_copies(
+    leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]
+) -> dict[Path, Any]:
+    """The plain tree's leaves, the trained copies in their places, in their dtypes."""
+    plain = without_adapters(leaves, adapters)
+    for path, copy in of_copies(adapters).items():
+        x, dtype = unbox(leaves[copy.w]), unbox(leaves[path]).dtype
+        if isinstance(x, jax.ShapeDtypeStruct):
+            x = x.update(dtype=dtype)
+        elif x.dtype != dtype:
+            x = x.astype(jax.dtypes.canonicalize_dtype(dtype))
+        plain[path] = rebox(leaves[path], x)
+    return plain
 
 
 def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter:
@@ -140,10 +200,11 @@ def beside(
     w = unbox(leaf)
     aligned = len(values[0].shape) == len(w.shape) + 1
     all_dims = factor_dims(axes, w.shape, aligned=aligned)
-    return {
-        part: box(place(jnp.asarray(value), dims, w), dims, leaf)
-        for part, dims, value in zip(parts, all_dims, values, strict=True)
-    }
+    new = {}
+    for part, dims, value in zip(parts, all_dims, values, strict=True):
+        x = place(jnp.asarray(value), dims, w)
+        new[part] = box(x, dims, leaf, trains=part in parts.trained)
+    return new
 
 
 def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
@@ -157,10 +218,10 @@ def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
     return x if sharding is None else jax.device_put(x, sharding)
 
 
-def box(value: Any, dims: tuple[int, ...], like: Any) -> Any:
+def box(value: Any, dims: tuple[int, ...], like: Any, *, trains: bool = True) -> Any:
     """The value in a box like the weight's, with the names of its own dimensions."""
     if isinstance(like, AxisMetadata):
-        value = box(value, dims, open_box(like))
+        value = box(value, dims, open_box(like), trains=trains)
         if hasattr(like, "names"):
             return like.replace(value=value, names=_pick(like.names, dims))
         return like.replace_boxed(value)
@@ -170,7 +231,8 @@ def box(value: Any, dims: tuple[int, ...], like: Any) -> Any:
             if metadata.get(name) is not None:
                 metadata[name] = _pick(metadata[name], dims)
         # The value is placed already; nnx need not look for a mesh to place it on.
-        return nnx.LoRAParam(value, **metadata | {"eager_sharding": False})
+        kind = nnx.LoRAParam if trains else LoRAScale
+        return kind(value, **metadata | {"eager_sharding": False})
     return value
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import find_adapters, without_adapters
+from lora_jax._adapters import find_adapters, of_rank, without_adapters
 from lora_jax._engine.factors import align, materialize
+from lora_jax._lorafy import with_copies
 from lora_jax._tree import flatten, rebox, unbox, unflatten
 
 
@@ -13,13 +14,14 @@ def merge(params: Any) -> Any:
     """The plain parameters with the updates in them: W + scale * A B.
 
     Each sum is made in float32 (float64 for a float64 weight) and cast once to the
-    weight's dtype. The result has the tree, boxes and dtypes from before `lorafy`.
+    weight's dtype. Trained copies take the places of their leaves, cast likewise. The
+    result has the tree, boxes and dtypes from before `lorafy`.
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      A new tree; leaves without an adapter are shared.
+      A new tree; leaves that nothing adapts are shared.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.
@@ -31,12 +33,12 @@ def merge(params: Any) -> Any:
       ['kernel']
     """
     leaves = flatten(params)
-    merged = {}
     adapters = find_adapters(leaves)
-    for weight, adapter in adapters.items():
+    plain = with_copies(leaves, adapters)
+    for weight, adapter in of_rank(adapters).items():
         parts = (unbox(leaves[path]) for path in (weight, *adapter))
-        merged[weight] = rebox(leaves[weight], _merged(*parts))
-    return unflatten(params, without_adapters(leaves, adapters) | merged)
+        plain[weight] = rebox(leaves[weight], _merged(*parts))
+    return unflatten(params, plain)
 
 
 def _merged(*parts: Any) -> Any:

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._split import combine, split
-from lora_jax._targets import Patterns
 
 
 def adapters_only(
-    tx: optax.GradientTransformation, *, also: Patterns = ()
+    tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that trains the adapters and leaves all other leaves as they are.
 
@@ -21,17 +20,21 @@ def adapters_only(
     and the memory of `split`. Fits `flax.training.train_state.TrainState` unchanged.
 
     Args:
-      tx: Any optax transformation, schedules, clipping and decay included. Put them
-        inside: what is chained outside sees the frozen leaves again.
-      also: Patterns of further leaves that train, as in `split`.
+      tx: Any optax transformation: schedules, clipping, decay and `optax.MultiSteps`
+        included. Put them inside: what is chained outside sees the frozen leaves again,
+        and `MultiSteps`, for one, would keep a gradient of each.
 
     Returns:
       A transformation of the whole tree. The update of a frozen leaf is -0.0, which
       `optax.apply_updates` adds without changing a bit. (Outside of one `jit`, XLA for
-      CPU takes a subnormal number for zero there, as in any sum.)
+      CPU takes a subnormal number for zero there, as in any sum.) Of optax's extra
+      arguments, a tree like the parameters (`grad`) is cut to the adapters, `value_fn`
+      is asked of the whole tree, and numbers and keys (`value`) pass as they are.
 
     Raises:
       ValueError: When initialised or applied, as `split`.
+      TypeError: When applied with an extra argument that is a function, other than
+        `value_fn`: of what, it does not say.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
@@ -43,18 +46,35 @@ def adapters_only(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
-        adapters, _ = split(params, also=also)
+        adapters, _ = split(params)
         return tx.init(adapters)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any):
-        trained, frozen = split(updates, also=also)
+        trained, frozen = split(updates)
         adapters = None
         if params is not None:
-            adapters, frozen = split(params, also=also)
-        trained, state = tx.update(trained, state, adapters, **extra)
+            adapters, frozen = split(params)
+        whole = jax.tree.structure(updates)
+        own = {name: _own(name, x, whole, frozen) for name, x in extra.items()}
+        trained, state = tx.update(trained, state, adapters, **own)
         return combine(trained, jax.tree.map(_nothing, frozen)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _own(name: str, x: Any, whole: Any, frozen: Any) -> Any:
+    """An extra argument of `update` as the optimizer of the adapters needs it."""
+    if name == "value_fn":
+        return lambda adapters, *args, **kwargs: x(
+            combine(adapters, frozen), *args, **kwargs
+        )
+    if callable(x):
+        raise TypeError(
+            f"adapters_only cannot pass {name!r} on: it is a function, and only "
+            "value_fn is known to be one of the parameters. Train the half of "
+            "split(params), which any optimizer takes."
+        )
+    return split(x)[0] if jax.tree.structure(x) == whole else x
 
 
 def _nothing(x: Any) -> Any:

@@ -2,14 +2,12 @@
 
 The file is safetensors: no code can hide in it. Its header's one entry, `lora_jax`, is
 JSON: the format's version, each adapter's weight path, rank, scale and weight shape,
-and a digest of each tensor.
+the trained copies, a sample of each adapted weight, and digests.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import uuid
 from typing import Any
 
 import jax
@@ -18,31 +16,42 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lora_jax._adapters import Adapter, adapter_of, axes_of_shapes, find_adapters, fits
-from lora_jax._lorafy import beside, place
-from lora_jax._split import trainable
-from lora_jax._targets import Patterns
-from lora_jax._tree import Path, flatten, path_name, rebox, unbox, unflatten
+from lora_jax._adapters import (
+    Adapter,
+    adapter_of,
+    axes_of_shapes,
+    check_copy,
+    copy_of,
+    find_adapters,
+    fits,
+    of_copies,
+    of_rank,
+)
+from lora_jax._detach import attached
+from lora_jax._lorafy import beside, trained_copy
+from lora_jax._sample import COUNT, differ, sample
+from lora_jax._tree import Path, flatten, path_name, unbox
+from lora_jax._write import check_finite, check_target, concrete, write
 
-VERSION = 1
-DTYPES = ("float64", "float32", "float16", "bfloat16")
+VERSION = 2
 
 
-def save(path: str | os.PathLike[str], params: Any, *, also: Patterns = ()) -> None:
+def save(path: str | os.PathLike[str], params: Any) -> None:
     """Saves the adapters, and nothing else, to one `.safetensors` file.
 
-    The file appears whole or not at all: it is written beside its target, synced to the
-    disk and renamed, so that a crash leaves the old file or the new one.
+    That is `detach(params)`: factors, scales and trained copies. The file also knows
+    its base, by 32 values of each weight that has factors. It appears whole or not at
+    all: it is written beside its target, synced to the disk and renamed, so that a
+    crash leaves the old file or the new one.
 
     Args:
       path: The file. An old one is replaced; its folder must exist.
-      params: A tree from `lorafy`, trained or not, of concrete arrays.
-      also: Patterns of further leaves to save, as in `split`.
+      params: A tree from `lorafy`, trained or not, whose adapters are concrete arrays.
 
     Raises:
-      ValueError: If `params` has no adapters or a broken one, a pattern of `also`
-        matches nothing, or a leaf to save is abstract, not finite, or of a dtype the
-        format lacks. The old file is then untouched.
+      ValueError: If `params` has no adapters or a broken one, a leaf to save is
+        abstract, not finite, or of a dtype the format lacks, or `path` is no regular
+        file. What was there is then untouched.
       OSError: If the file cannot be written.
 
     Example:
@@ -53,49 +62,62 @@ def save(path: str | os.PathLike[str], params: Any, *, also: Patterns = ()) -> N
       >>> sorted(lj.load(path, base))
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
+    check_target(path)
     leaves = flatten(params)
     adapters = find_adapters(leaves)
-    parts = {part for adapter in adapters.values() for part in adapter}
-    more = sorted(map(path_name, trainable(leaves, also) - parts))
-    tensors = {
-        path_name(part): concrete(part, leaves[part])
-        for part in leaves
-        if part in parts or path_name(part) in more
-    }
+    parts = [part for own in adapters.values() for part in own]
+    tensors = {path_name(part): concrete(part, leaves[part]) for part in parts}
+    factored = of_rank(adapters)
+    samples = {path_name(p): sample(unbox(leaves[p])) for p in factored}
+    said = {name: x.tobytes().hex() for name, x in samples.items() if x is not None}
+    shape = lambda path: list(unbox(leaves[path]).shape)
     header = {
         "version": VERSION,
         "adapters": {
             path_name(weight): {
-                "tensors": list(map(path_name, adapter)),
-                "rank": unbox(leaves[adapter.a]).shape[-1],
-                "scale": tensors[path_name(adapter.scale)].tolist(),
-                "shape": list(unbox(leaves[weight]).shape),
+                "tensors": list(map(path_name, own)),
+                "rank": shape(own.a)[-1],
+                "scale": tensors[path_name(own.scale)].tolist(),
+                "shape": shape(weight),
             }
-            for weight, adapter in adapters.items()
+            for weight, own in factored.items()
         },
-        "also": more,
+        "copies": {
+            path_name(leaf): {"tensors": [path_name(own.w)], "shape": shape(leaf)}
+            for leaf, own in of_copies(adapters).items()
+        },
+        "samples": said,
         "sha256": {name: _digest(x) for name, x in tensors.items()},
+        "samples_sha256": _digest_of(said),
     }
     metadata = {"lora_jax": json.dumps(header, sort_keys=True)}
     write(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
-def load(path: str | os.PathLike[str], base: Any) -> Any:
+def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> Any:
     """Puts the adapters of a file beside the weights they were trained for.
+
+    That is `attach(adapters, base)`, and more: the file knows its base. Of each adapted
+    weight it has some values, and those of `base` must be the same up to a cast or a
+    quantisation to four bits or more. (So weights that were trained further a little,
+    by less than quantising changes them, pass too.)
 
     Args:
       path: A file from `save`.
       base: The plain parameters: the tree of `strip`, before `lorafy`. Adapters take
-        their boxes and shardings from it, as in `lorafy`.
+        their boxes and shardings from it, as in `lorafy`. Abstract weights are not
+        compared.
+      same_base: `False` allows a base of any values.
 
     Returns:
-      A new tree with the adapters, and with the saved `also` leaves in place of its
-      own; it shares all other leaves with `base`.
+      A new tree that shares all leaves of `base`, with the adapters and the trained
+      copies beside them.
 
     Raises:
       ValueError: If the file is truncated, foreign, written by a newer version,
-        tampered with or not finite, or an adapter finds no weight of its shape; the
-        message names the file and the path. Nothing is loaded then.
+        tampered with or not finite, an adapter finds no weight of its shape, or the
+        weight is another than that it was trained for; the message names the file and
+        the path. Nothing is loaded then.
       FileNotFoundError: If there is no file.
 
     Example:
@@ -111,45 +133,24 @@ def load(path: str | os.PathLike[str], base: Any) -> Any:
     paths = {path_name(p): p for p in leaves}
     new: dict[Path, Any] = {}
     for name, adapter in header["adapters"].items():
-        weight = _find(path, name, paths, leaves, tuple(adapter["shape"]))
-        parts = adapter_of(weight)
-        if any(part in leaves for part in parts):
-            raise ValueError(
-                f"{path}: {name!r} has an adapter in base already. Pass the plain "
-                "parameters: load(path, strip(params))."
-            )
-        if adapter["tensors"] != list(map(path_name, parts)):
-            raise ValueError(
-                f"{path} was tampered with: {adapter['tensors']} are not the adapter's "
-                f"leaves of {name!r}."
-            )
+        weight = _find(path, name, paths, leaves, adapter, adapter_of)
         values = [tensors[part] for part in adapter["tensors"]]
-        new |= _beside(path, leaves[weight], name, parts, values)
-    for name in header["also"]:
-        value = tensors[name]
-        leaf = leaves[_find(path, name, paths, leaves, value.shape)]
-        w = unbox(leaf)
-        if value.dtype != w.dtype:
+        w, shapes = unbox(leaves[weight]), [value.shape for value in values]
+        if not fits(w.shape, *shapes):
             raise ValueError(
-                f"{path}: {name!r} was saved as {value.dtype}, and base has {w.dtype}. "
-                "Cast the base to the dtype that was trained."
+                f"{path} was tampered with: the factors of {name!r}, of shapes "
+                f"{shapes}, make no update of its weight {w.shape}."
             )
-        x = place(jnp.asarray(value), tuple(range(w.ndim)), w)
-        new[paths[name]] = rebox(leaf, x)
-    return unflatten(base, leaves | new)
-
-
-def _beside(
-    path: Any, leaf: Any, name: str, parts: Adapter, values: list[np.ndarray]
-) -> dict[Path, Any]:
-    w = unbox(leaf)
-    shapes = [value.shape for value in values]
-    if not fits(w.shape, *shapes):
-        raise ValueError(
-            f"{path} was tampered with: the factors of {name!r}, of shapes {shapes}, "
-            f"make no update of its weight {w.shape}."
-        )
-    return beside(leaf, parts, values, axes_of_shapes(w.shape, *shapes))
+        if same_base:
+            _check_base(path, name, w, header["samples"].get(name))
+        axes = axes_of_shapes(w.shape, *shapes)
+        new |= beside(leaves[weight], adapter_of(weight), values, axes)
+    for name, copy in header["copies"].items():
+        (part,) = copy["tensors"]
+        leaf = _find(path, name, paths, leaves, copy, copy_of)
+        check_copy(f"{path}: {part}", tensors[part], leaves[leaf])
+        new[copy_of(leaf).w] = trained_copy(leaves[leaf], tensors[part])
+    return attached(base, leaves, new)
 
 
 def _find(
@@ -157,20 +158,46 @@ def _find(
     name: str,
     paths: dict[str, Path],
     leaves: dict[Path, Any],
-    shape: tuple[int, ...],
+    said: dict[str, Any],
+    parts_of: Any,
 ) -> Path:
+    """The leaf of base that an entry of the header speaks of."""
     w = unbox(leaves[paths[name]]) if name in paths else None
     if w is None:
         raise ValueError(
             f"{path}: base has no weight {name!r}. It has {sorted(paths)[:6]}. "
             "Pass the parameters that the adapter was trained for."
         )
-    if w.shape != shape:
+    if list(w.shape) != said["shape"]:
         raise ValueError(
-            f"{path}: {name!r} was saved for the shape {shape}, and base has "
-            f"{w.shape}. Pass the parameters that the adapter was trained for."
+            f"{path}: {name!r} was saved for the shape {tuple(said['shape'])}, and "
+            f"base has {w.shape}. Pass the parameters that the adapter was trained for."
+        )
+    parts = parts_of(paths[name])
+    if said["tensors"] not in (list(map(path_name, parts)), said.get("old")):
+        raise ValueError(
+            f"{path} was tampered with: {said['tensors']} are not the adapter's "
+            f"leaves of {name!r}."
+        )
+    if any(part in leaves for part in parts):
+        raise ValueError(
+            f"{path}: {name!r} has an adapter in base already. Pass the plain "
+            "parameters: load(path, strip(params))."
         )
     return paths[name]
+
+
+def _check_base(path: Any, name: str, w: Any, known: np.ndarray | None) -> None:
+    found = sample(w)
+    if known is None or found is None:
+        return
+    if off := differ(found, known):
+        raise ValueError(
+            f"{path} was trained on another base: {name!r} is not the weight that its "
+            f"adapter stood beside, but {off:.0%} off it in the values compared. Pass "
+            "the parameters that the adapter was trained for, or write "
+            "load(path, base, same_base=False) if any will do."
+        )
 
 
 def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -181,10 +208,9 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = _header(path, file.metadata())
-            names = set(file.keys())
-            expected = set(header["also"])
-            for adapter in header["adapters"].values():
-                expected.update(adapter["tensors"])
+            names, expected = set(file.keys()), set()
+            for entry in (*header["adapters"].values(), *header["copies"].values()):
+                expected.update(entry["tensors"])
             for name in sorted(names ^ expected):
                 what = "is missing" if name in expected else "belongs to no adapter"
                 raise ValueError(f"{path} was tampered with: tensor {name!r} {what}.")
@@ -211,6 +237,10 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 f"{path} was tampered with: its header and its tensors differ in the "
                 f"rank or scale of {name!r}."
             )
+    for name, copy in header["copies"].items():
+        # Version 1 keeps no shape of a leaf, but the leaf itself under its own name.
+        copy.setdefault("shape", list(tensors[copy["tensors"][0]].shape))
+        copy.setdefault("old", copy["tensors"] if copy["tensors"] == [name] else None)
     return header, tensors
 
 
@@ -220,21 +250,21 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
             f"{path} was not written by lora_jax.save: its header does not say so."
         )
     try:
-        header = json.loads(metadata["lora_jax"])
-        version = header["version"]
+        said = json.loads(metadata["lora_jax"])
+        version = said["version"]
         sound = type(version) is int and version > 0
         if sound and version <= VERSION:
             fields = ("tensors", "rank", "scale", "shape")
-            adapters = {
-                str(name): {field: adapter[field] for field in fields}
-                for name, adapter in header["adapters"].items()
-            }
-            sound = bool(adapters) and all(
-                all(type(n) is int for n in adapter["shape"])
-                and [type(part) for part in adapter["tensors"]] == [str] * 3
-                for adapter in adapters.values()
-            )
-            digests, also = dict(header["sha256"]), [str(n) for n in header["also"]]
+            adapters = _entries(said["adapters"], fields, 3)
+            if version == 1:
+                copies = {str(name): {"tensors": [str(name)]} for name in said["also"]}
+                samples = {}
+            else:
+                copies = _entries(said["copies"], ("tensors", "shape"), 1)
+                samples = _samples(said)
+                sound = samples is not None
+            sound = sound and bool(adapters or copies)
+            digests = dict(said["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} was tampered with: its header cannot be read ({error!r})."
@@ -246,55 +276,44 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         )
     if not sound:
         raise ValueError(f"{path} was tampered with: its header cannot be read.")
-    return {"adapters": adapters, "also": also, "sha256": digests}
+    return {
+        "adapters": adapters,
+        "copies": copies,
+        "samples": samples,
+        "sha256": digests,
+    }
 
 
-def concrete(path: Path, leaf: Any) -> np.ndarray:
-    x = unbox(leaf)
-    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
-        raise ValueError(
-            f"{path_name(path)!r} has no values to save: it is a {type(x).__name__}. "
-            "Save outside jit, and concrete parameters."
-        )
-    if x.dtype.name not in DTYPES:
-        raise ValueError(
-            f"{path_name(path)!r} has dtype {x.dtype}, which the file cannot hold. "
-            f"Cast it to one of {', '.join(DTYPES)}."
-        )
-    # The file holds memory as it lies: in rows, in this machine's order of bytes.
-    x = np.array(x, x.dtype.newbyteorder("="), order="C")
-    check_finite(repr(path_name(path)), x)
-    return x
+def _entries(
+    said: dict[str, Any], fields: tuple[str, ...], n_tensors: int
+) -> dict[str, dict[str, Any]]:
+    """The header's word on each adapter, or copy; raises if it is none."""
+    entries = {str(n): {field: x[field] for field in fields} for n, x in said.items()}
+    for entry in entries.values():
+        if [type(part) for part in entry["tensors"]] != [str] * n_tensors:
+            raise TypeError(entry["tensors"])
+        if any(type(n) is not int for n in entry["shape"]):
+            raise TypeError(entry["shape"])
+    return entries
 
 
-def check_finite(what: str, x: np.ndarray) -> None:
-    if not np.isfinite(x.astype(np.float64)).all():
-        raise ValueError(f"{what} is not finite: training has diverged before it.")
+def _samples(said: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The values of each weight; `None` if they have been changed."""
+    given = said["samples"]
+    if said["samples_sha256"] != _digest_of(given):
+        return None
+    samples = {
+        str(name): np.frombuffer(bytes.fromhex(text), jnp.bfloat16)
+        for name, text in given.items()
+    }
+    whole = all(x.size in (0, COUNT) for x in samples.values())
+    return samples if whole and given.keys() <= said["adapters"].keys() else None
+
+
+def _digest_of(samples: Any) -> str:
+    return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(x: np.ndarray) -> str:
     said = f"{x.dtype.name} {x.shape}".encode()
     return hashlib.sha256(said + np.ascontiguousarray(x).tobytes()).hexdigest()
-
-
-def write(path: Any, data: bytes) -> None:
-    path = os.path.realpath(path)
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    # The rename itself is on the disk once the folder is; not every system can.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

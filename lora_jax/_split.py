@@ -2,10 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from lora_jax._adapters import find_adapters, is_adapter
-from lora_jax._targets import Patterns, as_patterns, match_each
+from lora_jax._adapters import find_adapters, of_rank
 from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
 
 
@@ -20,7 +17,7 @@ class Count(NamedTuple):
         return f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)"
 
 
-def split(params: Any, *, also: Patterns = ()) -> tuple[Any, Any]:
+def split(params: Any) -> tuple[Any, Any]:
     """Splits parameters in two trees of the same shape, with `None` in the holes.
 
     Differentiating with respect to the first alone never computes a gradient of a
@@ -28,15 +25,13 @@ def split(params: Any, *, also: Patterns = ()) -> tuple[Any, Any]:
 
     Args:
       params: A tree from `lorafy`.
-      also: Patterns of further leaves that train, such as a new head; as `targets` in
-        `lorafy`, of floating leaves of any shape.
 
     Returns:
-      `(adapters, base)`: A and B of each adapter and what `also` names; all the rest.
+      `(adapters, base)`: what trains, A and B of each adapter and each trained copy;
+      and all the rest, scales too. To keep the adapters, use `detach`.
 
     Raises:
-      ValueError: If `params` has no adapters or a broken one, or a pattern of `also`
-        matches nothing.
+      ValueError: If `params` has no adapters, or a broken one.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -46,7 +41,7 @@ def split(params: Any, *, also: Patterns = ()) -> tuple[Any, Any]:
       {'kernel': None, 'lora_a': (4, 2), 'lora_b': (2, 3), 'lora_scale': None}
     """
     leaves = flatten(params)
-    trains = trainable(leaves, also)
+    trains = trainable(leaves)
     return (
         unflatten(params, {p: x if p in trains else None for p, x in leaves.items()}),
         unflatten(params, {p: None if p in trains else x for p, x in leaves.items()}),
@@ -89,14 +84,13 @@ def combine(adapters: Any, base: Any) -> Any:
     return unflatten(base, joined)
 
 
-def mask(params: Any, *, also: Patterns = ()) -> Any:
+def mask(params: Any) -> Any:
     """`True` at each leaf that trains, `False` at the others.
 
     For `optax.masked`, `optax.freeze` and their like; `adapters_only` needs no mask.
 
     Args:
       params: A tree from `lorafy`.
-      also: Patterns of further leaves that train, as in `split`.
 
     Returns:
       A tree of the same containers with a bool for each leaf, boxed or not.
@@ -110,16 +104,15 @@ def mask(params: Any, *, also: Patterns = ()) -> Any:
       {'kernel': False, 'lora_a': True, 'lora_b': True, 'lora_scale': False}
     """
     leaves = flatten(params)
-    trains = trainable(leaves, also)
+    trains = trainable(leaves)
     return unflatten(params, {path: path in trains for path in leaves})
 
 
-def count(params: Any, *, also: Patterns = ()) -> Count:
+def count(params: Any) -> Count:
     """Counts the numbers that train and all the numbers there are.
 
     Args:
       params: A tree from `lorafy`.
-      also: Patterns of further leaves that train, as in `split`.
 
     Returns:
       `Count(trainable, total)`. The scales, which are settings, are not counted.
@@ -133,8 +126,8 @@ def count(params: Any, *, also: Patterns = ()) -> Count:
       trainable 96 of 2,144 (4.48 %)
     """
     leaves = flatten(params)
-    trains = trainable(leaves, also)
-    scales = {adapter.scale for adapter in find_adapters(leaves).values()}
+    trains = trainable(leaves)
+    scales = {adapter.scale for adapter in of_rank(find_adapters(leaves)).values()}
     sizes = {
         path: unbox(leaf).size
         for path, leaf in leaves.items()
@@ -143,16 +136,6 @@ def count(params: Any, *, also: Patterns = ()) -> Count:
     return Count(sum(n for p, n in sizes.items() if p in trains), sum(sizes.values()))
 
 
-def trainable(leaves: dict[Path, Any], also: Patterns = ()) -> set[Path]:
-    """The paths of A and B of each adapter, and of the floating leaves `also` names."""
-    adapters = find_adapters(leaves).values()
-    floating = [path for path, x in leaves.items() if _is_floating(path, x)]
-    more = match_each(as_patterns(also, "also"), floating, "also")
-    return {path for a, b, _ in adapters for path in (a, b)} | set(more)
-
-
-def _is_floating(path: Path, leaf: Any) -> bool:
-    x = unbox(leaf)
-    return (
-        not is_adapter(path) and is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)
-    )
+def trainable(leaves: dict[Path, Any]) -> set[Path]:
+    """The paths of all leaves that train."""
+    return {part for own in find_adapters(leaves).values() for part in own.trained}

@@ -6,38 +6,42 @@ that matches nothing is an error, because an adapter that is not there fails in 
 
 import difflib
 import math
-import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax._adapters import Axes, adapter_of, is_adapter
+from lora_jax._adapters import Axes, adapter_of, copy_of, is_adapter
 from lora_jax._tree import Path, is_array, listed, path_name, unbox
 
 Patterns = str | Iterable[str]
 Selector = Patterns | Callable[[str, Any], bool]
+
+# What PEFT and PyTorch call modules that Flax names otherwise.
+TORCH_NAMES = ("all-linear", "*_proj", "*.*", "c_attn", "c_fc", "c_proj", "fc[12]")
 
 
 class Plan(NamedTuple):
     """What one weight gets."""
 
     rank: int
-    alpha: float
+    alpha: Any  # a number, traced or not
     axes: Axes
 
 
 def plan(
     leaves: dict[Path, Any],
     rank: int | Mapping[str, int],
-    alpha: float | Mapping[str, float] | None,
+    alpha: Any,
     targets: Selector | None,
     exclude: Selector,
     axes: Mapping[str, Axes] | None,
 ) -> dict[Path, Plan]:
-    """The plan of every weight to adapt.
+    """The plan of every weight that gets factors.
 
     Raises:
       ValueError: If a pattern matches nothing, a number is out of range, the dimensions
@@ -66,20 +70,45 @@ def plan(
     for path in chosen:
         found = axes.get(path_name(path)) or axes_of(path, leaves, bool(axes))
         r = ranks[path]
-        _check_room(path, leaves, found, r)
+        _check_room(path, leaves)
         plans[path] = Plan(r, alphas.get(path, float(r)), found)
     return plans
 
 
+def also_trained(
+    leaves: dict[Path, Any], also: Patterns, plans: Mapping[Path, Plan]
+) -> list[Path]:
+    """The further leaves that train, whole.
+
+    Raises:
+      ValueError: If a pattern matches no floating leaf, or one that has an adapter.
+    """
+    floating = [path for path, leaf in leaves.items() if is_floating(path, leaf)]
+    found = match_each(as_patterns(also, "also"), floating, "also", leaves)
+    for path in found:
+        if path in plans:
+            raise ValueError(
+                f"{path_name(path)!r} is named by also, and would get an adapter too. "
+                f"Write exclude=[{path_name(path)!r}] to train it whole, or leave it "
+                "out of also."
+            )
+        _check_room(path, leaves)
+    return found
+
+
+def is_floating(path: Path, leaf: Any) -> bool:
+    """Whether a leaf is a floating array, and no part of an adapter."""
+    w = unbox(leaf)
+    floating = is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)
+    return floating and not is_adapter(path)
+
+
 def is_adaptable(path: Path, leaf: Any) -> bool:
     """Whether a leaf is a floating array of 2 or more dimensions, no bias or scale."""
-    w = unbox(leaf)
     return (
-        is_array(w)
-        and jnp.issubdtype(w.dtype, jnp.floating)
-        and len(w.shape) >= 2
+        is_floating(path, leaf)
+        and len(unbox(leaf).shape) >= 2
         and path[-1] not in ("bias", "scale")
-        and not is_adapter(path)
     )
 
 
@@ -103,11 +132,19 @@ def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
     return patterns
 
 
-def match_each(patterns: Sequence[str], paths: Sequence[Path], name: str) -> list[Path]:
-    """The paths that any of the patterns matches; each pattern must match one."""
+def match_each(
+    patterns: Sequence[str],
+    paths: Sequence[Path],
+    name: str,
+    leaves: Mapping[Path, Any] | None = None,
+) -> list[Path]:
+    """The paths that any of the patterns matches; each pattern must match one.
+
+    The `leaves` of the tree tell whether a pattern is right and its leaf is not.
+    """
     for pattern in patterns:
         if not any(matches(pattern, path) for path in paths):
-            raise ValueError(_no_match(pattern, paths, name))
+            raise ValueError(_no_match(pattern, paths, name, leaves or {}))
     return [path for path in paths if any(matches(p, path) for p in patterns)]
 
 
@@ -181,7 +218,7 @@ def _select(
 ) -> list[Path]:
     if callable(selector):
         return [p for p in weights if selector(path_name(p), unbox(leaves[p]))]
-    return match_each(as_patterns(selector, name), weights, name)
+    return match_each(as_patterns(selector, name), weights, name, leaves)
 
 
 def _assign(
@@ -221,7 +258,7 @@ def _check_whole(rank: Any) -> int:
     return r
 
 
-def _check_alpha(alpha: Any) -> float | dict[str, float] | None:
+def _check_alpha(alpha: Any) -> Any:
     if alpha is None:
         return None
     if isinstance(alpha, Mapping):
@@ -229,8 +266,13 @@ def _check_alpha(alpha: Any) -> float | dict[str, float] | None:
     return _check_positive(alpha)
 
 
-def _check_positive(alpha: Any) -> float:
-    if not isinstance(alpha, bool) and isinstance(alpha, numbers.Real):
+def _check_positive(alpha: Any) -> Any:
+    """The number, which may be traced: then its value is not known."""
+    kind = getattr(alpha, "dtype", None) or np.result_type(type(alpha))
+    real = any(np.issubdtype(kind, k) for k in (np.integer, jnp.floating))
+    if real and np.shape(alpha) == ():
+        if isinstance(alpha, jax.core.Tracer):
+            return alpha
         if math.isfinite(alpha) and alpha > 0:
             return float(alpha)
     raise ValueError(
@@ -267,16 +309,9 @@ def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Ax
     return checked
 
 
-def _check_room(path: Path, leaves: dict[Path, Any], axes: Axes, r: int) -> None:
-    shape = unbox(leaves[path]).shape
-    n_in, n_out = (math.prod(shape[d] for d in dims) for dims in axes[1:])
-    if r > min(n_in, n_out):
-        raise ValueError(
-            f"rank {r} is above the full rank of {path_name(path)!r}, whose shape "
-            f"{shape} means {n_in} inputs and {n_out} outputs. Write rank="
-            f"{min(n_in, n_out)} or less, or leave it out: exclude=[...]."
-        )
-    if any(part in leaves for part in adapter_of(path)):
+def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
+    """The mapping of a leaf has room for an adapter, or a copy, beside it."""
+    if any(part in leaves for part in (*adapter_of(path), *copy_of(path))):
         raise ValueError(
             f"{path_name(path)!r} already has an adapter. Start from "
             "strip(params) or merge(params), or leave it out: exclude=[...]."
@@ -294,7 +329,16 @@ def _check_room(path: Path, leaves: dict[Path, Any], axes: Axes, r: int) -> None
         )
 
 
-def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
+def _no_match(
+    pattern: str, paths: Sequence[Path], name: str, leaves: Mapping[Path, Any]
+) -> str:
+    for path, leaf in leaves.items():
+        w = unbox(leaf)
+        if matches(pattern, path) and is_array(w) and not is_adapter(path):
+            return (
+                f"No weight matches {pattern!r} of {name}: {path_name(path)!r} is "
+                f"{w.dtype} of shape {w.shape}. {_advice(name)}"
+            )
     names = [path_name(path) for path in paths]
     parts = sorted({part for path in paths for part in map(str, path)})
     closest = (
@@ -308,8 +352,22 @@ def _no_match(pattern: str, paths: Sequence[Path], name: str) -> str:
         advice = f"Write {name}={write}."
     else:
         close = difflib.get_close_matches(pattern, names, n=6, cutoff=0.0)
-        advice = "A leaf that trains is floating."
-        if name != "also":
-            advice = "A weight is floating, has 2 or more dimensions and is no bias."
+        modules = dict.fromkeys(_module(path) for path in paths)
+        advice = f"Their names end in {listed(list(modules))}. {_advice(name)}"
+        if any(fnmatchcase(pattern, known) for known in TORCH_NAMES):
+            advice += f" {pattern!r} is a name of PyTorch: write those of Flax here"
+            advice += ", or no targets for all kernels." if name == "targets" else "."
     found = f"No weight matches {pattern!r} of {name}. Close: {listed(close)}. "
     return found + advice
+
+
+def _module(path: Path) -> str:
+    """The last component that tells weights apart."""
+    plain = path[-1] in ("kernel", "embedding") and len(path) > 1
+    return str(path[-2] if plain else path[-1])
+
+
+def _advice(name: str) -> str:
+    if name == "also":
+        return "A leaf that trains is floating."
+    return "A weight is floating, has 2 or more dimensions and is no bias."

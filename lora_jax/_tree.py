@@ -97,11 +97,21 @@ def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
 
 def leaf_order(tree: Any) -> list[Path]:
     """The path of each of `jax.tree.leaves(tree)`, in their order."""
-    paths = flatten(tree)
-    arrays = [path for path, leaf in paths.items() if jax.tree.leaves(leaf)]
-    # The containers decide the order, so ask them: a number stands for each leaf.
-    numbered = dict.fromkeys(paths) | {path: i for i, path in enumerate(arrays)}
-    return [arrays[i] for i in jax.tree.leaves(unflatten(tree, numbered))]
+    if _children(tree) is None:
+        return [()] if jax.tree.leaves(tree) else []
+    return [
+        (key, *path) for key, child in _in_order(tree) for path in leaf_order(child)
+    ]
+
+
+def _in_order(node: Any) -> list[tuple[Any, Any]]:
+    """The (key, child) pairs of a container, in the order in which JAX takes them."""
+    pairs = _children(node)
+    if not isinstance(node, Mapping):
+        return pairs
+    # The mapping decides the order, so ask it: a number stands for each child.
+    numbered = _filled(node, {key: i for i, (key, _) in enumerate(pairs)})
+    return [pairs[i] for i in jax.tree.leaves(numbered)]
 
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
@@ -140,17 +150,29 @@ def _rebuild(node: Any, path: Path, by_parent: dict[Path, dict[Any, Any]]) -> An
             children[key] = _rebuild(child, (*path, key), by_parent)
         elif key in new:
             children[key] = new[key]
-    if isinstance(node, dict):  # a copy keeps a subclass's own state
-        filled = copy.copy(node)
-        filled.clear()
-        filled.update(children | new)
-        return filled
     if isinstance(node, Mapping):
-        return type(node)(children | new)
+        return _filled(node, children | new)
     _, treedef = _one_level(node)
     if len(children) != treedef.num_leaves or new.keys() - children.keys():
         raise ValueError(
             f"{path_name(path) or 'The tree'} is a {type(node).__name__}, which "
             "cannot gain or lose a leaf. Keep each weight in a mapping of its own."
         )
-    return treedef.unflatten(children.values())
+    try:
+        return treedef.unflatten(children.values())
+    except Exception:
+        if not any(x is None or isinstance(x, bool) for x in children.values()):
+            raise
+        # A class that checks its fields, in whatever way, may take no hole and no mask:
+        # in JAX's hands it would not either. A half has the same paths in a dict.
+        return children
+
+
+def _filled(node: Mapping, children: dict[Any, Any]) -> Mapping:
+    """A mapping like this one, of other children."""
+    if not isinstance(node, dict):
+        return type(node)(children)
+    filled = copy.copy(node)  # which keeps a subclass's own state
+    filled.clear()
+    filled.update(children)
+    return filled

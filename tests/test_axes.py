@@ -214,10 +214,24 @@ def test_finds_what_the_names_of_flax_say():
 def test_other_arguments_go_where_they_belong():
     fn = lambda x, p, *, turn: x @ (p["w"].T if turn else p["w"])
     params = {"w": jnp.ones((D, D)), "unused": jnp.ones((D, D)), "bias": jnp.ones(D)}
-    assert lj.find_axes(fn, params, X, argnum=1, turn=True) == {"w": TURNED}
-    assert lj.find_axes(fn, params, X, argnum=1, turn=False) == {"w": MATRIX}
-    with pytest.raises(TypeError, match=r"argnum=2 names no argument.* 2 positional"):
-        lj.find_axes(fn, params, X, argnum=2, turn=False)
+    assert lj.find_axes(fn, X, params, argnums=1, turn=True) == {"w": TURNED}
+    assert lj.find_axes(fn, X, params, argnums=-1, turn=False) == {"w": MATRIX}
+    by_name = lambda x, *, p, turn: fn(x, p, turn=turn)
+    found = lj.find_axes(by_name, X, argnames="p", p=params, turn=True)
+    assert found == {"w": TURNED}
+    with pytest.raises(TypeError, match=r"argnums=2 names no argument.* 2 positional"):
+        lj.find_axes(fn, X, params, argnums=2, turn=False)
+    with pytest.raises(TypeError, match=r"argnames='q' names no.*\['p', 'turn'\]"):
+        lj.find_axes(by_name, X, argnames="q", p=params, turn=True)
+    with pytest.raises(TypeError, match=r"Argument 0 .* should hold the parameters"):
+        lj.find_axes(fn, X, params, turn=True)
+
+
+def test_parameters_in_two_arguments_have_axes_each():
+    fn = lambda p, x, *, q: x @ p["w"] @ q["w"].T
+    w = {"w": jnp.ones((D, D))}
+    found = lj.find_axes(fn, w, X, argnums=0, argnames=["q"], q=w)
+    assert found == ({"w": MATRIX}, {"w": TURNED})
 
 
 def test_two_ways_that_no_adapter_serves_are_reported_with_both_places():

@@ -159,9 +159,18 @@ def test_rslora_scale():
     assert params["lora_scale"] == 3
 
 
-def test_rank_above_the_kernels_own_is_an_error():
-    with pytest.raises(ValueError, match="rank 5 is above the full rank of 'kernel'"):
-        lj.Dense(3, rank=5).init(jax.random.key(0), X)
+def test_a_layer_uses_what_trains_whole_in_it(randomized):
+    layer = lj.Dense(3)
+    variables = layer.init(jax.random.key(0), X)
+    for options in ({"also": "bias"}, {"also": ["kernel", "bias"]}):
+        options |= {"targets": "other"}
+        base = variables | {"other": jnp.ones((2, 2))}
+        params = randomized(lj.lorafy(base, 1, **options))
+        del params["other"], params["other_lora_a"], params["other_lora_b"]
+        del params["other_lora_scale"]
+        want = nn.Dense(3).apply(lj.merge(params), X)
+        assert jnp.abs(want - layer.apply(variables, X)).max() > 0.01
+        np.testing.assert_allclose(layer.apply(params, X), want, atol=1e-6)
 
 
 def test_low_precision_kernel_has_float32_factors(randomized):

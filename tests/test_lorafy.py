@@ -1,10 +1,13 @@
 """The new leaves: their names, shapes, values, dtypes, boxes and places."""
 
+import math
+
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -389,8 +392,140 @@ def test_aligned_boxes_name_each_dimension():
 def test_in_a_state_the_new_leaves_are_lora_params():
     adapted = lj.lorafy(linear_state(), 2)
     kinds = {name: type(leaf) for name, leaf in by_name(adapted).items()}
-    new = dict.fromkeys(("lora_a", "lora_b", "lora_scale"), nnx.LoRAParam)
+    scale = kinds.pop("lora_scale")
+    new = dict.fromkeys(("lora_a", "lora_b"), nnx.LoRAParam)
     assert kinds == {"kernel": nnx.Param, "bias": nnx.Param} | new
+    assert issubclass(scale, nnx.Variable)
+    assert not issubclass(scale, nnx.Param), "what no filter of nnx trains"
+
+
+def test_no_filter_of_nnx_trains_a_scale(optax_promotion):
+    state = lj.lorafy(linear_state(), 2, also="bias", alpha=3)
+    x, plain = jnp.ones((3, 4)), by_name(linear_state())
+
+    def loss(state):
+        fn = lambda p: jnp.sum((x @ p["kernel"][...] + p["bias"][...][None]) ** 2)
+        return lj.lora(fn)(state)
+
+    class Model(nnx.Module):
+        def __init__(self, state):
+            self.params = nnx.data(dict(state.raw_mapping))
+
+    model = Model(state)
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.LoRAParam)
+    grads = nnx.grad(
+        lambda model: loss(nnx.State(dict(model.params))),
+        argnums=nnx.DiffState(0, nnx.LoRAParam),
+    )(model)
+    found = {path[-1] for path, _ in nnx.to_flat_state(grads)}
+    assert found == {"lora_a", "lora_b", "bias_lora_w"}
+    optimizer.update(model, grads)
+    after = {name: x[...] for name, x in model.params.items()}
+    assert after["lora_scale"] == 1.5
+    assert jnp.abs(after["lora_b"]).max() > 0
+    assert jnp.abs(after["bias_lora_w"] - plain["bias"][...]).max() > 0
+    np.testing.assert_array_equal(after["bias"], plain["bias"][...])
+
+
+# Leaves that train whole
+
+
+ALSO = {
+    "head": {"head/lora_w", "head/bias_lora_w"},
+    "head/kernel": {"head/lora_w"},
+    ("bias", "norm"): {"m/bias_lora_w", "head/bias_lora_w", "norm/scale_lora_w"},
+}
+
+
+def with_head(dtype=jnp.float32):
+    ones = lambda *shape: jnp.arange(1.0, 1 + math.prod(shape)).reshape(shape)
+    layer = lambda n, m: {"kernel": ones(n, m), "bias": ones(m)}
+    base = {"m": layer(4, 3), "head": layer(3, 2), "norm": {"scale": ones(3)}}
+    return jax.tree.map(lambda x: x.astype(dtype), base)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("also", ALSO)
+def test_each_further_leaf_gets_a_copy_beside_it(also, dtype):
+    base = with_head(dtype)
+    adapted = lj.lorafy(base, 2, targets="m", also=also)
+    old, new = by_name(base), by_name(adapted)
+    assert {name for name in new if name.endswith("lora_w")} == ALSO[also]
+    assert all(new[name] is leaf for name, leaf in old.items())
+    for name in ALSO[also]:
+        leaf = old[name.replace("/lora_w", "/kernel").replace("_lora_w", "")]
+        assert new[name].dtype == jnp.float32
+        np.testing.assert_array_equal(new[name], leaf)
+
+
+def test_a_copy_is_one_and_can_be_donated_with_its_leaf():
+    params = lj.lorafy(with_head(), 2, targets="m", also="head")
+    step = jax.jit(
+        lambda params: jax.tree.map(lambda x: x + 1, params), donate_argnums=0
+    )
+    after = step(params)
+    np.testing.assert_array_equal(after["head"]["lora_w"], after["head"]["kernel"])
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_a_copy_is_where_its_leaf_is_and_in_its_box(axis_type):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("y", "x"))
+    head = jax.device_put(jnp.ones((8, 4), jnp.bfloat16), sharding)
+    for leaf in (head, nn.Partitioned(head, ("a", "b"), mesh=mesh)):
+        params = {"m": {"kernel": jnp.ones((4, 3))}, "head": leaf}
+        copy = lj.lorafy(params, 2, also="head")["head_lora_w"]
+        assert type(copy) is type(leaf)
+        assert unbox(copy).sharding == sharding and unbox(copy).dtype == jnp.float32
+    shapes = jax.eval_shape(lambda: {"m": {"kernel": jnp.ones((4, 3))}, "b": head})
+    assert lj.lorafy(shapes, 2, also="b")["b_lora_w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("also", "match"),
+    [
+        ("haed", r"No weight matches 'haed' of also. Close: 'head/.*also=\['head'\]"),
+        (["head", "lora_scale"], "No weight matches 'lora_scale' of also"),
+        (
+            "steps",
+            r"'steps' of also: 'steps' is int32 of shape \(\). A leaf that",
+        ),
+        ("q_proj", "Their names end in .*'q_proj' is a name of PyTorch: write those"),
+        ("", "also takes patterns of paths, found ''"),
+        ([3], "also takes patterns of paths, found 3"),
+        ("m", r"'m/kernel' is named by also, and would get .*exclude=\['m/kernel'\]"),
+    ],
+)
+def test_also_is_strict(also, match):
+    params = with_head() | {"steps": jnp.int32(3)}
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, 2, targets="m", also=also)
+
+
+def test_an_adapted_leaf_is_not_also_copied_nor_copied_twice():
+    once = lj.lorafy(with_head(), 2, targets="m", also="head")
+    with pytest.raises(ValueError, match="'m/kernel' already has an adapter"):
+        lj.lorafy(once | {"new": jnp.ones((2, 2))}, 2, targets="new", also="m/kernel")
+    with pytest.raises(ValueError, match="'head/kernel' already has an adapter"):
+        lj.lorafy(once, 2, targets="head")
+
+
+# Alpha
+
+
+def test_alpha_may_be_a_jax_scalar_and_traced():
+    base = {"m": {"kernel": jnp.ones((4, 3))}}
+    assert lj.lorafy(base, 2, alpha=jnp.float32(3))["m"]["lora_scale"] == 1.5
+    scale = lambda alpha: lj.lorafy(base, 2, alpha=alpha)["m"]["lora_scale"]
+    alphas = jnp.array([1.0, 4.0, 16.0])
+    np.testing.assert_array_equal(jax.vmap(scale)(alphas), alphas / 2)
+    by_pattern = jax.jit(lambda alpha: lj.lorafy(base, 2, alpha={"m": alpha}))
+    assert by_pattern(jnp.int32(8))["m"]["lora_scale"] == 4
+    for bad in (jnp.ones(2), jnp.array(True), jnp.float32(-1), jnp.float32(jnp.nan)):
+        with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
+            lj.lorafy(base, 2, alpha=bad)
+    with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
+        jax.vmap(lambda alpha: lj.lorafy(base, 2, alpha=alpha[None]))(alphas)
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)

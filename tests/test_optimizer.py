@@ -27,10 +27,10 @@ def normal(*shape, scale=1.0):
 # A small tree, with values that a sum could lose. One shape: eager JAX compiles each.
 
 
-def small(dtype=jnp.float32):
+def small(dtype=jnp.float32, also=()):
     kernel = np.array([[-0.0, 0.0, 1e-30], [1, -2, 3], [4, 5, 6]], dtype)
     base = {"m": {"kernel": kernel, "bias": normal(3, 3)}, "head": normal(3, 3)}
-    return lj.lorafy(jax.tree.map(lambda x: jnp.asarray(x, dtype), base), 3)
+    return lj.lorafy(jax.tree.map(lambda x: jnp.asarray(x, dtype), base), 3, also=also)
 
 
 def adapters_of(tree, *more):
@@ -81,9 +81,10 @@ OPTIMIZERS = {
     [*((name, ()) for name in OPTIMIZERS), ("adamw, clipped", ("head",))],
 )
 def test_it_is_the_optimizer_of_the_adapters_alone(name, also):
-    plain, tx = OPTIMIZERS[name](), lj.adapters_only(OPTIMIZERS[name](), also=also)
-    params = small()
-    trained = adapters_of(params, *also)
+    plain, tx = OPTIMIZERS[name](), lj.adapters_only(OPTIMIZERS[name]())
+    params = small(also=also)
+    copies = [f"{leaf}_lora_w" for leaf in also]
+    trained = adapters_of(params, *copies)
     state, plain_state = tx.init(params), plain.init(trained)
     extra = {"value": jnp.float32(1.0)} if name == "plateau" else {}
     frozen = jax.tree.map(lambda x: x, params)
@@ -93,14 +94,14 @@ def test_it_is_the_optimizer_of_the_adapters_alone(name, also):
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         params = optax.apply_updates(params, updates)
         wanted, plain_state = plain.update(
-            adapters_of(grads, *also), plain_state, trained, **extra
+            adapters_of(grads, *copies), plain_state, trained, **extra
         )
         trained = optax.apply_updates(trained, wanted)
-    assert bits(adapters_of(params, *also)) == bits(trained)
+    assert bits(adapters_of(params, *copies)) == bits(trained)
     assert bits(state) == bits(plain_state), "no state but the adapters'"
     for tree in (params, frozen):
         del tree["m"]["lora_a"], tree["m"]["lora_b"]
-        for key in also:
+        for key in copies:
             del tree[key]
     assert bits(params) == bits(frozen)
 
@@ -172,26 +173,61 @@ def test_integer_leaves_stay():
     assert bits(lj.strip(after)) == bits(lj.strip(params))
 
 
-@pytest.mark.parametrize("also", ["head", "m"])
-def test_what_is_also_named_trains(also):
-    params, tx = small(), lj.adapters_only(optax.sgd(0.5), also=also)
+def test_a_trained_copy_trains_and_its_leaf_does_not():
+    params, tx = small(also="head"), lj.adapters_only(optax.sgd(0.5))
     updates, _ = tx.update(random_like(params), tx.init(params), params)
-    assert updates["head"].any() == (also == "head")
-    assert updates["m"]["kernel"].any() == (also == "m")
-    assert updates["m"]["lora_b"].any()
+    assert updates["head_lora_w"].any() and not updates["head"].any()
+    assert updates["m"]["lora_b"].any() and not updates["m"]["kernel"].any()
     assert not updates["m"]["lora_scale"].any()
 
 
-def test_a_tree_without_adapters_or_a_typo_is_refused():
+def test_a_tree_without_adapters_is_refused():
     params, tx = small(), lj.adapters_only(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy"):
         tx.init(lj.strip(params))
     with pytest.raises(ValueError, match="no adapters"):
         tx.update(lj.strip(params), tx.init(params), lj.strip(params))
-    with pytest.raises(
-        ValueError, match=r"No weight matches 'haed' of also.*\['head'\]"
-    ):
-        lj.adapters_only(optax.sgd(1.0), also="haed").init(params)
+
+
+def test_line_searches_ask_the_whole_function_of_the_adapters(optax_promotion):
+    params, target = small(also="head"), random_like(small(also="head"))
+    whole = lambda params: sum(
+        jnp.sum((x - y) ** 2) * (1 + 0 * jnp.sum(params["m"]["kernel"]))
+        for x, y in zip(
+            jax.tree.leaves(lj.split(params)[0]),
+            jax.tree.leaves(lj.split(target)[0]),
+            strict=True,
+        )
+    )
+    tx = lj.adapters_only(optax.lbfgs())
+    state, before = tx.init(params), bits(lj.strip(params))
+    for _ in range(4):
+        value, grad = jax.value_and_grad(whole)(params)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=whole
+        )
+        params = optax.apply_updates(params, updates)
+    assert whole(params) < 1e-6
+    assert bits(lj.strip(params)) == before
+
+
+def test_an_extra_function_of_who_knows_what_is_refused_by_name():
+    params, tx = small(), lj.adapters_only(optax.sgd(0.5))
+    with pytest.raises(TypeError, match=r"cannot pass 'obj_fn' on.*split\(params\)"):
+        tx.update(random_like(params), tx.init(params), params, obj_fn=lambda x: x)
+
+
+def test_accumulation_inside_holds_the_adapters_alone():
+    params, tx = small(), optax.adam(0.1)
+    every = lambda tx: optax.MultiSteps(tx, every_k_schedule=2)
+    size = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(params)))
+    inside, outside = (
+        size(lj.adapters_only(every(tx))),
+        size(every(lj.adapters_only(tx))),
+    )
+    adapters, total = lj.count(params)
+    scales = 1
+    assert outside - inside == total + scales - adapters
 
 
 # A transformer, under one jit

@@ -13,11 +13,11 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = "factors ops jaxpr run products views rules uses".split()
-PEFT = "names modules layouts config folder export import_".split()
+PEFT = "names modules layouts plan config folder checks export parts import_".split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
-    "_tree _adapters _engine _targets _lorafy _axes _lora _explain _layers _split "
-    "_optimizer _merge _save _peft"
+    "_tree _adapters _arguments _engine _targets _lorafy _axes _lora _explain _layers "
+    "_split _optimizer _merge _detach _sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [

@@ -42,8 +42,8 @@ each_container = pytest.mark.parametrize("kind", CONTAINERS)
 each_also = pytest.mark.parametrize("also", [(), "head", ["head/bias", "bias"]])
 
 
-def adapted(kind):
-    return lj.lorafy(CONTAINERS[kind](), 2, targets="m", init=normal)
+def adapted(kind, also=()):
+    return lj.lorafy(CONTAINERS[kind](), 2, targets="m", also=also, init=normal)
 
 
 def normal(key, shape, dtype):
@@ -54,27 +54,20 @@ def names(tree):
     return {path_name(path): leaf for path, leaf in flatten(tree).items()}
 
 
-def expected(params, also):
+def expected(params):
     """The paths that train, from their names alone."""
-    also = (also,) if isinstance(also, str) else also
-    adapters = {n for n in names(params) if n.endswith(("lora_a", "lora_b"))}
-    more = {
-        name
-        for name in names(params)
-        for pattern in also
-        if f"/{pattern}/" in f"/{name}/" and "lora" not in name
-    }
-    return adapters | more
+    return {n for n in names(params) if n.endswith(("lora_a", "lora_b", "lora_w"))}
 
 
 @each_also
 @each_container
 def test_split_and_combine_are_inverse(kind, also):
-    params = adapted(kind)
-    adapters, base = lj.split(params, also=also)
+    params = adapted(kind, also)
+    adapters, base = lj.split(params)
     first, second = names(adapters), names(base)
+    assert any(name.endswith("lora_w") for name in first) == bool(also)
     for name, leaf in names(params).items():
-        if name in expected(params, also):
+        if name in expected(params):
             assert first[name] is leaf and second[name] is None
         else:
             assert first[name] is None and second[name] is leaf
@@ -89,7 +82,7 @@ def test_to_jax_the_holes_are_no_leaves(kind):
     params = adapted(kind)
     adapters, base = lj.split(params)
     n = len(jax.tree.leaves(params))
-    assert len(jax.tree.leaves(adapters)) == len(expected(params, ())) > 0
+    assert len(jax.tree.leaves(adapters)) == len(expected(params)) > 0
     assert len(jax.tree.leaves(base)) == n - len(jax.tree.leaves(adapters))
     for half in (adapters, base):
         visited = []
@@ -101,11 +94,10 @@ def test_to_jax_the_holes_are_no_leaves(kind):
 @each_also
 @each_container
 def test_the_mask_is_true_where_it_trains(kind, also):
-    params = adapted(kind)
-    mask = lj.mask(params, also=also)
-    assert {name for name, flag in names(mask).items() if flag is True} == expected(
-        params, also
-    )
+    params = adapted(kind, also)
+    mask = lj.mask(params)
+    trains = {name for name, flag in names(mask).items() if flag is True}
+    assert trains == expected(params)
     assert {type(x) for x in names(mask).values()} == {bool}
 
 
@@ -117,7 +109,7 @@ def test_the_mask_is_one_for_optax(kind):
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, tx.init(params), params)
     for name, update in names(updates).items():
-        value = -1.0 if name in expected(params, ()) else 0.0
+        value = -1.0 if name in expected(params) else 0.0
         np.testing.assert_array_equal(
             unbox(update), np.full(unbox(update).shape, value)
         )
@@ -126,14 +118,14 @@ def test_the_mask_is_one_for_optax(kind):
 @each_also
 @each_container
 def test_count_counts_numbers_but_no_scale(kind, also):
-    params = adapted(kind)
+    params = adapted(kind, also)
     sizes = {
         name: unbox(leaf).size
         for name, leaf in names(params).items()
         if leaf is not None and not name.endswith("lora_scale")
     }
-    trains = sum(sizes[name] for name in expected(params, also))
-    assert lj.count(params, also=also) == (trains, sum(sizes.values()))
+    trains = sum(sizes[name] for name in expected(params))
+    assert lj.count(params) == (trains, sum(sizes.values()))
 
 
 def test_count_prints_itself():
@@ -174,6 +166,7 @@ USES = {
     "mask": lj.mask,
     "count": lj.count,
     "save": lambda params: lj.save("never-written.safetensors", params),
+    "detach": lj.detach,
     "lora": lambda params: lj.lora(lambda p: p)(params),
     "adapters_only": lambda params: lj.adapters_only(optax.sgd(1.0)).init(params),
 }
@@ -235,23 +228,91 @@ def test_one_size_off_anywhere_does_not_fit(layout):
                 lj.count(tree(**shapes | {name: wrong}))
 
 
-@pytest.mark.parametrize("use", [lj.split, lj.mask, lj.count])
+def copied(**changes):
+    """A tree with a trained copy, and what is wrong with it."""
+    leaves = {"kernel": (4, 3), "lora_w": (4, 3), "bias": (3,), "bias_lora_w": (3,)}
+    shapes = {name: s for name, s in (leaves | changes).items() if s is not None}
+    arrays = {
+        name: s if isinstance(s, np.ndarray) else np.zeros(s, np.float32)
+        for name, s in shapes.items()
+    }
+    return {"m": arrays}
+
+
+@pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
-    ("also", "match"),
+    ("changes", "match"),
     [
+        ({"lora_w": (3, 4)}, r"'m/lora_w', float32 \(3, 4\), is no trained copy"),
+        ({"bias_lora_w": ()}, r"'m/bias_lora_w', float32 \(\), is no trained copy"),
+        ({"lora_w": np.zeros((4, 3), int)}, "'m/lora_w', int64 .*both are floating"),
+        ({"bias": np.zeros(3, int)}, "'m/bias_lora_w', .*its leaf, int64"),
+        ({"kernel": None}, "'m/lora_w' belongs to no weight"),
+        ({"bias": None}, "'m/bias_lora_w' belongs to no weight: found 0"),
         (
-            "haed",
-            r"No weight matches 'haed' of also. Close: 'params/head/.*also=\['head'\]",
+            {"lora_a": (4, 2), "lora_b": (2, 3), "lora_scale": ()},
+            "'m/kernel' has both an adapter and a trained copy, 'm/lora_w'.*Remove one",
         ),
-        (["head", "lora_scale"], "No weight matches 'lora_scale' of also"),
-        ("stats/n", r"No weight matches 'stats/n' of also. Close: (?!.*dimensions)"),
-        ("", "also takes patterns of paths, found ''"),
-        ([3], "also takes patterns of paths, found 3"),
     ],
 )
-def test_also_is_strict(use, also, match):
+def test_every_use_refuses_a_broken_copy_by_path(use, changes, match):
+    assert lj.count(copied()) == (15, 30)
     with pytest.raises(ValueError, match=match):
-        use(adapted("others"), also=also)
+        USES[use](copied(**changes))
+
+
+def test_an_update_and_a_copy_of_one_bias_are_two_things():
+    params = {"m": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, "f")}}
+    adapted = lj.lorafy(params, 2, also="bias")
+    assert set(adapted["m"]) == {
+        *("kernel", "bias", "lora_a", "lora_b", "lora_scale", "bias_lora_w")
+    }
+    assert lj.count(adapted) == (8 + 6 + 3, 12 + 3 + 8 + 6 + 3)
+
+
+@flax.struct.dataclass
+class Checked:
+    """A model that refuses fields of another kind, as careful ones do."""
+
+    layers: dict
+    bias: jax.Array
+
+    def __post_init__(self):
+        assert self.bias.ndim == 1
+
+
+def test_a_class_that_checks_its_fields_has_halves_too():
+    model = Checked({"w": jnp.ones((4, 4))}, jnp.ones(4))
+    params, x = lj.lorafy(model, 2, targets="*"), jnp.ones((3, 4))
+    fn = lambda model, x: x @ model.layers["w"] + model.bias[None]
+    assert isinstance(lj.merge(params), Checked)
+    np.testing.assert_array_equal(lj.lora(fn)(params, x), fn(model, x))
+    assert lj.find_axes(fn, model, x) == {"layers/w": lj.Axes((), (0,), (1,))}
+    assert lj.explain(fn, params, x).rows[0].factored == 1
+    adapters, base = lj.split(params)
+    assert isinstance(lj.combine(adapters, base), Checked)
+    loss = lambda adapters: lj.lora(fn)(lj.combine(adapters, base), x).sum()
+    grads = jax.jit(jax.grad(loss))(adapters)
+    assert jnp.abs(grads["layers"]["w_lora_b"]).max() > 0 and grads["bias"] is None
+    assert isinstance(lj.attach(lj.detach(params), model), Checked)
+    tx = lj.adapters_only(optax.sgd(1.0))
+    grads = jax.grad(lambda params: lj.lora(fn)(params, x).sum())(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert isinstance(optax.apply_updates(params, updates), Checked)
+    assert names(lj.mask(params))["layers/w_lora_a"] is True
+
+
+def test_a_class_that_breaks_by_itself_says_so():
+    @flax.struct.dataclass
+    class Broken:
+        layers: dict
+
+        def __post_init__(self):
+            if "w_lora_a" in self.layers:
+                raise KeyError("no adapters here")
+
+    with pytest.raises(KeyError, match="no adapters here"):
+        lj.lorafy(Broken({"w": jnp.ones((4, 4))}), 2, targets="*")
 
 
 def test_combine_refuses_what_is_no_pair_of_halves():

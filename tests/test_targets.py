@@ -217,15 +217,19 @@ def test_axes_may_name_more_than_the_targets():
 @pytest.mark.parametrize(
     ("n_in", "n_out"), [(5, 5), (3, 7), (7, 3), (1, 4)], ids=lambda n: str(n)
 )
-def test_the_rank_may_be_full_but_no_more(n_in, n_out):
-    params, full = {"m": {"kernel": w(n_in, n_out)}}, min(n_in, n_out)
-    assert lj.lorafy(params, full)["m"]["lora_a"].shape == (n_in, full)
-    match = (
-        f"rank {full + 1} is above the full rank of 'm/kernel'.*{n_in} inputs and "
-        f"{n_out} outputs. Write rank={full} or less.*exclude="
+def test_a_rank_above_the_weights_own_is_wasteful_and_said(n_in, n_out):
+    zeros, full = (
+        {"m": {"kernel": np.zeros((n_in, n_out), np.float32)}},
+        min(n_in, n_out),
     )
-    with pytest.raises(ValueError, match=match):
-        lj.lorafy(params, full + 1)
+    fn = lambda params, x: x @ params["m"]["kernel"]
+    for rank in (full, full + 3):
+        params = lj.lorafy(zeros, rank)
+        assert params["m"]["lora_a"].shape == (n_in, rank)
+        report = lj.explain(fn, params, np.zeros((2, n_in), np.float32))
+        wasteful = f"Wasteful ranks: m/kernel ({rank} above {full})." in str(report)
+        assert wasteful == (rank > full)
+        assert report.rows[0].full_rank == full
 
 
 @pytest.mark.parametrize("name", ["targets", "exclude", "rank", "alpha"])
@@ -237,8 +241,6 @@ def test_the_rank_may_be_full_but_no_more(n_in, n_out):
         ("Attn", "block_1/attn/query/kernel", "attn"),
         ("block_3/atn", "block_2/attn/query/kernel", "block_2/attn"),
         ("attn/block_1", "block_1/", None),
-        ("bias", "/", None),
-        ("steps", "/", None),
         ("zzz", "/", None),
     ],
 )
@@ -260,10 +262,29 @@ def test_a_pattern_that_matches_nothing_names_near_misses(name, typo, close, bet
     assert close in near[0]
     if better is None:
         assert "A weight is floating, has 2 or more dimensions" in message
+        assert "Their names end in " in message and "'query', " in message
     elif name in ("targets", "exclude"):
         assert f"Write {name}=['{better}']." in message
     else:
         assert f"Write {name}={{'{better}': ...}}." in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [("steps", r"'steps' is int32 of shape"), ("bias", r"bias' is float32 of shape")],
+)
+@pytest.mark.parametrize("name", ["targets", "exclude"])
+def test_a_pattern_of_no_weight_says_what_it_matches(name, pattern, what):
+    match = f"No weight matches '{pattern}' of {name}: .*{what}.*A weight is floating"
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(PARAMS, 2, **{name: pattern})
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "all-linear", "self_attn.q_proj"])
+def test_names_of_pytorch_are_known_for_what_they_are(pattern):
+    match = f"{pattern!r} is a name of PyTorch: .* Flax here, or no targets for all ker"
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(PARAMS, 2, targets=pattern)
 
 
 @pytest.mark.parametrize(
@@ -350,10 +371,12 @@ def test_checks_come_before_any_array():
     def init(*_):
         raise AssertionError("an array was drawn")
 
-    params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2)}}
+    params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2, 3)}}
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
-    with pytest.raises(ValueError, match="full rank of 'b/kernel'"):
+    with pytest.raises(ValueError, match="Which dimensions of 'b/kernel'"):
         lj.lorafy(params, 3, init=init)
+    with pytest.raises(ValueError, match="'haed' of also"):
+        lj.lorafy({"a": params["a"]}, 3, also="haed", init=init)
 
 
 def test_a_stack_that_only_looks_like_heads_is_refused():

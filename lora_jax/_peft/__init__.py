@@ -10,8 +10,11 @@ Read in this order:
   names.py     which PyTorch modules a weight is: the map
   modules.py   one weight's adapter as those of its modules, there and back
   layouts.py   how PyTorch keeps each leaf, and the keys of its tensors
+  plan.py      which modules the leaves that train are: made once, for both ways
   config.py    PEFT's adapter_config.json
   folder.py    a folder, written whole or not at all
+  checks.py    what PEFT or vLLM would not load as it was meant
   export.py    `export_peft`
+  parts.py     the tensors of a folder, each sorted to its leaf
   import_.py   `import_peft`
 """

@@ -11,8 +11,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lora_jax._save import check_finite, write
 from lora_jax._tree import listed
+from lora_jax._write import check_finite, write
 
 CONFIG, TENSORS = FILES = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = ("float32", "bfloat16", "float16")

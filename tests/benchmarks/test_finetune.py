@@ -2,6 +2,11 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import finetune
 import jax
@@ -19,7 +24,7 @@ GOOD, BAD = ["fine", "moving", "funny"], ["dull", "long", "empty"]
 WORDS = ["[PAD]", "[UNK]", *GOOD, *BAD, *(f"w{i}" for i in range(24))]
 SIZES = dict(vocab=32, positions=48, types=2, features=64, mlp=96, layers=1)
 METHOD = {"accuracy", "trainable", "total", "step_ms", "adapter_bytes", "memory"}
-MEMORY = {"parameters", "gradients", "optimizer", "temporaries", "peak"}
+MEMORY = {"parameters", "unread", "gradients", "optimizer", "temporaries", "peak"}
 pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 
@@ -83,10 +88,18 @@ def test_both_methods_end_to_end(files, tmp_path, capsys):
     assert lora["memory"]["gradients"] == 4 * lora["trainable"]
     assert lora["memory"]["optimizer"] < full["memory"]["optimizer"] / 2
     assert full["memory"]["parameters"] == 4 * full["total"]
+    # The step reads the head's copy and not the head: no more than if it had one head.
+    scales, head = 6, 2 * 64 + 2
+    assert lora["memory"]["parameters"] == 4 * (full["total"] + adapters + scales)
+    assert lora["memory"]["unread"] == 4 * head
+    assert full["memory"]["unread"] == 0
 
     path = output / "adapter.safetensors"
     assert lora["adapter_bytes"] == path.stat().st_size
-    assert sum(x.size for x in load_file(path).values()) >= lora["trainable"]
+    saved = load_file(path)
+    assert sum(x.size for x in saved.values()) == lora["trainable"] + scales
+    assert {"head/lora_w", "head/bias_lora_w"} < set(saved)
+    assert len(list(output.iterdir())) == 3
     assert (output / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert results["settings"]["rank"] == 4
     assert results["versions"]["jax"] == jax.__version__
@@ -111,10 +124,10 @@ def test_one_method_alone(files, tmp_path, capsys, method):
 
 def test_on_a_terminal_there_are_bars(capsys, monkeypatch):
     monkeypatch.setattr(finetune.sys.stderr, "isatty", lambda: True, raising=False)
-    show = finetune.progress(["lora", "full"], 2)
-    for _ in range(2):
-        fitted = finetune.Fitted(None, [0.5, 0.25], [0.5])
-        show({"lora": fitted, "full": fitted})
+    with finetune.progress(["lora", "full"], 2) as show:
+        for _ in range(2):
+            fitted = finetune.Fitted(None, [0.5, 0.25], [0.5])
+            show({"lora": fitted, "full": fitted})
     shown = capsys.readouterr().err
     for name in ("lora", "full"):
         assert re.search(name + r" +100%.* 2/2, .*loss 0\.375, 2\.00 steps/s", shown)
@@ -136,8 +149,10 @@ def test_on_a_terminal_there_are_bars(capsys, monkeypatch):
         ({"weights": "gone"}, "there is no file gone"),
         ({"data": "gone"}, "there is no file gone"),
         ({"output": __file__}, "is not a folder"),
-        ({"rank": 65}, "65"),
-        ({"targets": "layer_9"}, "layer_9"),
+        ({"targets": "layer_9"}, "error: --targets layer_9: No weight matches"),
+        ({"targets": "querry"}, "patterns of what to adapt, .* --targets query value"),
+        ({"targets": "head"}, "error: --targets head: There is nothing to adapt"),
+        ({"targets": "bias"}, "'bias': '.*/bias' is float32 of shape"),
         ({"held_out": 100000}, "Cannot hold out 100000 of"),
         ({"batch": 100}, "less than one batch of 100"),
         ({"weights": __file__, "tokenizer": __file__}, "not a safetensors file"),
@@ -156,17 +171,46 @@ def test_bad_options_are_refused_before_work(
     shown = capsys.readouterr().err
     assert shown.startswith("usage: ")
     assert re.search(message, shown)
+    # In terms of the options alone.
+    assert not re.search(r"lorafy|params|targets=|exclude=|\w\(", shown)
 
 
-@pytest.mark.parametrize("given", [["--rank", "385"], ["--targets", "layer_6"]])
-def test_bad_adapters_are_refused_before_the_download(
-    tmp_path, capsys, monkeypatch, given
-):
+def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(minilm.wheels, "wheel", lambda *_: pytest.fail("download"))
     with pytest.raises(SystemExit) as error:
-        finetune.main([*given, "--output", str(tmp_path)])
+        finetune.main(["--targets", "layer_6", "--output", str(tmp_path)])
     assert error.value.code == 2
-    assert given[1] in capsys.readouterr().err
+    assert "--targets layer_6: No weight matches" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_training_in_one_line(files, tmp_path):
+    """As a terminal sends it, to a process of its own."""
+    old = {"finetune.json": "{}", "adapter.safetensors": "old"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    given = options(files, tmp_path, steps=4000, method="lora", targets="query")
+    # A shell may have it ignored in what it runs, which Python then leaves so.
+    code = "import runpy, signal, sys; sys.argv = sys.argv[1:]; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = Path(finetune.__file__)
+    command = [sys.executable, "-c", code, script.name, *given]
+    pipe = dict(stderr=subprocess.PIPE, text=True, cwd=script.parent)
+    with subprocess.Popen(command, **pipe) as job:
+        limit = threading.Timer(240, job.kill)
+        limit.start()
+        for line in job.stderr:
+            if line.startswith("step "):
+                job.send_signal(signal.SIGINT)
+                break
+        said = line + job.stderr.read()
+        limit.cancel()
+    assert job.returncode == 128 + signal.SIGINT, said
+    assert "Traceback" not in said
+    words = r"finetune\.py: stopped in step \d+ of 4000; nothing was written to "
+    assert re.fullmatch(words + re.escape(str(tmp_path)), said.splitlines()[-1])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == old
 
 
 @pytest.mark.parametrize(
@@ -207,10 +251,12 @@ def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypa
 def test_a_loss_that_is_no_number_ends_the_job():
     args = finetune.options().parse_args(["--batch=2"])
     method = finetune.Method(lambda *_: ((0, 0), np.float32(np.nan)), (0, 0), 0, {})
-    with pytest.raises(
-        SystemExit, match=r"full became nan in step 1: .*smaller .*--full-lr"
-    ):
+    message = r"full became nan in step 1: write a smaller --full-lr\.$"
+    with pytest.raises(SystemExit, match=message):
         finetune.fit({"full": method}, (np.arange(4), np.arange(4)), args)
+    del args.lora_lr  # as of to_peft.py
+    with pytest.raises(SystemExit, match=r"lora became nan .* smaller --lr\.$"):
+        finetune.fit({"lora": method}, (np.arange(4), np.arange(4)), args)
 
 
 def test_a_model_that_predicts_otherwise_ends_the_job():
@@ -252,8 +298,37 @@ def test_memory_adds_up_to_what_the_compiled_step_takes():
     assert stats.argument_size_in_bytes == 4 * (15 + 16 + 1 + 32)
     assert parts["peak"] >= stats.argument_size_in_bytes + parts["temporaries"]
     unused = np.ones(9, np.float32)
-    with pytest.raises(RuntimeError, match="leaves a part of them unused"):
+    with pytest.raises(RuntimeError, match="leaves a part unused"):
         training.memory(compiled, state, (frozen, unused), (x,))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "copy"),
+    [("kernel", "lora_w"), ("embedding", "lora_w"), ("bias", "bias_lora_w")],
+)
+def test_what_a_copy_replaces_is_no_argument_and_is_told(leaf, copy):
+    plain, trained = np.ones((8, 2), np.float16), np.ones((8, 2), np.float32)
+    adapters = {"head": {leaf: None, copy: trained}, "body": {"kernel": None}}
+    kernel, x = np.ones((8, 8), np.float32), np.ones((4, 8), np.float32)
+    base = {"head": {leaf: plain, copy: None}, "body": {"kernel": kernel}}
+
+    def step(state, base, x):
+        (adapters, m), w = state, base["body"]["kernel"]
+        y = x @ w @ adapters["head"][copy]
+        return (jax.tree.map(lambda a: a - m * y.sum(), adapters), m), y.sum()
+
+    state = adapters, np.float32(1)
+    compiled = jax.jit(step).lower(state, base, x).compile()
+    parts = training.memory(compiled, state, base, (x,))
+    stats = compiled.memory_analysis()
+    assert parts["unread"] == 2 * 16
+    assert parts["parameters"] == 4 * (16 + 64)
+    assert stats.argument_size_in_bytes == 4 * (16 + 64 + 1 + 32)
+    assert parts["peak"] >= stats.argument_size_in_bytes + parts["unread"]
+    # And no other leaf may be dropped in silence.
+    base["body"]["bias"] = np.ones(5, np.float32)
+    with pytest.raises(RuntimeError, match=r"and 32 that trained copies replace"):
+        training.memory(compiled, state, base, (x,))
 
 
 def test_labels_move_apart_and_means_stay_inside():

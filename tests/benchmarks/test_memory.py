@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
 import sys
 
+import finetune
 import jax
 import jax.numpy as jnp
 import memory
 import numpy as np
 import pytest
+import speed
+import to_peft
 from models import architectures
 from models.architectures import ARCHITECTURES, GPT2, Architecture, Model
 
@@ -257,8 +261,10 @@ def test_another_error_is_no_refusal(monkeypatch):
     ("given", "message"),
     [
         ("--model=gpt-5", "invalid choice: 'gpt-5'"),
-        ("--device=tpu", "tpu is not cpu, gpu, or a TPU such as tpu-v5e"),
-        ("--device=tpu-v5e:0x1", "is not cpu, gpu, or a TPU"),
+        ("--device=tpu", "tpu is not what can be planned for: cpu, gpu (the one"),
+        ("--device=h100", "h100 is not what can be planned for: cpu, gpu (the one"),
+        ("--device=h100", "or a TPU, there or not, such as tpu-v5e, tpu-v6e"),
+        ("--device=tpu-v5e:0x1", "is not what can be planned for"),
         ("--fits=16", "16 is not a size such as 16GB"),
         ("--fits=16gb", "16gb is not a size"),
         ("--fits=0GB", "0GB is not a size"),
@@ -266,8 +272,7 @@ def test_another_error_is_no_refusal(monkeypatch):
         ("--batch=0", "0 is not a whole number from 1"),
         ("--sequence=1025", "gpt2-medium has 1024 positions, fewer than"),
         ("--model=vit-h --sequence=8", "--sequence is of text: vit-h takes images"),
-        ("--rank=1025", "1025"),
-        ("--targets atn", "atn"),
+        ("--targets atn", "--targets atn: No weight matches 'atn'"),
         (f"--output={__file__}", "is not a folder"),
     ],
 )
@@ -301,3 +306,36 @@ def test_without_the_compiler_for_tpus_the_job_ends_with_the_advice(
         memory.main(["--device=tpu-v5e"])
     assert error.value.code == 1
     assert 'pip install -e ".[demo,tpu]"' in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_job_ends_with_the_advice(capsys, monkeypatch):
+    def none(name):
+        raise RuntimeError("Unknown backend")
+
+    monkeypatch.setattr(memory.jax, "devices", none)
+    with pytest.raises(SystemExit) as error:
+        memory.main(["--device=gpu"])
+    assert error.value.code == 1
+    assert "There is no gpu in this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", [finetune, memory, speed, to_peft])
+def test_help_says_each_default_once(job, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = job.options().format_help()
+    said = [line for line in shown.splitlines() if "default" in line]
+    assert said and all(line.count("default") == 1 for line in said)
+    assert "None" not in shown
+
+
+def test_ctrl_c_ends_the_job_in_one_line(monkeypatch, capsys, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "measure", stop)
+    with pytest.raises(SystemExit) as error:
+        memory.main(["--model=tiny-gpt2", "--sequence=8", f"--output={tmp_path}"])
+    assert error.value.code == 130
+    shown = capsys.readouterr().err
+    assert re.search(r": stopped; nothing was written to .*\n$", shown)
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import freeze
 
 import lora_jax as lj
-from lora_jax._peft.export import VLLM_RANKS
+from lora_jax._peft.checks import VLLM_RANKS
 
 
 def tree():
@@ -138,20 +138,40 @@ def test_scale_is_exact(tmp_path):
 
 
 def test_leaves_that_also_train(tmp_path, randomized, close):
-    params = adapted(randomized, exclude=["head", "conv"])
-    with pytest.raises(ValueError, match="saves whole modules: add 'head/kernel'"):
-        lj.export_peft(tmp_path / "out", params, NAMES, also="head/bias")
+    rest = {"exclude": ["head", "conv"]}
+    params = adapted(randomized, also="head/bias", **rest)
+    with pytest.raises(ValueError, match="saves whole modules: add 'head/kernel' to"):
+        lj.export_peft(tmp_path / "out", params, NAMES)
+    params = adapted(randomized, also="blocks/out/bias", **rest)
     with pytest.raises(ValueError, match=r"model.layers.0.out_proj'.* saved whole"):
-        lj.export_peft(tmp_path / "out", params, NAMES, also="blocks/out/bias")
-    lj.export_peft(tmp_path / "out", params, NAMES, also=["head", "conv"])
+        lj.export_peft(tmp_path / "out", params, NAMES)
+    params = adapted(randomized, also=["head", "conv"], **rest)
+    lj.export_peft(tmp_path / "out", params, NAMES)
     config, tensors = read(tmp_path / "out")
     assert config["modules_to_save"] == ["model.conv", "score"]
     get = lambda name: tensors[f"base_model.model.{name}"]
-    close(get("score.weight"), np.asarray(params["head"]["kernel"]).T)
-    close(get("score.bias"), np.asarray(params["head"]["bias"]))
-    want = np.asarray(params["conv"]["kernel"]).transpose(3, 2, 0, 1)
+    head, conv = params["head"], params["conv"]
+    close(get("score.weight"), np.asarray(head["lora_w"]).T)
+    close(get("score.bias"), np.asarray(head["bias_lora_w"]))
+    want = np.asarray(conv["lora_w"]).transpose(3, 2, 0, 1)
     close(get("model.conv.weight"), want)
-    close(get("model.conv.bias"), np.asarray(params["conv"]["bias"]))
+    close(get("model.conv.bias"), np.asarray(conv["bias_lora_w"]))
+    assert np.abs(np.asarray(head["lora_w"] - head["kernel"])).max() > 1
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_copies_are_written_in_their_own_dtype(tmp_path, randomized, dtype):
+    """Float32 beside a narrow leaf, whose rounding would lose small updates."""
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
+    params = randomized(lj.lorafy(base, 1, targets="tokens", also="head"))
+    lj.export_peft(tmp_path, params, NAMES, dtype=dtype)
+    config, tensors = read(tmp_path)
+    assert config["modules_to_save"] == ["score"]
+    assert {x.dtype.name for x in tensors.values()} == {dtype or "float32"}
+    want = np.asarray(params["head"]["lora_w"]).T
+    got = tensors["base_model.model.score.weight"]
+    np.testing.assert_array_equal(got, want.astype(got.dtype))
+    assert (want.astype(jnp.bfloat16) != want).any()
 
 
 def test_portable(tmp_path, randomized, close):
@@ -179,7 +199,6 @@ def test_portable(tmp_path, randomized, close):
     [
         ("conv", {}, {}, "'conv/kernel' cannot be portable: .* is a convolution"),
         ("tokens", {}, {}, "adapts the table embed_tokens, not 'model.tokens'"),
-        ("head", {}, {"also": "conv"}, "vLLM takes no modules_to_save"),
         ("head", {}, {"dtype": jnp.float16}, "it is float16, and float32 or bfloat16"),
         (
             "qkv",
@@ -195,6 +214,14 @@ def test_what_is_not_portable(tmp_path, targets, names, options, match):
         lj.export_peft(
             tmp_path / "out", params, NAMES | names, portable=True, **options
         )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_is_not_portable(tmp_path):
+    params = lj.lorafy(tree(), 1, targets="head", also="conv")
+    match = "'conv/kernel' cannot .* no modules_to_save.*also= in lorafy"
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(tmp_path / "out", params, NAMES, portable=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -219,11 +246,6 @@ def test_a_rank_that_vllm_does_not_take(tmp_path):
         ({}, {"modules": ["model.tokens", "lm_head"]}, "which is not in modules"),
         ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
         ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
-        (
-            {},
-            {"also": "head"},
-            "saved whole, and PEFT then ignores the adapter of 'score'",
-        ),
         ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
         ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes says"),
         ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
@@ -280,6 +302,14 @@ one = lambda *shape: {"kernel": jnp.ones(shape)}
         ("up", "up", {"scale": jnp.ones(())}, "up.{layer}", "counts 1 stacked dim"),
         ("norm", "norm", {"mean": jnp.ones(3)}, "norm", "more of such statistics"),
         ("Conv*", "ConvTranspose_0", one(3, 4, 3), "c", "turns the windows"),
+        ("head", "seen", {"mean": jnp.ones(3)}, "head", "'seen/mean' is in one that"),
+        (
+            "head/scale",
+            "head",
+            {"scale": jnp.ones(3), "n": jnp.ones(3, int)},
+            "head",
+            "leave it out of also= in lorafy, since 'head/n', of dtype int32, cannot",
+        ),
     ],
 )
 def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
@@ -287,35 +317,61 @@ def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
     base = {"a": one(4, 4), "head": {"scale": jnp.ones(4)}, path: leaf}
     names = {"a": "m.a", path: name, "head": "head"}
     targets = ["a", "up"] if "ignores" in match else "a"
-    params = lj.lorafy(base, 1, targets=targets)
+    params = lj.lorafy(base, 1, targets=targets, also=also)
     with pytest.raises(ValueError, match=match):
-        lj.export_peft(tmp_path / "out", params, names, also=also)
+        lj.export_peft(tmp_path / "out", params, names)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_a_saved_module_would_take(tmp_path):
+    base = {"a": one(4, 4), "head": one(4, 2), "other": one(4, 2)}
+    params = lj.lorafy(base, 1, targets="a", also=["head", "other"])
+    names = {"a": "a", "head": "head", "other": "my_head"}
+    with pytest.raises(ValueError, match=r"takes 'my_head' for it.*also= in lorafy"):
+        lj.export_peft(tmp_path / "out", params, names)
+
+
+def test_leaves_that_are_no_module_of_their_own(tmp_path):
+    """A table that is the head too, whole; a stack of experts, whole."""
+    params = lj.lorafy(tree(), 1, targets="head", also="tokens", axes=AXES)
+    match = "no module of its own: 'model.tokens', 'lm_head'.*out of also= in lorafy"
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(tmp_path / "out", params, NAMES)
+    params = lj.lorafy(tree(), 1, targets="head", also="blocks/qkv", axes=AXES)
+    names = NAMES | {"blocks/qkv": "m.experts"}
+    options = {"axes": AXES, "kinds": {"qkv": "experts"}}
+    with pytest.raises(ValueError, match=r"no module of its own: 'm.experts'"):
+        lj.export_peft(tmp_path / "out", params, names, **options)
+    # An adapter of the tied table, and a head of another name whole, are two modules.
+    params = lj.lorafy(tree(), 1, targets="tokens", also="head")
+    lj.export_peft(tmp_path / "out", params, NAMES)
+    with pytest.raises(ValueError, match="PEFT then ignores the adapter of 'lm_head'"):
+        lj.export_peft(tmp_path / "out", params, NAMES | {"head": "lm_head"})
 
 
 def test_heads_of_a_task(tmp_path):
     base = {"a": one(4, 4), "classifier": {**one(4, 2), "fn": print, "none": None}}
-    names = {"*/kernel": "m.{}"}
-    options = {"task_type": "SEQ_CLS", "also": "classifier/kernel"}
+    names, options = {"*/kernel": "m.{}"}, {"task_type": "SEQ_CLS"}
     with pytest.raises(ValueError, match="called classifier or score: train it"):
         plain = lj.lorafy(base, 1, targets="a")
-        lj.export_peft(tmp_path, plain, names, task_type="SEQ_CLS")
-    lj.export_peft(tmp_path, lj.lorafy(base, 1, targets="a"), names, **options)
+        lj.export_peft(tmp_path, plain, names, **options)
+    params = lj.lorafy(base, 1, targets="a", also="classifier/kernel")
+    lj.export_peft(tmp_path, params, names, **options)
     config, _ = read(tmp_path)
     assert config["modules_to_save"] == ["m.classifier"]
     base["score"] = one(4, 2)
     with pytest.raises(ValueError, match=r"saves 'm.score' whole, and it has an adapt"):
-        params = lj.lorafy(base, 1, targets=["a", "score"])
+        params = lj.lorafy(base, 1, targets=["a", "score"], also="classifier/kernel")
         lj.export_peft(tmp_path, params, names, **options)
 
 
 def test_stacks_saved_whole_are_the_first_dimensions(tmp_path):
     base = {"a": {"kernel": jnp.ones((4, 2, 3)), "b": jnp.ones((3, 2))}}
     axes = {"a/kernel": lj.Axes((1,), (0,), (2,))}
-    params = lj.lorafy(base, 1, axes=axes)
+    params = lj.lorafy(base, 1, axes=axes, also="a/b")
     names = {"a/kernel": "m.{layer}.a", "a/b": "m.{layer}.b"}
     with pytest.raises(ValueError, match="which of its dimensions is the stack"):
-        lj.export_peft(tmp_path / "out", params, names, also="a/b")
+        lj.export_peft(tmp_path / "out", params, names)
 
 
 def test_square_kernels_of_gpt2_need_axes(tmp_path):

@@ -2,16 +2,19 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 import lora_jax as lj
 
 NAMES = {"blocks/*": "m.{layer}.{}", "tokens": "m.tokens", "head": "score"}
 LAYERS = 3
+AXES = {f"blocks/{name}/kernel": lj.Axes((0,), (1,), (2,)) for name in "qo"}
 
 
 def base():
@@ -75,13 +78,15 @@ def test_every_tensor_lands(tmp_path, close):
     assert not moved["blocks"]["o"]["kernel"][1:].any()
     a, b = (tensors[f"m.tokens.lora_embedding_{n}"] for n in "AB")
     close(moved["tokens"]["embedding"], 1.5 * (b @ a).T)
-    np.testing.assert_array_equal(params["head"]["kernel"], tensors["score.weight"].T)
-    np.testing.assert_array_equal(params["head"]["bias"], tensors["score.bias"])
-    assert params["blocks"]["q"]["bias"] is plain["blocks"]["q"]["bias"]
+    head = params["head"]
+    np.testing.assert_array_equal(head["lora_w"], tensors["score.weight"].T)
+    np.testing.assert_array_equal(head["bias_lora_w"], tensors["score.bias"])
+    old = {id(leaf) for leaf in jax.tree.leaves(plain)}
+    assert {id(leaf) for leaf in jax.tree.leaves(lj.strip(params))} == old
     assert params["blocks"]["q"]["lora_scale"].tolist() == [1.5, 3.0, 2.5]
     # The padding of the smaller rank stays what it is: its gradients are zero.
     assert not params["blocks"]["q"]["lora_a"][1, :, 1].any()
-    lj.export_peft(tmp_path / "out", params, NAMES, also="head")
+    lj.export_peft(tmp_path / "out", params, NAMES)
     out = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert sorted(out) == sorted(f"base_model.model.{name}" for name in tensors)
     for name, x in tensors.items():
@@ -89,8 +94,7 @@ def test_every_tensor_lands(tmp_path, close):
 
 
 def test_dtypes(tmp_path):
-    narrow = {"score.weight": None, "score.bias": None}
-    tensors = peft_folder(tmp_path, {"modules_to_save": None}, narrow)
+    tensors = peft_folder(tmp_path)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
     params = lj.import_peft(tmp_path, half, NAMES)
     assert params["tokens"]["lora_a"].dtype == jnp.float32
@@ -98,13 +102,69 @@ def test_dtypes(tmp_path):
     np.testing.assert_array_equal(params["tokens"]["lora_a"], a)
     params = lj.import_peft(tmp_path, half, NAMES, dtype=jnp.bfloat16)
     assert params["tokens"]["lora_b"].dtype == jnp.bfloat16
+    # What is trained whole is never rounded to its leaf's dtype, nor to that of A.
+    assert params["head"]["lora_w"].dtype == jnp.float32
+    want = tensors["score.weight"].T
+    np.testing.assert_array_equal(params["head"]["lora_w"], want)
 
 
-def test_a_leaf_that_base_would_round(tmp_path):
-    peft_folder(tmp_path)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
-    with pytest.raises(ValueError, match="float32, which the bfloat16 of base would"):
-        lj.import_peft(tmp_path, half, NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["dict", "boxes", "state", "shapes"])
+def test_a_trained_head_survives(tmp_path, randomized, close, form, dtype):
+    """With nothing said of it but also= in lorafy."""
+    wrap = {
+        "dict": lambda x: x,
+        "boxes": lambda x: nn.Partitioned(x, ("a", "b", "c")[: x.ndim]),
+        "state": nnx.Param,
+        "shapes": lambda x: x,
+    }[form]
+    plain = jax.tree.map(lambda x: wrap(x.astype(dtype)), base())
+    plain = nnx.State(plain) if form == "state" else plain
+    also = ["head", "blocks/o"]
+    params = randomized(
+        lj.lorafy(plain, 2, targets=["q", "tokens"], axes=AXES, also=also)
+    )
+    lj.export_peft(tmp_path, params, NAMES)
+    onto = jax.eval_shape(base) if form == "shapes" else plain
+    back = lj.import_peft(tmp_path, onto, NAMES, axes=AXES)
+    got, want = (jax.tree.leaves_with_path(lj.split(x)[0]) for x in (back, params))
+    assert [path for path, _ in got] == [path for path, _ in want]
+    for (_, x), (_, y) in zip(got, want, strict=True):
+        assert x.dtype == y.dtype == jnp.float32
+        np.testing.assert_array_equal(x, y)
+    if form == "shapes":
+        return
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    shared = zip(*map(jax.tree.leaves, (lj.strip(back), plain)), strict=True)
+    assert all(x is y for x, y in shared)
+    close(lj.merge(back), lj.merge(params))
+    lj.export_peft(tmp_path / "again", back, NAMES)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        first, second = tmp_path / file, tmp_path / "again" / file
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_sharded_head(tmp_path, randomized):
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    shard = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
+    draw = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    plain = {
+        "a": {"kernel": jax.device_put(draw(4, 8), shard("x", "y"))},
+        "head": {
+            "kernel": jax.device_put(draw(8, 4), shard(None, "y")),
+            "bias": jax.device_put(draw(4), shard("y")),
+        },
+    }
+    fresh = lj.lorafy(plain, 2, targets="a", also="head")
+    params = randomized(fresh)
+    names = {"a": "a", "head": "score"}
+    lj.export_peft(tmp_path, params, names)
+    back = lj.import_peft(tmp_path, plain, names)
+    for name in ("lora_w", "bias_lora_w"):
+        x = back["head"][name]
+        assert x.sharding == fresh["head"][name].sharding and x.dtype == jnp.float32
+        assert not x.sharding.is_fully_replicated
+        np.testing.assert_array_equal(x, params["head"][name])
 
 
 ones = lambda *shape: np.ones(shape, np.float32)
@@ -210,6 +270,61 @@ def test_a_stack_saved_in_part(tmp_path):
     peft_folder(tmp_path, config, whole, drop)
     with pytest.raises(ValueError, match=r"is a stack, of which it has 'm.0.o'"):
         lj.import_peft(tmp_path, base(), NAMES)
+
+
+def test_a_whole_leaf_that_cannot_train(tmp_path):
+    peft_folder(tmp_path)
+    plain = base()
+    plain["head"]["bias"] = jnp.zeros(3, int)
+    match = "holds 'head/bias', which is int32 in base, and what trains is floating"
+    with pytest.raises(ValueError, match=match):
+        lj.import_peft(tmp_path, plain, NAMES)
+
+
+def test_adapters_of_one_mapping_would_have_one_name(tmp_path):
+    tensors = {f"m.k.lora_{n}.weight": ones(2, 2) for n in "AB"}
+    config = {"target_modules": ["q", "0.o", "tokens", "k"]}
+    peft_folder(tmp_path, config, tensors)
+    plain = base()
+    plain["tokens"]["kernel"] = jnp.ones((2, 2))
+    names = {**NAMES, "tokens/embedding": "m.tokens", "tokens/kernel": "m.k"}
+    del names["tokens"]
+    with pytest.raises(ValueError, match=r"tokens/.* belongs to no weight: found 2"):
+        lj.import_peft(tmp_path, plain, names)
+
+
+def test_a_folder_without_an_adapter(tmp_path):
+    tensors = peft_folder(tmp_path)
+    drop = [name for name in tensors if ".lora_" in name]
+    peft_folder(tmp_path, drop=drop)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        lj.import_peft(tmp_path, base(), NAMES)
+
+
+def test_a_layer_that_the_folder_cannot_mean(tmp_path):
+    """PyTorch's own layout of a leaf that is saved whole must be known."""
+    peft_folder(tmp_path)
+    plain, names = base(), {**NAMES, "ConvTranspose_0": "score"}
+    plain["ConvTranspose_0"] = plain.pop("head")
+    del names["head"]
+    with pytest.raises(ValueError, match=r"turns the windows.*PEFT's modules_to_save"):
+        lj.import_peft(tmp_path, plain, names)
+
+
+def test_a_head_that_the_function_uses(tmp_path):
+    """The import's copy is what lora computes with, and what trains further."""
+    tensors = peft_folder(tmp_path)
+    fn = lambda params, x: x @ params["head"]["kernel"] + params["head"]["bias"][None]
+    params = lj.import_peft(tmp_path, base(), NAMES)
+    x, head = jnp.ones((2, 4)), {"head": params["head"]}
+    want = np.ones((2, 4)) @ tensors["score.weight"].T + tensors["score.bias"]
+    np.testing.assert_allclose(lj.lora(fn)(head, x), want, atol=1e-5)
+    assert lj.mask(params)["head"] == {
+        "kernel": False,
+        "bias": False,
+        "lora_w": True,
+        "bias_lora_w": True,
+    }
 
 
 def test_a_cast_out_of_range(tmp_path):

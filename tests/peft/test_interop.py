@@ -236,16 +236,46 @@ def test_what_peft_saved(tmp_path, config):
     axes = lj.find_axes(
         lambda p, *args: model.apply({"params": p}, *args), base, ids, images
     )
-    folder, also = tmp_path / "peft", ["score"] if "modules_to_save" in config else ()
+    folder = tmp_path / "peft"
     for out in (tmp_path / "first", tmp_path / "second"):
         params = lj.import_peft(folder, base, SCANNED, axes=axes)
         got = lj.lora(model.apply)({"params": params}, ids, images)
         np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
-        lj.export_peft(out, params, SCANNED, also=also)
+        lj.export_peft(out, params, SCANNED)
         got = run(loaded(module, out), ids, images.transpose(0, 3, 1, 2))
         np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
         folder = out
     same_files(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_modules_that_train_whole(tmp_path, randomized, dtype):
+    """Named in lorafy's also= and nowhere else; a stack of layers among them."""
+    model, base, module = flax_and_torch(scanned=True)
+    base = jax.tree.map(lambda x: x.astype(dtype), base)
+    ids, images = inputs()
+    axes = lj.find_axes(
+        lambda p, *args: model.apply({"params": p}, *args), base, ids, images
+    )
+    also = ["score", "conv", "blocks/out"]
+    params = lj.lorafy(base, 2, targets=["query", "table"], axes=axes, also=also)
+    params = randomized(params)
+    lj.export_peft(tmp_path / "a", params, SCANNED, modules=module.state_dict())
+    got = loaded(module, tmp_path / "a")
+    saved = safetensors.numpy.load_file(tmp_path / "a/adapter_model.safetensors")
+    assert {x.dtype.name for x in saved.values()} == {"float32"}
+    back = lj.import_peft(tmp_path / "a", base, SCANNED, axes=axes)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for x, y in zip(*map(jax.tree.leaves, (back, params)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    lj.export_peft(tmp_path / "b", back, SCANNED)
+    same_files(tmp_path / "a", tmp_path / "b")
+    if dtype == "float32":
+        want = lj.lora(model.apply)({"params": params}, ids, images)
+        y = run(got, ids, images.transpose(0, 3, 1, 2))
+        np.testing.assert_allclose(y, want, atol=2e-5, rtol=2e-5)
+        plain = run(module, ids, images.transpose(0, 3, 1, 2))
+        assert np.abs(want - plain).max() > 0.3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -346,9 +376,11 @@ def test_a_classifier_and_its_head(tmp_path, randomized):
     adapted = peft_saved(module, tmp_path / "a", target_modules=["query"], **task)
     params = lj.import_peft(tmp_path / "a", base, names)
     np.testing.assert_allclose(fn(params), run(adapted, ids), atol=2e-5, rtol=2e-5)
-    assert (params["classifier"]["kernel"] != base["classifier"]["kernel"]).all()
+    head = params["classifier"]
+    assert head["kernel"] is base["classifier"]["kernel"]
+    assert (head["lora_w"] != head["kernel"]).all()
     params = randomized(params)
-    lj.export_peft(tmp_path / "b", params, names, also="classifier", **task)
+    lj.export_peft(tmp_path / "b", params, names, **task)
     got = run(loaded(module, tmp_path / "b"), ids)
     np.testing.assert_allclose(got, fn(params), atol=2e-5, rtol=2e-5)
 

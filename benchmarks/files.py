@@ -1,0 +1,54 @@
+"""What a job leaves behind: all of its files, or none and a line that says so."""
+
+import argparse
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[Path]:
+    """Gives a place for new files and folders, which move into `folder` at the end.
+
+    Whatever ends the job before, an error or Ctrl-C, leaves `folder` as it was. A new
+    folder takes the place of an old one of its name, as a file does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as name:
+        new, old = Path(name, "new"), Path(name, "old")
+        new.mkdir()
+        old.mkdir()
+        yield new
+        # So short that Ctrl-C may wait: files of two jobs would not agree.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for path in sorted(new.iterdir()):
+                place = folder / path.name
+                if place.is_dir():
+                    os.rename(place, old / path.name)
+                os.replace(path, place)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def stoppable(parser: argparse.ArgumentParser, folder: Path) -> Iterator[None]:
+    """Ends the program at Ctrl-C in one line that says what was done."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        what = " ".join(["stopped", *map(str, stop.args)])
+        text = f"{parser.prog}: {what}; nothing was written to {folder}\n"
+        parser.exit(128 + signal.SIGINT, text)
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Lets `stoppable` say what Ctrl-C came in, such as "before training"."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(*stop.args or [what]) from None

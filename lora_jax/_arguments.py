@@ -1,0 +1,109 @@
+"""Which arguments of a call hold the parameters: by position, or by keyword."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._adapters import is_adapter
+from lora_jax._tree import Path, flatten, path_name
+
+Where = tuple[int | str, ...]
+
+
+def chosen(argnums: int | Sequence[int] | None, argnames: str | Sequence[str]) -> Where:
+    """The positions, then the keywords, that a caller names; by default position 0."""
+    names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    if argnums is None:
+        argnums = () if names else 0
+    several = isinstance(argnums, Sequence)
+    where = (*map(operator.index, argnums if several else [argnums]), *names)
+    if not where:
+        raise ValueError("argnums is empty. Name the parameters' position: argnums=0.")
+    return where
+
+
+def pick(args: Sequence[Any], kwargs: dict[str, Any], where: Where) -> dict[Any, Any]:
+    """The arguments that hold parameters, by position from the first, or by keyword.
+
+    Raises:
+      TypeError: If the call has no such argument.
+    """
+    found: dict[Any, Any] = {}
+    for key in where:
+        if isinstance(key, str):
+            if key not in kwargs:
+                raise TypeError(
+                    f"argnames={key!r} names no argument: the call has the keywords "
+                    f"{sorted(kwargs)}. Pass the parameters by keyword, {key}=params, "
+                    "or name their position: argnums=0."
+                )
+            found[key] = kwargs[key]
+        elif -len(args) <= key < len(args):
+            found[key % len(args)] = args[key]
+        else:
+            raise TypeError(
+                f"argnums={key} names no argument: the call has {len(args)} "
+                "positional. Pass the parameters by position, or name their keyword: "
+                "argnames='params'."
+            )
+    return found
+
+
+def leaves_of(key: int | str, params: Any) -> dict[Path, Any]:
+    """The leaves of an argument that should hold parameters.
+
+    Raises:
+      TypeError: If it is an array, say.
+    """
+    try:
+        return flatten(params)
+    except TypeError as error:
+        raise TypeError(
+            f"Argument {key!r} of the function should hold the parameters. {error} If "
+            "they are another argument, name its position, argnums=1, or its keyword, "
+            "argnames='params'."
+        ) from error
+
+
+def named(key: int | str, path: Path, where: Where) -> str:
+    """A path, in front of it the argument that it is in if there are several."""
+    return path_name(path if len(where) < 2 else (key, *path))
+
+
+def replaced(
+    args: Sequence[Any], kwargs: dict[str, Any], new: dict[Any, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with others in place of those that hold parameters."""
+    return (
+        tuple(new.get(i, x) for i, x in enumerate(args)),
+        {name: new.get(name, x) for name, x in kwargs.items()},
+    )
+
+
+def place(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
+    """Where the leaves of an argument start in `jax.tree.leaves((args, kwargs))`."""
+    if isinstance(key, str):
+        before = (args, {name: x for name, x in kwargs.items() if name < key})
+    else:
+        before = (args[:key], {})
+    return len(jax.tree.leaves(before))
+
+
+def check_elsewhere(
+    args: Sequence[Any], kwargs: dict[str, Any], used: dict[int, bool]
+) -> None:
+    """Adapters in an argument that nobody named would do nothing."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
+    for i, ((_, argument, *path), _) in enumerate(leaves):
+        name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
+        if path and is_adapter((name,)) and not used.get(i, True):
+            by_keyword = isinstance(argument, jax.tree_util.DictKey)
+            key = argument.key if by_keyword else argument.idx
+            name_both = f"arg{'names' if by_keyword else 'nums'}=(..., {key!r})"
+            raise ValueError(
+                f"Argument {key!r} has adapters too, such as {name!r}, and the "
+                f"function never reads them: they would do nothing. Name both, "
+                f"lora(fn, {name_both}), or pass strip(params)."
+            )

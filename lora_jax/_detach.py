@@ -1,0 +1,91 @@
+"""The adapters without their base: a tree to keep, to send, to average, to swap."""
+
+from typing import Any
+
+from lora_jax._adapters import find_adapters, is_adapter
+from lora_jax._tree import Path, flatten, path_name, unflatten
+
+
+def detach(params: Any) -> Any:
+    """Takes the adapters off: all their leaves, scales too, and `None` elsewhere.
+
+    What to keep, with Orbax or any other checkpointer of trees; to average over steps;
+    or to swap while a program runs, which compiles nothing anew. (`split` parts a tree
+    for training: there the scales, which never train, stay with the base.)
+
+    Args:
+      params: A tree from `lorafy`; arrays, tracers or `ShapeDtypeStruct`.
+
+    Returns:
+      A tree with the same containers that shares the leaves of every adapter and
+      trained copy, with `None` in the other places.
+
+    Raises:
+      ValueError: If `params` has no adapters, or a broken one.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax as lj
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> jax.tree.map(jnp.shape, lj.detach(params))
+      {'kernel': None, 'lora_a': (4, 2), 'lora_b': (2, 3), 'lora_scale': ()}
+    """
+    leaves = flatten(params)
+    parts = {part for own in find_adapters(leaves).values() for part in own}
+    return unflatten(params, {p: x if p in parts else None for p, x in leaves.items()})
+
+
+def attach(adapters: Any, base: Any) -> Any:
+    """Puts adapters beside the weights of a plain tree: the inverse of `detach`.
+
+    Args:
+      adapters: A tree from `detach`, or one like it, as a checkpointer restores it.
+      base: The plain parameters: the tree of `strip`, before `lorafy`.
+
+    Returns:
+      A new tree that shares the leaves of both.
+
+    Raises:
+      ValueError: If a leaf of an adapter is missing or does not fit its weight, `base`
+        lacks a weight or has an adapter there already, or `adapters` has leaves that
+        are no adapters. Which base the adapters were trained on, only a file of `save`
+        knows.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> sorted(lj.attach(lj.detach(params), lj.strip(params)))
+      ['kernel', 'lora_a', 'lora_b', 'lora_scale']
+    """
+    leaves, new = flatten(base), {}
+    for path, x in flatten(adapters).items():
+        if x is not None:
+            new[path] = x
+        elif is_adapter(path):
+            raise ValueError(
+                f"{path_name(path)!r} of adapters is missing. Pass detach(params), "
+                "which keeps scales too, not a half of split(params)."
+            )
+        elif path not in leaves:
+            raise ValueError(
+                f"base has no leaf {path_name(path)!r}, and the tree of the adapters "
+                "had. Pass the parameters that they were trained for."
+            )
+    for path in new:
+        if not is_adapter(path):
+            raise ValueError(
+                f"{path_name(path)!r} of adapters is no part of an adapter. Pass "
+                "detach(params)."
+            )
+    return attached(base, leaves, new)
+
+
+def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
+    """The tree `base`, whose leaves are given, with those of adapters in it."""
+    for path in new:
+        if path in leaves:
+            raise ValueError(
+                f"base has {path_name(path)!r} already: adapters are attached once. "
+                "Pass the plain parameters, strip(params)."
+            )
+    find_adapters(leaves | new)  # raises if one is broken
+    return unflatten(base, leaves | new)

@@ -1,0 +1,66 @@
+"""Parameters by position or by keyword, and what is said of arguments that are none."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+
+
+def classifier(params, x):
+    h = jnp.tanh(x @ params["m"]["kernel"])
+    return h @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def with_head():
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return {
+        "m": {"kernel": draw(8, 8)},
+        "head": {"kernel": draw(8, 2), "bias": draw(2)},
+    }
+
+
+def test_parameters_may_come_by_keyword():
+    fn = lambda x, *, params, scale=1.0: classifier(params, x) * scale
+    params, x = lj.lorafy(with_head(), 2, targets="m", also="head"), jnp.ones((3, 8))
+    want = fn(x, params=lj.merge(params), scale=2.0)
+    for names in ("params", ["params"]):
+        got = lj.lora(fn, argnames=names)(x, params=params, scale=2.0)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    report = lj.explain(fn, x, params=params, argnames="params")
+    assert [row.path for row in report.rows if row.used] == [
+        *("m/kernel", "head/kernel", "head/bias")
+    ]
+    both = lambda p, x, *, q: classifier(p, x) + classifier(q, x)
+    want = both(lj.merge(params), x, q=lj.merge(params))
+    got = lj.lora(both, argnums=0, argnames="q")(params, x, q=params)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    report = lj.explain(both, params, x, q=params, argnums=0, argnames="q")
+    paths = [row.path for row in report.rows]
+    assert paths[0] == "0/m/kernel" and paths[-1].startswith("q/head/")
+
+
+@pytest.mark.parametrize("use", [lj.lora, lambda fn, **k: partial(lj.explain, fn, **k)])
+def test_an_array_where_parameters_should_be_is_named(use):
+    fn = lambda x, params: classifier(params, x)
+    params, x = lj.lorafy(with_head(), 2, targets="m"), jnp.ones((3, 8))
+    match = r"Argument 0 of the function should hold .*argnums=1.*argnames='params'"
+    with pytest.raises(TypeError, match=match):
+        use(fn)(x, params)
+    with pytest.raises(
+        TypeError, match=r"argnames='p' names no argument.*\['params'\]"
+    ):
+        use(fn, argnames="p")(x, params=params)
+    with pytest.raises(TypeError, match=r"argnums=0 names no argument.* 0 positional"):
+        use(fn)(x=x, params=params)
+    assert use(fn, argnums=1)(x, params) is not None
+
+
+def test_adapters_in_an_unnamed_keyword_are_refused():
+    fn = lambda p, x, *, other: classifier(p, x)
+    params = lj.lorafy(with_head(), 2, targets="m")
+    with pytest.raises(ValueError, match=r"Argument 'other' has adapters.*argnames="):
+        lj.lora(fn)(params, jnp.ones((3, 8)), other=params)

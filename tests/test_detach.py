@@ -1,0 +1,143 @@
+"""Adapters without their base, in every container, and back: strictly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lora_jax as lj
+from lora_jax._tree import flatten, path_name
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def base():
+    return {"m": {"kernel": normal(4, 3), "bias": normal(3)}, "head": normal(3, 2)}
+
+
+def adapted(**options):
+    return lj.lorafy(base(), 2, **{"targets": "m/kernel", "also": "head"} | options)
+
+
+def fn(params, x):
+    return (x @ params["m"]["kernel"] + params["m"]["bias"][None]) @ params["head"]
+
+
+def test_all_of_an_adapter_and_nothing_else_is_taken_off():
+    params = adapted()
+    found = {path_name(p): x for p, x in flatten(lj.detach(params)).items()}
+    assert {name for name, x in found.items() if x is not None} == {
+        *("m/lora_a", "m/lora_b", "m/lora_scale", "head_lora_w")
+    }
+    assert found["m/lora_scale"] is params["m"]["lora_scale"]
+    back = lj.attach(lj.detach(params), lj.strip(params))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True)
+    assert all(x is y for x, y in pairs)
+
+
+def test_in_a_state_and_abstract_too():
+    state = nnx.State(jax.tree.map(nnx.Param, base()))
+    for params in (
+        lj.lorafy(state, 2, targets="m/kernel"),
+        jax.eval_shape(adapted),
+        jax.jit(lambda params: lj.attach(lj.detach(params), lj.strip(params)))(
+            adapted()
+        ),
+    ):
+        back = lj.attach(lj.detach(params), lj.strip(params))
+        assert type(back) is type(params)
+        assert jax.tree.structure(back) == jax.tree.structure(params)
+
+
+def test_swapping_adapters_compiles_nothing():
+    first, second = adapted(), adapted(key=jax.random.key(1), alpha=7)
+    plain, x, traces = lj.strip(first), normal(5, 4), []
+
+    @jax.jit
+    def serve(adapters, x):
+        traces.append(1)
+        return lj.lora(fn)(lj.attach(adapters, plain), x)
+
+    for params in (first, second):
+        trained = jax.tree.map(lambda x: x + 1, lj.detach(params))
+        want = fn(lj.merge(lj.attach(trained, plain)), x)
+        np.testing.assert_allclose(serve(trained, x), want, atol=1e-3)
+    assert len(traces) == 1
+
+
+def test_a_running_average_of_adapters(optax_promotion):
+    params = adapted()
+    average = start = lj.detach(params)
+    for _ in range(2):
+        params = jax.tree.map(lambda x: x + 1, params)
+        average = optax.incremental_update(lj.detach(params), average, 0.5)
+    a = average["m"]["lora_a"]
+    np.testing.assert_allclose(a, start["m"]["lora_a"] + 1.25, atol=1e-6)
+    assert lj.count(lj.attach(average, lj.strip(params))) == lj.count(params)
+
+
+def without(tree, *names):
+    def keep(node):
+        if not isinstance(node, dict):
+            return node
+        return {k: keep(x) for k, x in node.items() if k not in names}
+
+    return keep(tree)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "plain", "match"),
+    [
+        (
+            lambda p: without(lj.detach(p), "lora_scale"),
+            lj.strip,
+            "'m/kernel' is broken: 'm/lora_scale' is missing",
+        ),
+        (
+            lambda p: lj.split(p)[0],
+            lj.strip,
+            r"'m/lora_scale' of adapters is missing. Pass detach.*not a half of split",
+        ),
+        (
+            lj.detach,
+            lambda p: without(lj.strip(p), "kernel"),
+            "base has no leaf 'm/kernel', and the tree of the adapters had",
+        ),
+        (
+            lambda p: without(lj.detach(p), "kernel"),
+            lambda p: without(lj.strip(p), "kernel"),
+            "'m/lora_a' belongs to no weight",
+        ),
+        (lj.detach, lambda p: p, r"base has 'm/lora_a' already.*once.*strip\(params\)"),
+        (lambda p: p, lj.strip, r"'m/kernel' of adapters is no part.*detach\(params\)"),
+        (lambda p: lj.strip(p), lj.strip, "'m/kernel' of adapters is no part"),
+        (
+            lj.detach,
+            lambda p: lj.strip(p) | {"head": normal(3, 5)},
+            r"'head_lora_w', float32 \(3, 2\), is no trained copy",
+        ),
+        (
+            lj.detach,
+            lambda p: lj.strip(p) | {"m": {"kernel": normal(5, 3), "bias": normal(3)}},
+            "'m/kernel' does not fit",
+        ),
+        (lambda p: without(p, "m", "head", "head_lora_w"), lj.strip, "no adapters"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(adapters, plain, match):
+    params = adapted()
+    with pytest.raises(ValueError, match=match):
+        lj.attach(adapters(params), plain(params))
+
+
+@pytest.mark.parametrize("use", [lj.detach, lambda x: lj.attach(x, base())])
+def test_an_array_is_no_tree(use):
+    with pytest.raises(TypeError, match="Expected a tree of parameters"):
+        use(jnp.ones(3))
