@@ -144,9 +144,9 @@ def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
         return False
     if len(a) == len(b) == len(w) + 1:  # aligned
         pairs = list(zip(w, a[:-1], b[:-1], strict=True))
-        batch = [n for n, i, o in pairs if i == o == n and n > 1]
+        batch = [n for n, i, o in pairs if i == o == n and n != 1]
         whole = all(n in (i, o) and {i, o} <= {1, n} for n, i, o in pairs)
-        return whole and a[-1] == b[-1] and [n for n in scale if n > 1] == batch
+        return whole and a[-1] == b[-1] and [n for n in scale if n != 1] == batch
     batch = len(a) + len(b) - 2 - len(w)
     inputs, outputs = len(a) - 1 - batch, len(b) - 1 - batch
     if min(batch, inputs - 1, outputs - 1) < 0:

@@ -91,19 +91,28 @@ def place(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
     return len(jax.tree.leaves(before))
 
 
-def check_elsewhere(
-    args: Sequence[Any], kwargs: dict[str, Any], used: dict[int, bool]
-) -> None:
-    """Adapters in an argument that nobody named would do nothing."""
+def elsewhere(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, tuple]:
+    """The leaves of `(args, kwargs)` named as adapters: those of arguments not named.
+
+    Of each the argument's position or keyword, and the leaf's own name.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
+    found = {}
     for i, ((_, argument, *path), _) in enumerate(leaves):
-        name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
-        if path and is_adapter((name,)) and not used.get(i, True):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if path and is_adapter((name,)):
             by_keyword = isinstance(argument, jax.tree_util.DictKey)
-            key = argument.key if by_keyword else argument.idx
-            name_both = f"arg{'names' if by_keyword else 'nums'}=(..., {key!r})"
+            found[i] = argument.key if by_keyword else argument.idx, name
+    return found
+
+
+def check_elsewhere(found: dict[int, tuple], used: dict[int, bool]) -> None:
+    """Adapters in an argument that nobody named would do nothing."""
+    for i, (key, name) in found.items():
+        if not used.get(i, True):
+            name_both = f"arg{'names' if isinstance(key, str) else 'nums'}"
             raise ValueError(
                 f"Argument {key!r} has adapters too, such as {name!r}, and the "
-                f"function never reads them: they would do nothing. Name both, "
-                f"lora(fn, {name_both}), or pass strip(params)."
+                "function never reads them: they would do nothing. Name both, "
+                f"lora(fn, {name_both}=(..., {key!r})), or pass strip(params)."
             )

@@ -12,7 +12,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
-from lora_jax._engine.run import Run, noting
+from lora_jax._engine.run import Run, by_weight, noting
 from lora_jax._lora import call
 from lora_jax._tree import Path, leaf_order, unbox, unflatten
 
@@ -24,8 +24,9 @@ class Row(NamedTuple):
 
     `full_rank` is the largest rank that serves the weight; `factored` counts the places
     in the program where it stays in factors; `materialized` names the primitives that
-    need W + scale * A B, at the `places` in the user's source; `flops` is what it adds.
-    `used` is False for an adapter that no result depends on.
+    need W + scale * A B, at the `places` in the user's source, and the custom rules
+    whose derivative needs it or a whole gradient of it; `flops` is what it adds. `used`
+    is False for an adapter that no result depends on.
     """
 
     path: str
@@ -83,10 +84,11 @@ def explain(
       `shape`, `rank` (None for a leaf that trains whole), `full_rank` (a rank above it
       is wasteful, and the table says so), `factored` (in how many places of the program
       it stays in factors), `materialized` (the primitives that need the whole weight,
-      so that W + scale * A B is formed), `places` (their files and lines in the source
-      of `fn`), `flops` (what it adds), `used` (whether a result depends on it).
-      `.flops` is the function's own. FLOPs are of products, forward: two for each
-      number multiplied and added, in each step of a `scan`, in one of a `while` loop.
+      so that W + scale * A B is formed; "derivative of custom_vjp_call" where only that
+      does, or forms a whole gradient), `places` (their files and lines in the source of
+      `fn`), `flops` (what it adds), `used` (whether a result depends on it). `.flops`
+      is the function's own. FLOPs are of products, forward: two for each number
+      multiplied and added, in each step of a `scan`, in one of a `while` loop.
 
     Raises:
       ValueError: If the parameters have no adapters or broken ones.
@@ -130,11 +132,12 @@ def explain(
 
     with noting() as found:
         trace_call(adapted, args, kwargs)
+    told = by_weight(found)
     rows = []
     for key in given:
         for path, own in adapters[key].items():
             name = named(key, path, where)
-            notes = [n for n in found.values() if n.name == name]
+            notes = [n for n in told if str(n.name) == name]
             is_used = (key, path) in used
             rows.append(_row(name, leaves[key], path, own, notes * is_used, is_used))
     return Report(tuple(rows), flops(plain.jaxpr))

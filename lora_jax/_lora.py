@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lora_jax._arguments import (
     Where,
     check_elsewhere,
     chosen,
+    elsewhere,
     leaves_of,
     named,
     pick,
@@ -22,7 +22,7 @@ from lora_jax._arguments import (
 from lora_jax._engine.factors import Factors, align
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.rules import run_jaxpr
-from lora_jax._engine.run import Note, Run, noting, plain
+from lora_jax._engine.run import Run, by_weight, noting, plain, warn
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import leaf_order, listed, unbox, unflatten
 
@@ -48,6 +48,9 @@ def lora(
     not changed and need not know of adapters. Works inside and around `jit`, `grad`,
     `jvp`, `vmap`, `scan`, `remat` and shardings.
 
+    A cast to bfloat16 or float16 on the way to a product is of W alone: equal to that
+    type's rounding, but a sum beyond float16's range is a number, not infinite.
+
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.
       argnums: Which positional argument, or arguments, hold the parameters. Default: 0,
@@ -55,7 +58,9 @@ def lora(
       argnames: Which keyword arguments hold them, as in Hugging Face's
         `model(ids, params=params)`.
       dropout: Rate at which the input of each adapter in a matrix product or a
-        convolution is dropped. Acts only in calls that are given `dropout_key=`.
+        convolution is dropped. Acts only in calls that are given `dropout_key=`, and
+        not within functions with derivative rules of their own (`jax.custom_vjp`,
+        `jax.custom_jvp`): those know of no mask.
       unused: What to do about an adapter that the result does not depend on: "error",
         or "ignore".
       materialize: What to do where JAX needs a whole weight: "warn" and form it there,
@@ -63,9 +68,9 @@ def lora(
 
     Returns:
       A function of the same arguments, and of an optional `dropout_key`, which `fn`
-      gets too if it has such a parameter. Arrays among the arguments are traced;
-      anything else is passed through as it is, in and out. Each call outside of `jit`
-      traces `fn` again, as with `jax.grad`: put `jit` around it.
+      gets too if it has such a parameter. Adapted weights are traced; anything else is
+      passed through as it is, in and out. Each call outside of `jit` traces `fn` again,
+      as with `jax.grad`: put `jit` around it.
 
     Raises:
       ValueError: If an option is not one of those above. When called: if the parameters
@@ -98,7 +103,7 @@ def lora(
         with noting() as notes:
             results = call(fn, args, kwargs, where, unused, run)
         if materialize == "warn":
-            _warn(list(notes.values()))
+            warn(by_weight(notes))
         return results
 
     return adapted
@@ -112,48 +117,36 @@ def call(
     unused: str,
     run: Run,
 ) -> Any:
-    given, base = pick(args, kwargs, where), {}
+    given = pick(args, kwargs, where)
+    leaves = {key: leaves_of(key, params) for key, params in given.items()}
+    adapters = {key: find_adapters(own) for key, own in leaves.items()}
+    base = {
+        key: unflatten(params, with_copies(leaves[key], adapters[key]))
+        for key, params in given.items()
+    }
+    args, kwargs = replaced(args, kwargs, base)
     factors: dict[int, Factors] = {}
     names: dict[int, str] = {}  # of all adapted leaves
-    for key, params in given.items():
-        leaves = leaves_of(key, params)
-        adapters = find_adapters(leaves)
-        base[key] = unflatten(params, with_copies(leaves, adapters))
-        start = place(*replaced(args, kwargs, base), key)
-        for i, path in enumerate(leaf_order(base[key]), start):
-            if path in adapters:
+    for key, tree in base.items():
+        for i, path in enumerate(leaf_order(tree), place(args, kwargs, key)):
+            own = adapters[key].get(path)
+            if own is not None:
                 names[i] = named(key, path, where)
-            if isinstance(own := adapters.get(path), Adapter):
-                parts = (unbox(leaves[part]) for part in (path, *own))
+            if isinstance(own, Adapter):
+                parts = (unbox(leaves[key][part]) for part in (path, *own))
                 factors[i] = align(*parts, name=names[i])
 
-    args, kwargs = replaced(args, kwargs, base)
-    traced, dynamic = trace_call(fn, args, kwargs)
+    # All else reaches `fn` as it is: derivative rules in it may close over arguments.
+    others = elsewhere(args, kwargs)
+    traced, dynamic = trace_call(fn, args, kwargs, {*names, *others})
     operands = jax.tree.leaves((args, kwargs))
     if unused == "error":
         used = dict(zip(dynamic, used_inputs(traced.jaxpr), strict=True))
         _check_used({names[i]: used[i] for i in names})
-        check_elsewhere(args, kwargs, used)
+        check_elsewhere(others, used)
     operands = [factors.get(i, operands[i]) for i in dynamic]
     results = run_jaxpr(run, traced.jaxpr, operands)
     return traced.restore(plain(run, results, "return"))
-
-
-def _warn(notes: list[Note]) -> None:
-    formed = [f"{n.name!r} meets {n.primitive!r}{_at(n)}" for n in notes if n.formed]
-    if formed:
-        formed = list(dict.fromkeys(formed))
-        listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
-        warnings.warn(
-            f"{listing}, which needs the whole weight: W + scale * A B is formed "
-            "there, exactly, for more time and memory. Write lora(fn, "
-            "materialize='allow') if that is meant.",
-            stacklevel=3,
-        )
-
-
-def _at(note: Note) -> str:
-    return f" at {note.place}" if note.place else ""
 
 
 def _check_used(used: dict[str, bool]) -> None:

@@ -262,6 +262,8 @@ def _draw(
 
 def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:
     sharding = getattr(w, "sharding", None)
+    if sharding is not None:  # adapters of a weight in the host's memory are not there
+        sharding = sharding.with_memory_kind(None)
     if isinstance(sharding, NamedSharding):
         return sharding.update(spec=_spec(sharding.spec, dims, w))
     # An array that is nowhere in particular binds its adapter to no device either.

@@ -38,6 +38,9 @@ def test_parameters_may_come_by_keyword():
     want = both(lj.merge(params), x, q=lj.merge(params))
     got = lj.lora(both, argnums=0, argnames="q")(params, x, q=params)
     np.testing.assert_allclose(got, want, atol=1e-6)
+    turned = lambda q, x, p: both(p, x, q=q)
+    got = lj.lora(turned, argnums=(2, 0))(params, x, params)
+    np.testing.assert_allclose(got, want, atol=1e-6)
     report = lj.explain(both, params, x, q=params, argnums=0, argnames="q")
     paths = [row.path for row in report.rows]
     assert paths[0] == "0/m/kernel" and paths[-1].startswith("q/head/")

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax._engine import rules
 
 D, BATCH, VOCAB, LAYERS = 4, 3, 5, 2
 X = np.random.default_rng(1).standard_normal((BATCH, D)).astype(np.float32)
@@ -40,7 +41,9 @@ def params(randomized):
         for name, shape in shapes.items()
     }
     axes = STACK | HEADS | WINDOW
-    return randomized(lj.lorafy(base, 2, alpha=3, targets="*", axes=axes))
+    # Where two are added or put side by side, their ranks together are still small.
+    ranks = dict.fromkeys(base, 2) | {"w": 1, "table": 1}
+    return randomized(lj.lorafy(base, ranks, alpha=3, axes=axes))
 
 
 @jax.custom_vjp
@@ -330,6 +333,9 @@ FACTORED = {
         lambda x: jnp.sin(convolution(p, x)).sum()
     )(x),
     "stop_gradient": stopped,
+}
+# Factored, but for their derivatives: those know of whole weights.
+CUSTOM = {
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
     "custom_vjp with symbolic zeros": lambda p, x: jnp.sin(
         knows_what_moves(p["w"], x, lax.stop_gradient(jnp.cos(x[0, 0])))
@@ -420,12 +426,298 @@ def test_materializes_exactly_and_says_so(name, params, close):
         lora(fn, materialize="error")(params, X)
 
 
+@pytest.mark.parametrize("name", CUSTOM)
+def test_only_derivatives_of_custom_rules_form_whole_gradients(name, params, close):
+    fn = CUSTOM[name]
+    strict = lora(fn, materialize="error")
+    close(strict(params, X), fn(lj.merge(params), X))
+    with pytest.raises(ValueError, match="'w' meets 'derivative of custom_"):
+        gradients(loss(strict), params, X)
+    for adapted in (lora(fn), jax.jit(lora(fn))):  # the latter: when all is traced
+        with pytest.warns(UserWarning, match="'w' meets 'derivative of custom_.*py:"):
+            got = gradients(loss(adapted), params, X)
+        close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
+
+
+def test_a_jitted_custom_rule_on_operands_of_which_others_move(randomized, close):
+    """First on a hidden state, then on features that are given."""
+    base = {name: jnp.eye(D) / (i + 1) for i, name in enumerate("uwv")}
+    params = randomized(lj.lorafy(base, 2, targets="*"))
+    layer = jax.jit(straight_through)
+
+    def fn(p, x):
+        return layer(p["w"], jnp.sin(x @ p["u"])) + layer(p["v"], jnp.cos(X))
+
+    f = loss(lora(fn, materialize="allow"))
+    close(jax.grad(f)(params, X), jax.grad(loss(on_merged(fn)))(params, X), atol=1e-4)
+
+
+def test_two_pullbacks_of_one_jitted_function(params, close):
+    def two(f):
+        y, back = jax.vjp(f, params, X)
+        _, other = jax.vjp(lambda x: f(params, x), X)
+        return back(y)[0]["w_lora_a"], other(y)
+
+    fn = CUSTOM["custom_vjp"]
+    got = two(jax.jit(lora(fn, materialize="allow")))
+    close(got, two(jax.jit(on_merged(fn))), atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_custom_rule_may_close_over_an_argument(wrap, params, close):
+    def fn(p, x, labels):
+        @jax.custom_vjp
+        def error(logits):
+            return ((logits - labels) ** 2).sum()
+
+        error.defvjp(lambda z: (error(z), z), lambda z, g: (g * (z - labels) * p["s"],))
+        return error(x @ p["w"])
+
+    tree = params | {"s": jnp.full((D,), 3.0)}
+    merged = lambda p, x, labels: fn(lj.merge(p), x, labels)
+    with jax.numpy_rank_promotion("allow"):
+        got = wrap(jax.grad(lambda a: lora(fn)(a | rest(tree), X, X + 1)))(own(tree))
+        want = jax.grad(lambda a: merged(a | rest(tree), X, X + 1))(own(tree))
+    close(got, want, atol=1e-4)
+
+
+def own(tree):
+    return {name: tree[name] for name in ("w_lora_a", "w_lora_b")}
+
+
+def rest(tree):
+    return {name: x for name, x in tree.items() if name not in own(tree)}
+
+
+def test_a_weight_that_only_a_derivative_reads_is_used(params, close):
+    f = jax.custom_vjp(lambda w, x: jnp.sin(x))
+    f.defvjp(lambda w, x: (f(w, x), (w, x)), lambda s, g: (s[1].T @ g, g @ s[0].T))
+    tree = {name: x for name, x in params.items() if name.split("_")[0] == "w"}
+    fn = lambda p, x: f(p["w"], x).sum()
+    adapted = lj.lora(fn, materialize="allow")
+    got = jax.grad(adapted, argnums=(0, 1))(tree, X)
+    close(got, jax.grad(on_merged(fn), argnums=(0, 1))(tree, X), atol=1e-4)
+
+
+def test_weights_of_one_shape_through_one_jitted_view(randomized):
+    """The name is that of the operand, not of the first weight that came."""
+    base = {name: jnp.eye(D) for name in "uw"}
+    params = randomized(lj.lorafy(base, 2, targets="*"))
+    view = jax.jit(lambda v: v.T)
+    inner = jax.jit(lambda v: jnp.tanh(view(v)))
+    fn = lambda p, x: x @ view(p["u"]) + x @ jnp.tanh(view(p["w"])) + x @ inner(p["w"])
+    for _ in range(2):
+        with pytest.warns(UserWarning) as caught:
+            lj.lora(fn)(params, X)
+        (message,) = (str(w.message) for w in caught)
+        assert "'w' meets 'tanh'" in message and "'u'" not in message
+
+
+def test_nested_loops_are_tried_once_each(params):
+    def nest(depth, x, w):
+        if depth:
+            step = lambda i, s: nest(depth - 1, *s)
+            return lax.fori_loop(0, 2, step, (x, w))
+        return jnp.sin(x @ w), w * 0.9
+
+    def steps(depth):
+        calls = 0
+
+        def counted(*args):
+            nonlocal calls
+            calls += 1
+            return original(*args)
+
+        original, rules.run_jaxpr = rules.run_jaxpr, counted
+        try:
+            fn = lambda p, x: nest(depth, x, p["w"])[0]
+            jax.eval_shape(lora(fn, materialize="error"), params, X)
+        finally:
+            rules.run_jaxpr = original
+        return calls
+
+    assert steps(6) < 6 * steps(2)
+
+
+def test_dropout_stays_out_of_custom_rules(params, close):
+    """Their derivatives know of no mask: both passes go without."""
+    fn = lambda p, x: CUSTOM["custom_vjp"](p, x)
+    dropped = lora(fn, dropout=0.5, materialize="allow")
+    key = jax.random.key(0)
+    with_key = loss(lambda p, x: dropped(p, x, dropout_key=key))
+    got = gradients(with_key, params, X)
+    close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
+    close(dropped(params, X, dropout_key=key), fn(lj.merge(params), X))
+
+
 def test_casts_stay_factored(params):
     low = lambda x: x.astype(jnp.bfloat16)
     fn = lambda p, x: low(x) @ low(p["w"]) + low(p["table"])[IDS[:, :1]].sum(0)
     got, want = lora(fn, materialize="error")(params, X), fn(lj.merge(params), X)
     assert got.dtype == want.dtype == jnp.bfloat16
     np.testing.assert_allclose(*(y.astype(np.float32) for y in (got, want)), atol=0.1)
+
+
+def rounded(dtype):
+    return lambda w: w.astype(dtype).astype(jnp.float32)
+
+
+HALF, BYTE = rounded("bfloat16"), rounded("float8_e4m3fn")
+ROUNDED = {
+    "a byte": lambda p, x: x @ BYTE(p["w"]),
+    "bits": lambda p, x: x @ lax.reduce_precision(p["w"], 5, 2),
+    "straight through": lambda p, x: (
+        x @ (p["w"] + lax.stop_gradient(HALF(p["w"]) - p["w"]))
+    ),
+    "what is left out": lambda p, x: 100 * x @ (p["w"] - jax.jit(HALF)(p["w"])),
+    "one step in a call": lambda p, x: (
+        100 * x @ (p["w"] - jax.jit(lambda w: w.astype("float16"))(p["w"]).astype("f4"))
+    ),
+    "what is left out, rounded": lambda p, x: 100 * x @ HALF(p["w"] - HALF(p["w"])),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_rounding_that_shows_is_of_the_whole_weight(name, params):
+    fn = ROUNDED[name]
+    with pytest.warns(UserWarning, match="'w' meets 'convert_|'w' meets 'reduce_"):
+        got = lora(fn)(params, X)
+    np.testing.assert_allclose(got, fn(lj.merge(params), X), atol=2e-4)
+    gradient = lambda fn: jax.grad(lambda p: fn(p, X).sum())(params)["w_lora_b"]
+    got, want = gradient(lora(fn, materialize="allow")), gradient(on_merged(fn))
+    np.testing.assert_allclose(got, want, atol=1e-2)
+
+
+def test_an_update_has_the_digits_of_its_product(params):
+    """A narrow activation, a wide weight, and a wide result."""
+    x = X.astype(jnp.bfloat16)
+    fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+    value = lambda fn: lambda p: jnp.sum(fn(p, x) ** 2)
+    got = jax.value_and_grad(value(lora(fn)))(params)
+    want = jax.value_and_grad(value(on_merged(fn)))(params)
+    check = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    jax.tree.map(check, got, want)
+
+
+@jax.custom_vjp
+def product(w, x):
+    return x @ w
+
+
+product.defvjp(
+    lambda w, x: (product(w, x), (w, x)),
+    lambda saved, g: (saved[1].T @ g, g @ saved[0].T),
+)
+
+
+@jax.jit
+def in_float64(w, x):
+    w, x = w.astype(jnp.float64), x.astype(jnp.float64)
+    return (jax.nn.relu(x @ w) + product(w, x)).astype(jnp.float32)
+
+
+# JAX itself warns of plain products' derivatives.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
+def test_float64_within_a_function(params, close):
+    def wide(p, x):
+        with jax.enable_x64(True):
+            w, x = p["w"].astype(jnp.float64), x.astype(jnp.float64)
+            return jnp.sin(x @ w), in_float64(p["w"], x)
+
+    got, want = lora(wide)(params, X), wide(lj.merge(params), X)
+    assert got[0].dtype == want[0].dtype == jnp.float64
+    close(got, want)
+    narrow = lambda p, x: wide(p, x)[1]
+    got = gradients(loss(lora(narrow, materialize="allow")), params, X)
+    close(got, gradients(loss(on_merged(narrow)), params, X), atol=1e-4)
+
+
+@pytest.mark.parametrize("moved", ["device", "sharding", "space", "sharded"])
+def test_factors_follow_their_weight(moved, close):
+    """From the host's memory, or from another device."""
+    here, there = jax.devices()[:2]
+    sharding = jax.sharding.SingleDeviceSharding(here)
+    if moved == "sharded":
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+        sharding = NamedSharding(mesh, P(None, "x"))
+    start = sharding.with_memory_kind("pinned_host")
+    start, end = {
+        "device": (here, there),
+        "sharding": (start, sharding),
+        "space": (start, jax.memory.Space.Device),
+        "sharded": (start, sharding),
+    }[moved]
+    w = jax.device_put(np.eye(D, dtype=np.float32), start)
+    params = lj.lorafy({"w": w}, 2, targets="*")
+    params["w_lora_b"] = params["w_lora_b"] + 1
+    x = jax.device_put(X, there if moved == "device" else sharding.device_set.pop())
+    x = jax.device_put(X, NamedSharding(mesh, P())) if moved == "sharded" else x
+    fn = lambda p, x: x @ jax.device_put(p["w"], end)
+    whole = np.eye(D) + params["w_lora_a"] @ params["w_lora_b"] / 2 * 2
+    adapted = lora(fn, materialize="error")
+    for run in (adapted,) if moved == "device" else (adapted, jax.jit(adapted)):
+        np.testing.assert_allclose(run(params, x), X @ whole, atol=1e-5)
+
+
+def rolls(w, n):
+    for _ in range(n):
+        w = jnp.roll(w, 1, 0)
+        w = w + jnp.flip(w, 1)
+    return w
+
+
+def folds(w, n):
+    for _ in range(n):
+        w = w + w.T
+    return w
+
+
+@pytest.mark.parametrize(
+    ("fn", "said"),
+    [
+        (lambda w, x: x @ rolls(w, 4), False),
+        (lambda w, x: x @ sum(k * jnp.roll(w, k, 1) for k in range(3)), False),
+        (lambda w, x: x @ (w - w.mean(0, keepdims=True)), False),
+        (lambda w, x: w[jnp.arange(64) % 16], False),
+        (lambda w, x: jnp.tensordot(x[0], w, 0), False),
+        (lambda w, x: x @ folds(w, 6), True),
+    ],
+)
+def test_never_dearer_than_the_whole_weight(fn, said, close, randomized):
+    """Views of one weight share a factor; what outgrows the weight is formed."""
+    x = np.ones((64, 16), np.float32)
+    params = randomized(lj.lorafy({"w": jnp.ones((16, 16)) / 8}, 4, targets="*"))
+    fn = functools.partial(lambda fn, p, x: fn(p["w"], x), fn)
+    flops = []
+    for run in (lora(fn, materialize="allow"), on_merged(fn)):
+        compiled = jax.jit(run).lower(params, x).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+    assert flops[0] <= 2 * flops[1]
+    close(lora(fn, materialize="allow")(params, x), fn(lj.merge(params), x), 1e-4)
+    if said:
+        with pytest.warns(UserWarning, match="'w' meets 'add'"):
+            lora(fn)(params, x)
+    else:
+        lora(fn, materialize="error")(params, x)
+
+
+def test_a_weight_of_a_size_that_is_known_later(randomized, close):
+    """A symbolic batch and vocabulary: exported once, for all."""
+    batch, vocab = jax.export.symbolic_shape("batch, vocab")
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {
+        "w": struct(D, vocab),
+        "w_lora_a": struct(D, 2),
+        "w_lora_b": struct(2, vocab),
+        "w_lora_scale": struct(),
+    }
+    fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["w"].T
+    step = jax.value_and_grad(lambda p, x: lora(fn, materialize="error")(p, x).sum())
+    run = jax.export.export(jax.jit(step))(tree, struct(batch, D))
+    params = randomized(lj.lorafy({"w": jnp.ones((D, 5))}, 2, targets="*"))
+    want = jax.value_and_grad(lambda p, x: fn(lj.merge(p), x).sum())(params, X)
+    got = run.call(params, X)
+    close(got, want)
 
 
 def model(p, x):

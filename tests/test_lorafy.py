@@ -679,6 +679,16 @@ def test_adapters_go_to_the_device_of_their_weight(committed):
     assert {x.committed for x in adapted.values()} == {committed}
 
 
+def test_adapters_of_a_weight_in_the_hosts_memory_are_on_the_device():
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    host = sharding.with_memory_kind("pinned_host")
+    params = lj.lorafy({"kernel": jax.device_put(jnp.ones((4, 3)), host)}, 2)
+    kinds = {name: x.sharding.memory_kind for name, x in params.items()}
+    assert kinds.pop("kernel") == "pinned_host"
+    assert {*kinds.values()} == {sharding.memory_kind}
+    assert {*params["lora_a"].devices()} == {jax.devices()[1]}
+
+
 def test_numpy_weights_stay_numpy_and_adapters_are_jax():
     kernel = np.ones((4, 3), np.float32)
     adapted = lj.lorafy({"kernel": kernel}, 2)

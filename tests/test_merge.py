@@ -133,8 +133,19 @@ def test_numpy_float64_weights_merge_where_jax_has_no_float64(randomized):
     adapted = randomized(lj.lorafy(base, 2))
     a, b = np.asarray(adapted["lora_a"]), np.asarray(adapted["lora_b"])
     np.testing.assert_allclose(
-        lj.merge(adapted)["kernel"], base["kernel"] + a @ b, rtol=1e-5
+        lj.merge(adapted)["kernel"], base["kernel"] + a @ b, rtol=1e-5, atol=1e-7
     )
+
+
+def test_a_weight_in_the_hosts_memory_stays_there(randomized):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    host = sharding.with_memory_kind("pinned_host")
+    params = {"kernel": jax.device_put(jnp.ones((4, 3)), host)}
+    params = randomized(lj.lorafy(params, 2))
+    want = np.ones((4, 3)) + params["lora_a"] @ params["lora_b"]
+    for merged in (lj.merge(params), jax.jit(lj.merge)(params)):
+        np.testing.assert_allclose(merged["kernel"], want, rtol=1e-6)
+    assert lj.merge(params)["kernel"].sharding.memory_kind == "pinned_host"
 
 
 def test_a_new_scale_changes_the_merged_weight_in_proportion(randomized):

@@ -10,7 +10,8 @@ batch: in both), and every view of `w` is the same view of `a` and `b`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -19,13 +20,26 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+# The types of numbers that there are only under `jax.enable_x64`.
+WIDE = {np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")}
+
 JOIN = " + "  # between the names of weights that have become one
 
 
 class Label(str):
-    """A weight's name, for messages. All are equal, so that no name ever recompiles."""
+    """A weight's name, for messages. All are equal, so that no name ever recompiles.
 
-    __slots__ = ()
+    Within a jitted form, which other weights may share, `of` says from which of its
+    operands the weight comes: what comes out of the form is named after those.
+    """
+
+    __slots__ = ("of",)
+    of: frozenset[int]
+
+    def __new__(cls, name: str = "", of: Iterable[int] = ()) -> "Label":
+        label = super().__new__(cls, name)
+        label.of = frozenset(of)
+        return label
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Label)
@@ -81,8 +95,9 @@ def _aligned(a: Any, b: Any, scale: Any, shape: tuple[int, ...]) -> tuple[Any, .
 
 def delta(f: Factors) -> jax.Array:
     """`scale * sum_r a * b`, of the weight's shape, in float32 or wider."""
-    dtype = wider(f.a.dtype, f.b.dtype)
-    a, b = f.a.astype(dtype), f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
+    a, b, scale = on_device((f.a, f.b, f.scale))
+    dtype = wider(a.dtype, b.dtype)
+    a, b = a.astype(dtype), b.astype(dtype) * scale.astype(dtype)[..., None]
     rank = f.ndim
     in_a, in_b = present(a), present(b)
     kept = sorted({*in_a, *in_b})
@@ -99,17 +114,41 @@ def delta(f: Factors) -> jax.Array:
 
 
 def materialize(f: Factors) -> jax.Array:
-    """The plain array: summed in float32 or wider, cast once to the weight's dtype."""
-    update = delta(f)
-    wide = wider(f.dtype, update.dtype)
-    dtype = jax.dtypes.canonicalize_dtype(f.dtype)  # of a float64 array of NumPy
-    return (f.w.astype(wide) + update.astype(wide)).astype(dtype)
+    """The plain array: summed in float32 or wider, cast once to the weight's dtype.
+
+    A weight in the host's memory is summed on the device, and goes back.
+    """
+    near = on_device(f.w)
+    if near is not f.w:
+        traced = isinstance(f.w, jax.core.Tracer)
+        back = jax.memory.Space.Host if traced else f.w.sharding
+        return jax.device_put(materialize(dataclasses.replace(f, w=near)), back)
+    # NumPy has float64 everywhere, and JAX where it was asked to: maybe not here.
+    with x64([f.dtype] if isinstance(f.w, jax.Array) else []):
+        update = delta(f)
+        wide = wider(f.dtype, update.dtype)
+        dtype = jax.dtypes.canonicalize_dtype(f.dtype)
+        return (f.w.astype(wide) + update.astype(wide)).astype(dtype)
+
+
+def on_device(tree: Any) -> Any:
+    """The arrays that are in the host's memory, and may not be computed with, moved."""
+    device = jax.memory.Space.Device
+    move = lambda x: (
+        x if jax.typeof(x).memory_space == device else jax.device_put(x, device)
+    )
+    return jax.tree.map(move, tree)
 
 
 def wider(*dtypes: Any) -> np.dtype:
     """The dtype that JAX holds all of these in, and float32 at the least."""
     wide = [dtype for dtype in dtypes if jnp.dtype(dtype).itemsize > 3]
     return jax.dtypes.canonicalize_dtype(np.result_type(np.float32, *wide))
+
+
+def x64(dtypes: Iterable[Any]) -> AbstractContextManager:
+    """`jax.enable_x64` where it was on, of which nothing but the types tells later."""
+    return nullcontext() if WIDE.isdisjoint(dtypes) else jax.enable_x64(True)
 
 
 def present(factor: jax.Array) -> list[int]:
@@ -120,6 +159,20 @@ def present(factor: jax.Array) -> list[int]:
 def varying(f: Factors) -> set[int]:
     """The dimensions along which the update is not the same number again and again."""
     return {*present(f.a)} | {*present(f.b)}
+
+
+def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
+    """The factors of a weight that `jax.device_put(weight, to)` has made `w`."""
+    thin = f.a, f.b, f.scale
+    if isinstance(to, jax.sharding.NamedSharding):
+        to = to.with_memory_kind(None)  # that of the device
+        places = [to.update(spec=spec) for spec in part_specs(f, to.spec)[1:]]
+        thin = map(jax.device_put, thin, places)
+    elif isinstance(to, jax.sharding.SingleDeviceSharding):
+        thin = jax.device_put(thin, to.with_memory_kind(None))
+    elif isinstance(to, jax.Device):
+        thin = jax.device_put(thin, to)
+    return Factors(w, *on_device(tuple(thin)), f.name)
 
 
 def part_specs(f: Factors, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
@@ -180,7 +233,7 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
     def long(x) -> list[int]:  # a factor repeats what the whole weight repeats
         sizes = list(x.shape)
         for old, _ in runs:
-            if any(x.shape[d] > 1 for d in old):
+            if any(x.shape[d] != 1 for d in old):
                 repeated = [d for d in old if d not in own]
                 sizes = [
                     f.shape[d] if d in repeated else n for d, n in enumerate(sizes)
@@ -210,7 +263,7 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
 def cut(f: Factors, w: jax.Array, fn: Callable[[jax.Array, list[int]], jax.Array]):
     """A slice: `fn(factor, present)` cuts a factor along its own dimensions alone."""
     if 0 in w.shape:
-        return None
+        return w  # as `jnp.roll` by nothing cuts off: no number is adapted
     return view(f, w, lambda x: fn(x, present(x)))
 
 
@@ -231,7 +284,7 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
     if 0 in w.shape or len(roles) > 1 or (stack and any(i != o for i, o in owned)):
         return None
     owner, other = ("a", "b") if in_a and not in_b else ("b", "a")
-    dtype = _common([getattr(f, n) for f in weights for n in "ab"])
+    dtype = wider(*(getattr(f, n).dtype for f in weights for n in "ab"))
     others = [getattr(f, other) for f in weights]
     together = stack or all(x is others[0] for x in others)
     ranks = [x.a.shape[-1] if isinstance(x, Factors) else 0 for x in parts]
@@ -263,13 +316,19 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
 
 
 def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
-    """The sum `w` of two weights, whose ranks add up."""
+    """The sum `w` of two weights: their ranks add up, unless they share a factor."""
+    for own, shared in (("a", "b"), ("b", "a")):
+        if getattr(f, shared) is getattr(g, shared):
+            f, g = _folded(f, own), _folded(g, own)
+            total = getattr(f, own) + getattr(g, own)
+            same = dataclasses.replace(f, w=w, name=joined([f, g]))
+            return dataclasses.replace(same, **{own: total})
     g = _turned(g, f)
     a, b = ({*present(x)} | {*present(y)} for x, y in ((f.a, g.a), (f.b, g.b)))
     if a & b != stacked(f) | stacked(g):
         return None
     f, g = _folded(f, "b"), _folded(g, "b")
-    dtype = _common([f.a, f.b, g.a, g.b])
+    dtype = wider(*(x.dtype for x in (f.a, f.b, g.a, g.b)))
 
     def both(x, y, own):
         sizes = [n if d in own else 1 for d, n in enumerate(w.shape)]
@@ -294,25 +353,30 @@ def _turned(f: Factors, like: Factors, but: int | None = None) -> Factors:
 
 
 def _folded(f: Factors, name: str) -> Factors:
-    """The same weight with its scale multiplied into `a` or `b`."""
-    x = getattr(f, name)
-    x = x * f.scale.astype(x.dtype)[..., None]
+    """The same weight with its scale multiplied into `a` or `b`, in float32."""
+    x, scale = getattr(f, name), f.scale[..., None]
+    dtype = wider(x.dtype, scale.dtype)
+    x = x.astype(dtype) * scale.astype(dtype)
     return dataclasses.replace(f, **{name: x}, scale=_one(f.w))
 
 
 def joined(weights: list[Factors]) -> Label:
     """The name of what is made of several weights."""
     names = (name for f in weights for name in str(f.name).split(JOIN))
-    return Label(JOIN.join(dict.fromkeys(names)))
+    of = frozenset().union(*(f.name.of for f in weights))
+    return Label(JOIN.join(dict.fromkeys(names)), of)
 
 
 def _one(w: jax.Array) -> jax.Array:
     return jnp.ones((1,) * w.ndim, jnp.float32)
 
 
-def _common(arrays: list[jax.Array]) -> np.dtype:
-    dtypes = {x.dtype for x in arrays}
-    return dtypes.pop() if len(dtypes) == 1 else wider(*dtypes)
+def size(shape: Iterable[Any]) -> int:
+    """How many numbers there are, roughly: a dimension without a number is a large one.
+
+    Such are those of `jax.export.symbolic_shape`, which cannot be compared.
+    """
+    return math.prod(n if isinstance(n, int) else 2**20 for n in shape)
 
 
 def segments(old: tuple[int, ...], new: tuple[int, ...]):
@@ -321,7 +385,7 @@ def segments(old: tuple[int, ...], new: tuple[int, ...]):
     while i < len(old) or j < len(new):
         first, second = [], []
         while not (first or second) or _size(old, first) != _size(new, second):
-            behind = _size(old, first) <= _size(new, second)
+            behind = size(old[d] for d in first) <= size(new[d] for d in second)
             if j == len(new) or (i < len(old) and behind):
                 first.append(i)
                 i += 1

@@ -5,12 +5,13 @@ A jaxpr is a list of equations over typed variables. What differs between releas
 closed) is settled here, through `jax.extend.core` alone.
 """
 
+import functools
 import linecache
 import math
 import os
 import sysconfig
 import textwrap
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import flax
 import jax
 import numpy as np
 from jax.extend import core
+
+from lora_jax._engine.factors import x64
 
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
 CALLS = {
@@ -29,6 +32,9 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
     "shard_map": "jaxpr",
 }
+
+# Those with a derivative rule, which may read what the call itself does not.
+CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
 
 # What a function is traced over; its other arguments reach it as they are.
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
@@ -57,7 +63,9 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
         static = [None if isinstance(x, jax.Array) else x for x in leaves]
         return [x for x in leaves if isinstance(x, jax.Array)]
 
-    jaxpr = jax.make_jaxpr(flat)(*args)
+    types = (getattr(x, "dtype", None) for x in jax.tree.leaves(args))
+    with x64(types):
+        jaxpr = jax.make_jaxpr(flat)(*args)
     traced = [x is None for x in static]
 
     def restore(results):
@@ -68,15 +76,27 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
     return Trace(jaxpr, restore)
 
 
-def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any):
+def trace_call(
+    fn: Callable[..., Any], args: Any, kwargs: Any, which: Container[int] | None = None
+):
     """Traces `fn(*args, **kwargs)` over the arrays among its arguments.
+
+    Args:
+      fn: The function.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
+      which: The only leaves of `(args, kwargs)` to trace over; `None`: all.
 
     Returns:
       The trace, and which of `jax.tree.leaves((args, kwargs))` it takes: the others
-      are no arrays, and reach `fn` as they are.
+      reach `fn` as they are.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    dynamic = [i for i, x in enumerate(leaves) if isinstance(x, ARRAYS)]
+    dynamic = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, ARRAYS) and (which is None or i in which)
+    ]
 
     def flat(*arrays):
         filled = list(leaves)
@@ -110,11 +130,21 @@ def evaluate(
             if last_use[v] == i and v not in kept:
                 del values[v]
         scope = str(eqn.source_info.name_stack)
-        with eqn.ctx.manager, jax.named_scope(scope) if scope else nullcontext():
+        named = jax.named_scope(scope) if scope else nullcontext()
+        with eqn.ctx.manager, x64(_dtypes(eqn)), named:
             results = apply(i, eqn, operands)
         pairs = zip(eqn.outvars, results, strict=True)
         values |= ((v, x) for v, x in pairs if v in last_use or v in kept)
     return [read(v) for v in jaxpr.outvars]
+
+
+def _dtypes(eqn: Any) -> Iterator[Any]:
+    """Of all that an equation takes or gives, and of all within it."""
+    for v in (*eqn.invars, *eqn.outvars):
+        yield getattr(v.aval, "dtype", None)
+    for jaxpr in _inner(eqn):
+        for inner in _opened(jaxpr)[0].eqns:
+            yield from _dtypes(inner)
 
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
@@ -123,6 +153,16 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     functions, params = params if isinstance(params, tuple) else ((), params)
     out = eqn.primitive.bind(*functions, *args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def custom_consts(eqn: Any) -> int:
+    """How many operands a custom rule closes over: they come first."""
+    return eqn.params["num_consts"]
+
+
+def knows_what_moves(eqn: Any) -> bool:
+    """Whether a `custom_vjp` has a rule that is told what is differentiated."""
+    return eqn.params["symbolic_zeros"]
 
 
 def call_jaxpr(eqn: Any) -> Any:
@@ -135,6 +175,11 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()
     return len(consts), len(carry)
+
+
+def loop_body(eqn: Any) -> Any:
+    """The jaxpr of one step of a `scan` or a `while`, the key to caches of it."""
+    return eqn.params["jaxpr" if eqn.primitive.name == "scan" else "body_jaxpr"]
 
 
 def manual_axes(eqn: Any) -> frozenset:
@@ -153,6 +198,10 @@ def varying_axes(x: jax.Array) -> frozenset:
 def shapes(eqn: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Of an equation's operands, and of its results."""
     return [v.aval.shape for v in eqn.invars], [v.aval.shape for v in eqn.outvars]
+
+
+def result_dtypes(eqn: Any) -> list[Any]:
+    return [v.aval.dtype for v in eqn.outvars]
 
 
 def contains(jaxpr: Any, name: str) -> bool:
@@ -230,35 +279,68 @@ def passed_on(jaxpr: Any, output: int, operand: int) -> bool:
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]:
-    """Which inputs the given outputs (all, if `None`) or an effect depend on."""
+    """Which inputs the given outputs (all, if `None`) or an effect depend on.
+
+    Or a derivative of them: what a function with a rule of its own does not read, the
+    rule may.
+    """
 
     def operands(eqn, results):
-        return [any(results) or bool(eqn.effects)] * len(eqn.invars)
+        live = any(results) or bool(eqn.effects)
+        if eqn.primitive.name in CUSTOM:
+            first = custom_consts(eqn)
+            own = _backward(call_jaxpr(eqn), results, operands)
+            return [*own[:first], *(x or live for x in own[first:])]
+        return [live] * len(eqn.invars)
 
     return _backward(jaxpr, outputs, operands)
 
 
-def leads_to(
-    jaxpr: Any,
-    index: int,
-    goals: Container[str],
-    passes: Callable[[Any], bool],
-) -> bool:
-    """Whether a result of equation `index` meets one of the primitives `goals`.
+def look_ahead(
+    jaxpr: Any, beyond: Callable[..., bool] | None = None
+) -> Callable[..., bool]:
+    """Tells, of equations of a jaxpr, whether what they give meets a goal later on.
 
-    On its way there it may go through equations that `passes` allows, and into calls,
-    but not out of the jaxpr itself.
+    Args:
+      jaxpr: The equations' own.
+      beyond: Whether its result `i` does so where it is called: `beyond(i, *how)`.
+
+    Returns:
+      `leads_to(equation, goal, passes, leaves=None)`: whether a result of the equation
+      meets an equation for which `goal` holds, on a way through calls, and equations
+      that `passes` allows, or leaves the jaxpr with a dtype for which `leaves` holds.
+      One walk answers all that ask the same.
     """
-
-    def operands(eqn, results):
-        hit = eqn.primitive.name in goals or (any(results) and passes(eqn))
-        return [hit] * len(eqn.invars)
-
     jaxpr, _ = _opened(jaxpr)
-    live: set[Any] = set()
-    for eqn in reversed(jaxpr.eqns[index + 1 :]):
-        live |= _live_operands(eqn, live, operands)
-    return any(v in live for v in jaxpr.eqns[index].outvars)
+
+    @functools.cache
+    def live(goal, passes, leaves=None):
+        def operands(eqn, results):
+            if eqn.primitive.name in CUSTOM:
+                return _backward(call_jaxpr(eqn), results, operands)
+            return [goal(eqn) or (any(results) and passes(eqn))] * len(eqn.invars)
+
+        def outside(i, v):
+            if beyond is not None:
+                return beyond(i, goal, passes, leaves)
+            return leaves is not None and leaves(getattr(v.aval, "dtype", None))
+
+        out = enumerate(jaxpr.outvars)
+        found = set(_variables(v for i, v in out if outside(i, v)))
+        for eqn in reversed(jaxpr.eqns):
+            found |= _live_operands(eqn, found, operands)
+        return found
+
+    def leads_to(eqn, *how, result=None):
+        results = eqn.outvars if result is None else [eqn.outvars[result]]
+        return not live(*how).isdisjoint(results)
+
+    return leads_to
+
+
+def made_of(jaxpr: Any, passes: Callable[[Any], bool]) -> bool:
+    """Whether `passes` allows each equation of a jaxpr."""
+    return all(map(passes, _opened(jaxpr)[0].eqns))
 
 
 def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Any) -> list[bool]:
@@ -274,7 +356,7 @@ def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Any) -> list[boo
 
 def _live_operands(eqn: Any, live: set[Any], rule: Any) -> set[Any]:
     name, results = eqn.primitive.name, [v in live for v in eqn.outvars]
-    if name in CALLS:
+    if name in CALLS and name not in CUSTOM:
         used = _backward(call_jaxpr(eqn), results, rule)
     elif name == "scan":
         consts, carry = scan_counts(eqn)

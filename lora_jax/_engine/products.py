@@ -13,31 +13,43 @@ from jax import lax
 
 from lora_jax._engine import factors, ops
 from lora_jax._engine.factors import Factors, materialize
+from lora_jax._engine.jaxpr import bind, shapes
 from lora_jax._engine.run import Rule, Run, plain_one
 
 
 def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     lhs, rhs = operands
     if isinstance(lhs, Factors) and isinstance(rhs, Factors):
-        if lhs.w.size < rhs.w.size:
+        if factors.size(lhs.shape) < factors.size(rhs.shape):
             lhs = plain_one(run, lhs, "dot_general")
         else:
             rhs = plain_one(run, rhs, "dot_general")
     swap = isinstance(lhs, Factors)
     x, f = (rhs, lhs) if swap else (lhs, rhs)
-    return [ops.dot_general(x, f, swap=swap, drop=_dropout(run), **eqn.params)]
+    drop, (sums, _) = _dropout(run), eqn.params["dimension_numbers"]
+    if drop is None and factors.varying(f).isdisjoint(sums[not swap]):
+        # An outer product: the plain one forms as many numbers as the weight has, times
+        # those of x, and the factors would form them once for each rank.
+        whole = materialize(f)
+        return bind(eqn, [whole, x] if swap else [x, whole])
+    return [ops.dot_general(x, f, swap=swap, drop=drop, **eqn.params)]
 
 
 def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     f, indices = operands
     if not isinstance(f, Factors):
         return None
-    named = eqn.params["dimension_numbers"].start_index_map
+    named, (shape,) = eqn.params["dimension_numbers"].start_index_map, shapes(eqn)[1]
+    looked_up = not factors.stacked(f).issuperset(named)
+    if looked_up and factors.size(shape) > factors.size(f.shape):
+        # More rows than the table has, as of positions or of a few kinds of token: one
+        # table takes less than them.
+        return bind(eqn, [materialize(f), indices])
     fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     if fills and not factors.varying(f).issuperset(named):
         return None  # out of bounds where neither factor has a number to leave out
     found = ops.gather(f, indices, **eqn.params)
-    if factors.stacked(f).issuperset(named):
+    if not looked_up:
         return [found]  # one layer, or expert, of a stack: a weight still
     # The rows of an embedding. The plain function forms as many numbers, so that adding
     # the thin product to them takes no more memory.

@@ -14,18 +14,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import JOIN, Factors, materialize, part_specs
+from lora_jax._engine.factors import Factors, Label, materialize, part_specs
 from lora_jax._engine.jaxpr import (
     CALLS,
     bind,
     call_jaxpr,
     contains,
+    custom_consts,
     evaluate,
+    knows_what_moves,
+    look_ahead,
+    loop_body,
+    made_of,
     manual_axes,
     passed_on,
     result_shapes,
@@ -39,6 +45,7 @@ from lora_jax._engine.run import (
     Run,
     calls,
     count,
+    form,
     note,
     noting,
     place_of,
@@ -46,18 +53,21 @@ from lora_jax._engine.run import (
     plain_one,
     weights,
 )
-from lora_jax._engine.views import VIEWS
+from lora_jax._engine.views import VIEWS, is_view
 
 
-def run_jaxpr(run: Run, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+def run_jaxpr(
+    run: Run, jaxpr: Any, args: Sequence[Any], beyond: Any = None
+) -> list[Any]:
     """The results of a jaxpr on arrays and `Factors`; they are such themselves."""
+    leads_to = look_ahead(jaxpr, beyond)
 
     def apply(index, eqn, operands):
         if not any(isinstance(x, Factors) for x in operands):
             return bind(eqn, operands)
         name, times = eqn.primitive.name, eqn.params.get("length", 1)
         trail = (*run.trail, (index, times))
-        here = run._replace(jaxpr=jaxpr, eqn=eqn, trail=trail)
+        here = run._replace(leads_to=leads_to, eqn=eqn, trail=trail)
         if run.key is not None:
             here = here._replace(key=jax.random.fold_in(run.key, index))
         rule = RULES.get(name)
@@ -105,7 +115,7 @@ class Form(NamedTuple):
     """A jaxpr, jitted on factors, and what its evaluation had to tell."""
 
     run: Callable[..., list[Any]]
-    told: dict[Any, list[tuple[int, Note]]]  # by the operands' shapes: (operand, note)
+    told: dict[Any, list[Note]]  # by the operands' shapes
 
 
 # So that calling a jitted function again compiles nothing.
@@ -113,27 +123,49 @@ _forms: weakref.WeakKeyDictionary[Any, dict[Any, Form]] = weakref.WeakKeyDiction
 
 
 def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    names = [str(x.name) if isinstance(x, Factors) else "" for x in operands]
     token = calls.set((*calls.get(), eqn))
     try:
-        if run.counting:  # a shared form is traced, and noted, but once
+        # What is handed through a shared form comes out as another array, but views of
+        # one weight share a factor. And a form is traced, and noted, but once.
+        if made_of(call_jaxpr(eqn), is_view) and not _places(eqn):
+            beyond = lambda i, *how: run.leads_to(eqn, *how, result=i)
+            return run_jaxpr(run, call_jaxpr(eqn), operands, beyond)
+        if run.counting:
             return _inline(run, eqn, operands)
-        form = _form(run, eqn)
+        shared = _form(run, eqn)
+        # What a shared form returns, and tells, is of its operands: names follow them.
+        marked = [
+            dataclasses.replace(x, name=Label(x.name, [i]))
+            if isinstance(x, Factors)
+            else x
+            for i, x in enumerate(operands)
+        ]
         with noting() as new:
-            results = form.run(run.key, operands)
+            results = shared.run(run.key, marked)
     finally:
         calls.reset(token)
+    owner = lambda name: factors.joined([operands[i] for i in sorted(name.of)])
     for told in new.values():
-        note(run, told)
+        note(run, told._replace(name=owner(told.name)))
+    shapes = _avals_of(operands)
     if new:
-        owner = lambda told: next(
-            i for i, name in enumerate(names) if told.name in name.split(JOIN)
-        )
-        form.told[_avals_of(operands)] = [(owner(told), told) for told in new.values()]
-    elif form.told:
-        for i, told in form.told.get(_avals_of(operands), ()):
-            note(run, told._replace(name=names[i], place=place_of(run)))
-    return results
+        shared.told[shapes] = [
+            told._replace(name=Label("", told.name.of)) for told in new.values()
+        ]
+    else:
+        for i, told in enumerate(shared.told.get(shapes, ())):
+            here = run._replace(trail=(*run.trail, (i, 1)))
+            note(here, told._replace(name=owner(told.name), place=place_of(run)))
+    return [
+        dataclasses.replace(x, name=owner(x.name)) if isinstance(x, Factors) else x
+        for x in results
+    ]
+
+
+def _places(eqn: Any) -> bool:
+    """Whether a jitted function says where its arguments or results are."""
+    shardings = (*eqn.params["in_shardings"], *eqn.params["out_shardings"])
+    return any(isinstance(x, jax.sharding.Sharding) for x in shardings)
 
 
 def _form(run: Run, eqn: Any) -> Form:
@@ -178,15 +210,17 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
+    run = run._replace(key=None)  # no rule knows of a mask
+    inner = run._replace(counting=False)
     call = jax.custom_jvp(_function_of(run, eqn))
 
     def call_jvp(primals, tangents):
-        (key, operands), (_, dots) = primals, tangents
+        (operands,), (dots,) = primals, tangents
         moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
+        _form_gradients(inner, operands, moving)
         dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
         jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
         traced = trace(jvp, weights(operands), dots)
-        inner = run._replace(key=key)
         if contains(traced.jaxpr, "scan"):
             # Ours would be no derivative of a scan, but a scan over tangents: JAX 0.9
             # cannot transpose that.
@@ -197,53 +231,125 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         return out, out_dots
 
     call.defjvp(call_jvp, symbolic_zeros=True)
-    return call(run.key, operands)
+    if run.counting:
+        _foresee(run, lambda f, xs: jax.jvp(f, [xs], [xs]), call, operands)
+    return call(operands)
 
 
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    """The function's own backward rule, itself evaluated on the factors."""
-    pullback = None  # how to run the backward pass from its residuals
+    """The function's own backward rule, itself evaluated on the factors.
 
-    def forward(key, operands):
-        nonlocal pullback
+    Of what `forward` saves JAX keeps one treedef, that of its last trace, whatever is
+    differentiated in the others: so it has to be the same for all.
+    """
+    run = run._replace(key=None)  # no rule knows of a mask
+    inner = run._replace(counting=False)
+    n, first = len(eqn.outvars), custom_consts(eqn)
+    dtypes = [jnp.result_type(x) for x in weights(operands)]
+    floating = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
+    # By what a rule closes over it cannot be differentiated.
+    able = [i for i in floating if i >= first]
+    # A rule that is told what moves may save other things each time.
+    again = knows_what_moves(eqn)
+
+    def rule(moving, operands):
+        """The forward rule, and what moves in it.
+
+        A rule that is not told gives the gradients of all: so do we, and JAX drops what
+        nobody needs.
+        """
+        nonlocal again
+        vjp = lambda which: trace(
+            lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, which)), *weights(operands)
+        )
+        if not again:
+            try:
+                return vjp(able)
+            except Exception:
+                # `vmap` forgets how many operands a rule closes over, and that JAX
+                # refuses to differentiate by them is all that tells.
+                again = True
+        return vjp(moving)
+
+    def forward(operands):
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)
-        values = lambda x: jax.tree.map(lambda x: x.value, x, is_leaf=is_primal)
-        key, primals, operands = values(key), operands, values(operands)
+        primals = operands
+        operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
         moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
-        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, moving))
-        traced = trace(vjp, *weights(operands))
-        results = run_jaxpr(run._replace(key=key), traced.jaxpr, operands)
-        n = len(eqn.outvars)
-        out = plain(run, results[:n], "custom_vjp_call")
-        residuals = results[n:]
-        pullback = lambda residuals: traced.restore([None] * n + residuals)[1]
-        return out, (key, operands, residuals)
+        _form_gradients(inner, operands, moving)
+        results = run_jaxpr(inner, rule(moving, operands).jaxpr, operands)
+        out = plain(inner, results[:n], "custom_vjp_call")
+        # What is not saved is computed again; what moves is then in the shapes of
+        # arrays without numbers.
+        marks = [jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))]
+        return out, (operands, marks if again else results[n:])
 
     def backward(saved, cotangents):
-        key, operands, residuals = saved
+        operands, residuals = saved
         cotangents = [*map(_dense, cotangents)]
-        back = lambda residuals, ct: pullback(residuals)(ct)
-        traced = trace(back, weights(residuals), cotangents)
-        inner = run._replace(key=key)
-        results = run_jaxpr(inner, traced.jaxpr, [*residuals, *cotangents])
-        (grads,) = traced.restore(plain(inner, results, "custom_vjp_call"))
+        moving = (
+            [i for i, x in enumerate(residuals) if x.shape[-1] > 1] if again else ()
+        )
+        traced = rule(moving, operands)
+        if again:
+            residuals = run_jaxpr(inner, traced.jaxpr, operands)[n:]
+
+        def back(residuals, cotangents):
+            _, pullback = traced.restore([None] * n + residuals)
+            return pullback(cotangents)
+
+        pulled = trace(back, weights(residuals), cotangents)
+        results = run_jaxpr(inner, pulled.jaxpr, [*residuals, *cotangents])
+        (grads,) = pulled.restore(plain(inner, results, "custom_vjp_call"))
         for i, grad in grads.items():
             if isinstance(operands[i], Factors):
                 (grads[i],) = jax.vjp(materialize, operands[i])[1](grad)
-        return None, [grads.get(i) for i in range(len(operands))]
+        return ([grads.get(i) for i in range(len(operands))],)
 
     custom = jax.custom_vjp(_function_of(run, eqn))
     custom.defvjp(forward, backward, symbolic_zeros=True)
-    return custom(run.key, operands)
+    if run.counting:
+        _foresee(run, _pull, custom, operands)
+    return custom(operands)
+
+
+def _form_gradients(run: Run, operands: Sequence[Any], moving: Sequence[int]) -> None:
+    """Says that a custom rule takes, or gives, whole derivatives of these weights."""
+    for i in moving:
+        if isinstance(operands[i], Factors):
+            form(run, operands[i], f"derivative of {run.eqn.primitive.name}")
+
+
+def _foresee(run: Run, take: Any, fn: Callable[..., Any], operands: list[Any]) -> None:
+    """Notes what the derivative of `fn` by the weights will form, as it is taken."""
+    which = [i for i, x in enumerate(operands) if isinstance(x, Factors)]
+    some = lambda xs: fn([xs.get(i, x) for i, x in enumerate(operands)])
+    with noting() as found:
+        try:
+            jax.eval_shape(lambda xs: take(some, xs), _pick(operands, which))
+        except Exception:  # it has none, and so forms nothing in it
+            return
+    for told in found.values():
+        if told.formed:
+            note(run, told)
+
+
+def _pull(fn: Callable[..., Any], xs: Any) -> Any:
+    out, pull = jax.vjp(fn, xs)
+    zero = lambda y: (
+        jnp.zeros_like(y)
+        if jnp.issubdtype(y.dtype, jnp.inexact)
+        else np.zeros(y.shape, jax.dtypes.float0)
+    )
+    return pull(jax.tree.map(zero, out))
 
 
 def _function_of(run: Run, eqn: Any) -> Callable[..., list[Any]]:
-    """A custom function without its rule: of a dropout key and operands, to arrays."""
+    """A custom function without its rule: of operands, to arrays."""
 
-    def call(key, operands):
-        inner = run._replace(key=key)
-        results = run_jaxpr(inner, call_jaxpr(eqn), operands)
-        return plain(inner, results, eqn.primitive.name)
+    def call(operands):
+        results = run_jaxpr(run, call_jaxpr(eqn), operands)
+        return plain(run, results, eqn.primitive.name)
 
     return call
 
@@ -304,7 +410,11 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
     xs = (list(slices), keys)
     carry = _free(init, fixed)
-    carry = _steady(run, carry, trial, xs) if length else plain(run, carry, "scan")
+    carry = (
+        _steady(run, operands, carry, trial, xs)
+        if length
+        else plain(run, carry, "scan")
+    )
 
     def body(carry, x):
         after, ys = step(run, carry, x)
@@ -338,28 +448,61 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
 
 
 def _steady(
-    run: Run, carry: list[Any], step: Callable[..., Any], *xs: Any
+    run: Run,
+    operands: list[Any],
+    carry: list[Any],
+    step: Callable[..., Any],
+    *xs: Any,
 ) -> list[Any]:
     """The carry in which what enters the loop as a weight also leaves it as one."""
-    quiet = run._replace(materialize="allow", counting=False)
     cause = run.eqn.primitive.name
-    while any(isinstance(x, Factors) for x in carry):
-        with noting():  # and not telling: this was no evaluation
-            after = jax.eval_shape(functools.partial(step, quiet), carry, *xs)
-        kept = [
-            not isinstance(x, Factors) or _avals_of(x) == _avals_of(y)
-            for x, y in zip(carry, after, strict=True)
-        ]
-        if all(kept):
-            break
-        pairs = zip(carry, kept, strict=True)
-        carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
+    pairs = zip(carry, _kept(run, carry, step, operands, xs), strict=True)
+    carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
     # Weights may change places from round to round: each has the names of all.
     carried = [x for x in carry if isinstance(x, Factors)]
     name = factors.joined(carried)
     return [
         dataclasses.replace(x, name=name) if isinstance(x, Factors) else x
         for x in carry
+    ]
+
+
+# Which of a loop's carry stay as they are, by its body and the shapes of its operands.
+# Else each loop would be tried in each trial of one around it: 2^depth traces.
+_stays: weakref.WeakKeyDictionary[Any, dict[Any, list[bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]:
+    body = loop_body(run.eqn)
+    shapes = (run.eqn.primitive.name, run.key is None, _avals_of(_nameless(operands)))
+    found = _stays.setdefault(body, {})
+    if shapes not in found:
+        quiet = run._replace(materialize="allow", counting=False)
+        kept = [True] * len(carry)
+        while any(isinstance(x, Factors) for x in carry):
+            with noting():  # and not telling: this was no evaluation
+                after = jax.eval_shape(functools.partial(step, quiet), carry, *xs)
+            stays = [
+                not isinstance(x, Factors) or _avals_of(x) == _avals_of(y)
+                for x, y in zip(carry, after, strict=True)
+            ]
+            if all(stays):
+                break
+            kept = [k and s for k, s in zip(kept, stays, strict=True)]
+            carry = [
+                x if stay else jax.eval_shape(materialize, x)
+                for x, stay in zip(carry, stays, strict=True)
+            ]
+        found[shapes] = kept
+    return found[shapes]
+
+
+def _nameless(operands: Sequence[Any]) -> list[Any]:
+    return [
+        dataclasses.replace(x, name=Label()) if isinstance(x, Factors) else x
+        for x in operands
     ]
 
 
@@ -428,7 +571,11 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         return key, _alike(run, carry, step(run._replace(key=own), carry))
 
     carry = _free(init, fixed)
-    carry = plain(run, carry, "while") if mapped else _steady(run, carry, step)
+    carry = (
+        plain(run, carry, "while")
+        if mapped
+        else _steady(run, [*cond_consts, *operands], carry, step)
+    )
     return _filled(lax.while_loop(cond, body, (run.key, carry))[1], fixed)
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import contextvars
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import JOIN, Factors, materialize
+from lora_jax._engine.factors import JOIN, Factors, Label, materialize
 from lora_jax._engine.jaxpr import (
     bind,
     flops,
@@ -25,8 +26,8 @@ class Run(NamedTuple):
     rate: float = 0.0
     key: jax.Array | None = None  # None: no dropout
     counting: bool = False  # whether to note every product, with its FLOPs
-    jaxpr: Any = None  # where the evaluation stands: the jaxpr, the equation in it,
-    eqn: Any = None
+    leads_to: Callable[..., bool] | None = None  # of a jaxpr's equations: `look_ahead`
+    eqn: Any = None  # where the evaluation stands in it,
     trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
 
 
@@ -36,7 +37,7 @@ Rule = Callable[[Run, Any, list[Any]], list[Any] | None]
 class Note(NamedTuple):
     """What became of a weight in one equation."""
 
-    name: str  # the weight's
+    name: Label  # the weight's
     primitive: str
     place: str  # file:line in the user's source
     formed: bool  # W + scale * A B was formed, instead of a factored product
@@ -62,22 +63,25 @@ def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
 
 
 def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
-    where, own = place_of(run), factors.varying(f)
+    form(run, f, cause)
+    return materialize(f)
+
+
+def form(run: Run, f: Factors, cause: str) -> None:
+    """Says that an array of a weight's size is formed, itself or a gradient of it."""
+    own = factors.varying(f)
     cost = 2 * math.prod(f.shape[d] for d in own) * f.a.shape[-1]
-    if own in ({*factors.present(f.a)}, {*factors.present(f.b)}):
-        # A row, a column, or some: no dearer than a product.
-        note(run, Note(str(f.name), cause, where, False, cost))
-        return materialize(f)
-    if run.materialize == "error":
-        at = f" at {where}" if where else ""
+    # A row, a column, or some: no dearer than a product.
+    thin = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
+    what = Note(f.name, cause, place_of(run), not thin, cost)
+    if run.materialize == "error" and not thin:
         raise ValueError(
-            f"{f.name!r} meets {cause!r}{at}, which needs the whole weight, so it "
+            f"{_met(what)}, which needs the whole weight, so it "
             "cannot stay factored. Write lora(fn, materialize='allow') to form "
             "W + scale * A B there, or leave the weight out: "
             "lorafy(params, rank, exclude=[...])."
         )
-    note(run, Note(str(f.name), cause, where, True, cost))
-    return materialize(f)
+    note(run, what)
 
 
 def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
@@ -89,7 +93,7 @@ def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
     whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
     base = trace(lambda *xs: bind(eqn, xs), *weights(operands))
     added = flops(whole.jaxpr) - flops(base.jaxpr)
-    note(run, Note(str(f.name), eqn.primitive.name, place_of(run), False, added))
+    note(run, Note(f.name, eqn.primitive.name, place_of(run), False, added))
 
 
 @contextlib.contextmanager
@@ -116,11 +120,41 @@ def place_of(run: Run) -> str:
 def note(run: Run, what: Note) -> None:
     found = notes.get()
     if found is None:
+        # A derivative, which JAX takes after the function has returned.
+        if run.materialize == "warn":
+            warn([what])
         return
-    times, names = math.prod(n for _, n in run.trail), what.name.split(JOIN)
-    for name in names:
-        key = (run.trail, name, what.primitive, what.place, what.formed)
-        found[key] = what._replace(name=name, flops=times * what.flops // len(names))
+    times = math.prod(n for _, n in run.trail)
+    key = (run.trail, str(what.name), what.name.of, *what[1:4])
+    found[key] = what._replace(flops=times * what.flops)
+
+
+def by_weight(found: dict[Any, Note]) -> list[Note]:
+    """What was told, of each weight for itself."""
+    single = []
+    for told in found.values():
+        names = told.name.split(JOIN)
+        flops = told.flops // len(names)
+        single += [told._replace(name=Label(n), flops=flops) for n in names]
+    return single
+
+
+def warn(told: Sequence[Note]) -> None:
+    """Warns of the weights that were formed, once for all of them."""
+    formed = list(dict.fromkeys(_met(n) for n in told if n.formed))
+    if formed:
+        listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
+        warnings.warn(
+            f"{listing}, which needs the whole weight: W + scale * A B, or in a "
+            "derivative the whole gradient of it, is formed there, exactly, for more "
+            "time and memory. Write lora(fn, materialize='allow') if that is meant.",
+            stacklevel=3,
+        )
+
+
+def _met(note: Note) -> str:
+    at = f" at {note.place}" if note.place else ""
+    return f"{str(note.name)!r} meets {note.primitive!r}{at}"
 
 
 def weights(values: Sequence[Any]) -> list[Any]:

@@ -5,8 +5,10 @@ gives other `Factors`. `None`: the weight has to be materialised.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from lora_jax._engine import factors
 from lora_jax._engine.factors import Factors
 from lora_jax._engine.jaxpr import (
     bind,
-    leads_to,
+    result_dtypes,
     shapes,
     varying_axes,
 )
@@ -28,13 +30,70 @@ from lora_jax._engine.run import Rule, Run, weights
 
 
 def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
-    """What changes the weight's storage or digits, and not the factors'."""
-    moved = bind(eqn, weights(operands))
-    if not jnp.issubdtype(moved[0].dtype, jnp.inexact):
+    """What changes the weight's storage, and not the factors'."""
+    (f,) = operands
+    (w,) = bind(eqn, [f.w])
+    return [dataclasses.replace(f, w=w)]
+
+
+def _cast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """A cast is of the weight alone: the factors keep the digits that they have.
+
+    That is right to the new type's rounding, which is no rounding in a byte or less:
+    there it is what the function is about. So it is where the function comes back to
+    more digits and takes a difference, as a straight-through estimator does.
+    """
+    (f,), (dtype,) = operands, result_dtypes(eqn)
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
         return None
-    pairs = zip(operands, moved, strict=True)
+    digits = _digits(dtype)
+    if digits < _digits(f.dtype) and run.leads_to(eqn, *_finer(digits)):
+        return None
+    return _on_weight(run, eqn, operands)
+
+
+def _digits(dtype: Any) -> int:
+    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
+
+
+@functools.cache
+def _finer(digits: int) -> tuple[Callable[[Any], bool], ...]:
+    """What `leads_to` asks of a weight of few digits: whether it is summed in more."""
+
+    def finer(dtype):
+        return _digits(dtype) > digits
+
+    def is_sum(eqn):
+        return eqn.primitive.name in ("add", "sub") and finer(result_dtypes(eqn)[0])
+
+    return is_sum, is_view, finer
+
+
+@functools.cache
+def _coarser(digits: int) -> tuple[Callable[[Any], bool], ...]:
+    """What `leads_to` asks of a difference: whether digits of it are cast away."""
+
+    def is_cast(eqn):
+        return is_view(eqn) and _digits(result_dtypes(eqn)[0]) < digits
+
+    return is_cast, is_view
+
+
+def _reduce_precision(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
+    """Nothing where all digits are kept, as JAX itself writes it for residuals."""
+    (f,), params = operands, eqn.params
+    own = jnp.finfo(f.dtype)
+    if params["exponent_bits"] < own.nexp or params["mantissa_bits"] < own.nmant:
+        return None
+    return _on_weight(run, eqn, operands)
+
+
+def _device_put(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
+    """The factors follow to the same devices, but never into the hosts' memory."""
+    moved = zip(operands, bind(eqn, weights(operands)), strict=True)
     return [
-        dataclasses.replace(f, w=w) if isinstance(f, Factors) else w for f, w in pairs
+        factors.device_put(x, w, to) if isinstance(x, Factors) else w
+        for (x, w), to in zip(moved, eqn.params["devices"], strict=True)
     ]
 
 
@@ -48,11 +107,22 @@ def _reshard(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 
 def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
-    """Identities with a meaning for gradients or memory, one part at a time."""
+    """Identities with a meaning for gradients or memory, one part at a time.
+
+    A barrier is one for all of them, but that JAX 0.9 takes only those together that
+    vary along the same axes of `shard_map`, and a thin factor may vary along fewer.
+    """
     leaves, treedef = jax.tree.flatten(operands)
-    if eqn.primitive.multiple_results:
-        return treedef.unflatten(bind(eqn, leaves))
-    return treedef.unflatten([bind(eqn, [leaf])[0] for leaf in leaves])
+    results = list(leaves)
+    together = eqn.primitive.multiple_results
+    kind = lambda i: varying_axes(leaves[i]) if together else i
+    kinds = [kind(i) for i in range(len(leaves))]
+    for one in dict.fromkeys(kinds):
+        places = [i for i, k in enumerate(kinds) if k == one]
+        bound = bind(eqn, [leaves[i] for i in places])
+        for i, result in zip(places, bound, strict=True):
+            results[i] = result
+    return treedef.unflatten(results)
 
 
 def _pvary(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -129,7 +199,8 @@ def _rev(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     (f,) = operands
     (w,) = bind(eqn, [f.w])
     # Along a dimension that a factor lacks there is one number, and nothing to turn.
-    return [factors.view(f, w, lambda x: lax.rev(x, eqn.params["dimensions"]))]
+    own = lambda x: [d for d in eqn.params["dimensions"] if d in factors.present(x)]
+    return [factors.view(f, w, lambda x: lax.rev(x, own(x)) if own(x) else x)]
 
 
 def _tile(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -157,7 +228,8 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     def pad(x):
         own = factors.present(x)
         edges = [c if d in own else (0, 0, 0) for d, c in enumerate(config)]
-        return lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)])
+        zero = jnp.zeros((), x.dtype)
+        return lax.pad(x, zero, [*edges, (0, 0, 0)]) if any(map(any, edges)) else x
 
     return [factors.view(f, w, pad)]
 
@@ -184,7 +256,20 @@ def _side_by_side(
     if not _is_weight(run, operands):
         return None
     (w,) = bind(eqn, weights(operands))
-    return _maybe(factors.concatenate([*map(row, operands)], w, axis))
+    return _grown(factors.concatenate([*map(row, operands)], w, axis), operands)
+
+
+def _grown(f: Factors | None, parts: list[Any]) -> list[Factors] | None:
+    """A weight made of several, unless their ranks add up to more than it is worth.
+
+    Factors that hold more numbers than the weight make each product with them dearer
+    than the one with the weight.
+    """
+    ranks = [x.a.shape[-1] for x in parts if isinstance(x, Factors)]
+    if f is None or f.a.shape[-1] == max(ranks):
+        return _maybe(f)
+    own = factors.size(f.shape[d] for d in factors.varying(f))
+    return [f] if factors.size(f.a.shape) + factors.size(f.b.shape) <= own else None
 
 
 def _is_weight(run: Run, operands: list[Any]) -> bool:
@@ -195,24 +280,36 @@ def _is_weight(run: Run, operands: list[Any]) -> bool:
     factors, it would be formed again by whatever comes next.
     """
     adapted = [x for x in operands if isinstance(x, Factors)]
-    if len(adapted) == len(operands) or any(np.ndim(x) == 0 for x in operands):
+    trivial = lambda x: np.ndim(x) == 0 or 0 in np.shape(x)
+    if len(adapted) == len(operands) or any(map(trivial, operands)):
         return True
     (shape,) = shapes(run.eqn)[1]
     for f in adapted:
         if any(n != 1 for d, n in enumerate(shape) if d not in factors.varying(f)):
             return False  # the weight repeats itself, for each example of a batch
-    return leads_to(run.jaxpr, run.trail[-1][0], PRODUCTS, keeps)
+    return run.leads_to(run.eqn, _is_product, keeps)
+
+
+def _is_product(eqn: Any) -> bool:
+    return eqn.primitive.name in PRODUCTS
+
+
+def is_view(eqn: Any) -> bool:
+    """Whether an equation hands a weight on: in factors, if these operands allow."""
+    return eqn.primitive.name in VIEWS
 
 
 def keeps(eqn: Any) -> bool:
     """Whether a weight that goes through an equation is still one, in factors."""
-    name = eqn.primitive.name
-    return name in VIEWS and (name not in ("mul", "div") or () in shapes(eqn)[0])
+    scales = eqn.primitive.name in ("mul", "div")
+    return is_view(eqn) and (not scales or () in shapes(eqn)[0])
 
 
 def _cut(f: Factors, w: jax.Array, starts: Any, limits: Any, strides: Any):
     def cut(x, present):
         for d in present:
+            if (starts[d], limits[d], strides[d]) == (0, x.shape[d], 1):
+                continue  # the same array: pieces of a weight share it
             x = lax.slice_in_dim(x, starts[d], limits[d], strides[d], axis=d)
         return x
 
@@ -228,7 +325,8 @@ def _dynamic_slice(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     def cut(x, present):
         for d in present:
-            x = lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis=d)
+            if sizes[d] != x.shape[d]:
+                x = lax.dynamic_slice_in_dim(x, starts[d], sizes[d], axis=d)
         return x
 
     return _maybe(factors.cut(f, w, cut))
@@ -252,13 +350,16 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     if not _is_weight(run, operands):
         return None
     (w,) = bind(eqn, weights(operands))
+    both = isinstance(f, Factors) and isinstance(g, Factors)
+    if minus and not both and run.leads_to(eqn, *_coarser(_digits(w.dtype))):
+        return None  # the array may be nearly W + A B: that is far from W alone
     if isinstance(g, Factors) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
     if not isinstance(g, Factors):
         return [dataclasses.replace(f, w=w)]
     if not isinstance(f, Factors):
         return [dataclasses.replace(g, w=w)]
-    return _maybe(factors.add(f, g, w))
+    return _grown(factors.add(f, g, w), operands)
 
 
 def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -277,10 +378,10 @@ def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         scale = apply(f.scale.astype(dtype), *(jnp.reshape(x, ()) for x in others))
         return [dataclasses.replace(f, w=w, scale=scale)]
     (x,) = others
-    channels = {d for d, n in enumerate(x.shape) if n > 1}
+    channels = {d for d, n in enumerate(x.shape) if n != 1}
     for part, factor in (("a", f.a), ("b", f.b)):
         if channels.issubset(factors.present(factor)):
-            factor = apply(factor.astype(dtype), x[..., None]).astype(factor.dtype)
+            factor = apply(factor.astype(dtype), x[..., None])
             return [dataclasses.replace(f, w=w, **{part: factor})]
     return None
 
@@ -290,10 +391,10 @@ def _maybe(f: Factors | None) -> list[Factors] | None:
 
 
 VIEWS: dict[str, Rule] = {
-    "convert_element_type": _on_weight,
+    "convert_element_type": _cast,
     "copy": _on_weight,
-    "reduce_precision": _on_weight,
-    "device_put": _on_weight,
+    "reduce_precision": _reduce_precision,
+    "device_put": _device_put,
     "sharding_constraint": _on_weight,
     "reshard": _reshard,
     "stop_gradient": _on_each,

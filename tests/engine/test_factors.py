@@ -224,6 +224,20 @@ def test_a_sum_adds_up_the_ranks():
     assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)
 
 
+def test_a_sum_of_views_that_share_a_factor_keeps_the_rank():
+    ((f,), (x,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+    mean = np.asarray(x).mean(0, keepdims=True)
+    g = Factors(f.w.mean(0), f.a.mean(0, keepdims=True), f.b, -f.scale)
+    h = add(f, g, f.w - f.w.mean(0, keepdims=True))
+    np.testing.assert_allclose(materialize(h), x - mean, atol=1e-5)
+    assert h.a.shape == (4, 1, 2) and h.b is f.b
+
+
+def test_nothing_cut_out_of_a_weight_is_a_plain_array():
+    ((f,), _) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+    assert cut(f, f.w[4:], lambda x, own: x).shape == (0, 3)
+
+
 def test_mixed_precision_side_by_side():
     ((f, g), (x, y)) = pieces(*[((4, 3), (4, 2), (2, 3), ())] * 2, axes=(0, 1))
     low = Factors(g.w, *(x.astype(jnp.bfloat16) for x in (g.a, g.b)), g.scale)

@@ -13,7 +13,7 @@ from lora_jax._engine.jaxpr import (
     contains,
     evaluate,
     flops,
-    leads_to,
+    look_ahead,
     passed_on,
     place,
     scan_counts,
@@ -135,11 +135,12 @@ def test_passed_on_through_calls():
 def test_leads_to_a_product_through_views_and_calls():
     passes = lambda eqn: eqn.primitive.name in ("transpose", "add")
     w = np.ones((4, 4), np.float32)
-    goals = {"dot_general"}
+    goal = lambda eqn: eqn.primitive.name == "dot_general"
 
-    def leads(fn):
+    def leads(fn, *how):
         """Whether the sum that `fn` begins with gets there."""
-        return leads_to(jaxpr_of(lambda w, x: fn(w + 1, x), w, X), 0, goals, passes)
+        jaxpr = jaxpr_of(lambda w, x: fn(w + 1, x), w, X)
+        return look_ahead(jaxpr)(jaxpr.eqns[0], goal, passes, *how)
 
     assert leads(lambda w, x: x @ w)
     assert leads(lambda w, x: jax.jit(lambda w, x: x @ (w.T + w))(w, x))
@@ -149,6 +150,23 @@ def test_leads_to_a_product_through_views_and_calls():
     assert not leads(lambda w, x: x @ jnp.tanh(w))
     assert not leads(lambda w, x: lax.scan(lambda x, _: (x * 2, w), x, length=2))
     assert not leads(lambda w, x: w)
+    assert leads(lambda w, x: w.T, lambda dtype: dtype == np.float32)
+    assert not leads(lambda w, x: jnp.tanh(w), lambda dtype: dtype == np.float32)
+
+
+def test_all_that_look_ahead_share_one_walk():
+    def many_sums(x):
+        for _ in range(20):
+            x = jnp.sin(x + 1)
+        return x
+
+    jaxpr, seen = jaxpr_of(many_sums, X), []
+    leads_to = look_ahead(jaxpr)
+    goal = lambda eqn: seen.append(eqn) or eqn.primitive.name == "sin"
+    passes = lambda eqn: False
+    found = [leads_to(eqn, goal, passes) for eqn in jaxpr.eqns]
+    assert found == [eqn.primitive.name == "add" for eqn in jaxpr.eqns]
+    assert len(seen) == len(jaxpr.eqns)
 
 
 def test_flops_by_hand():

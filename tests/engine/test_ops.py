@@ -108,6 +108,16 @@ def test_the_result_has_the_plain_dtype(dtype, preferred):
     np.testing.assert_allclose(got.astype(np.float32), x @ (w + a @ b / 2), atol=atol)
 
 
+@pytest.mark.parametrize("rank", [2, 9])
+def test_factors_of_few_digits_are_scaled_in_more(rank):
+    w, a, b = normal(4, 5), normal(4, rank), normal(rank, 5)
+    low = [jnp.asarray(z, jnp.bfloat16) for z in (a, b)]
+    f, x = align(jnp.asarray(w), *low, jnp.float32(1 / 3)), normal(3, 4)
+    a, b = (np.asarray(z, np.float64) for z in low)
+    got = ops.dot_general(jnp.asarray(x), f, (((1,), (0,)), ((), ())))
+    np.testing.assert_allclose(got, x @ (w + a @ b / 3), atol=1e-5)
+
+
 CHANNELS_LAST = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 STANDARD = (3, 3, 4, 5), (3, 3, 4, 2), (2, 5)
 SWAPPED = (3, 3, 4, 5), (3, 3, 1, 5, 2), (1, 1, 4, 1, 2)
