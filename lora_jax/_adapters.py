@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax._tree import Path, is_array, path_name, unbox
+from lora_jax._tree import Path, is_array, listed, path_name, unbox
 
 FACTORS = ("lora_a", "lora_b", "lora_scale")
 COPY = "lora_w"
@@ -72,6 +72,12 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
             weight = _weight_of(path, leaves)
             factored, copied = adapter_of(weight), copy_of(weight)
             own = factored if path in factored else copied
+            if path not in own:
+                raise ValueError(
+                    f"The adapter leaf {path_name(path)!r} has no name of ours: those "
+                    f"of {path_name(weight)!r} are {listed([*factored, *copied])}. "
+                    "Rename it, or remove it."
+                )
             if found.setdefault(weight, own) != own:
                 raise ValueError(
                     f"{path_name(weight)!r} has both an adapter and a trained copy, "

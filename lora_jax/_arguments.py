@@ -1,7 +1,7 @@
 """Which arguments of a call hold the parameters: by position, or by keyword."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,11 @@ Where = tuple[int | str, ...]
 def chosen(argnums: int | Sequence[int] | None, argnames: str | Sequence[str]) -> Where:
     """The positions, then the keywords, that a caller names; by default position 0."""
     names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"argnames takes keywords, found {name!r}. Write argnums.")
+    if isinstance(argnums, str):
+        raise TypeError(f"argnums takes positions, found {argnums!r}. Write argnames.")
     if argnums is None:
         argnums = () if names else 0
     several = isinstance(argnums, Sequence)
@@ -67,9 +72,9 @@ def leaves_of(key: int | str, params: Any) -> dict[Path, Any]:
         ) from error
 
 
-def named(key: int | str, path: Path, where: Where) -> str:
-    """A path, in front of it the argument that it is in if there are several."""
-    return path_name(path if len(where) < 2 else (key, *path))
+def named(key: int | str, path: Path, given: Collection[Any]) -> str:
+    """A path, in front of it the argument that it is in if several are given."""
+    return path_name(path if len(given) < 2 else (key, *path))
 
 
 def replaced(
@@ -99,8 +104,10 @@ def elsewhere(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, tuple]:
     leaves, _ = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
     found = {}
     for i, ((_, argument, *path), _) in enumerate(leaves):
-        name = jax.tree_util.keystr(path[-1:], simple=True)
-        if path and is_adapter((name,)):
+        while path and not isinstance(path[-1], jax.tree_util.DictKey):
+            path.pop()  # what is in a box
+        name = path[-1].key if path else ""
+        if is_adapter((name,)):
             by_keyword = isinstance(argument, jax.tree_util.DictKey)
             found[i] = argument.key if by_keyword else argument.idx, name
     return found
@@ -110,9 +117,10 @@ def check_elsewhere(found: dict[int, tuple], used: dict[int, bool]) -> None:
     """Adapters in an argument that nobody named would do nothing."""
     for i, (key, name) in found.items():
         if not used.get(i, True):
-            name_both = f"arg{'names' if isinstance(key, str) else 'nums'}"
+            by_keyword = isinstance(key, str)
+            how = f"..., argnames={key!r}" if by_keyword else f"argnums=(..., {key})"
             raise ValueError(
                 f"Argument {key!r} has adapters too, such as {name!r}, and the "
                 "function never reads them: they would do nothing. Name both, "
-                f"lora(fn, {name_both}=(..., {key!r})), or pass strip(params)."
+                f"lora(fn, {how}), or pass strip(params)."
             )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_jax._adapters import find_adapters, is_adapter
-from lora_jax._tree import Path, flatten, path_name, unflatten
+from lora_jax._tree import Path, flatten, is_box, listed, path_name, unflatten
 
 
 def detach(params: Any) -> Any:
@@ -56,26 +56,29 @@ def attach(adapters: Any, base: Any) -> Any:
       >>> sorted(lj.attach(lj.detach(params), lj.strip(params)))
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
-    leaves, new = flatten(base), {}
-    for path, x in flatten(adapters).items():
-        if x is not None:
-            new[path] = x
-        elif is_adapter(path):
+    leaves, given = flatten(base), flatten(adapters)
+    new = {path: x for path, x in given.items() if x is not None}
+    for path, x in given.items():
+        if x is None and is_adapter(path):
             raise ValueError(
                 f"{path_name(path)!r} of adapters is missing. Pass detach(params), "
                 "which keeps scales too, not a half of split(params)."
             )
-        elif path not in leaves:
+        if x is None and path not in leaves:
             raise ValueError(
                 f"base has no leaf {path_name(path)!r}, and the tree of the adapters "
                 "had. Pass the parameters that they were trained for."
             )
-    for path in new:
-        if not is_adapter(path):
+        if x is not None and not is_adapter(path):
             raise ValueError(
                 f"{path_name(path)!r} of adapters is no part of an adapter. Pass "
                 "detach(params)."
             )
+    if len(new) < len(given) and (lost := [p for p in leaves if p not in given]):
+        raise ValueError(
+            f"base has {listed(lost)}, and the tree of the adapters had not. Pass the "
+            "whole of detach(params), and the parameters that it was taken off."
+        )
     return attached(base, leaves, new)
 
 
@@ -87,5 +90,12 @@ def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
                 f"base has {path_name(path)!r} already: adapters are attached once. "
                 "Pass the plain parameters, strip(params)."
             )
-    find_adapters(leaves | new)  # raises if one is broken
+    for weight, own in find_adapters(leaves | new).items():  # raises if one is broken
+        for path in own:
+            if is_box(leaves[weight]) and path in new and not is_box(new[path]):
+                raise ValueError(
+                    f"{path_name(path)!r} is a plain array, and its weight is in a "
+                    f"{type(leaves[weight]).__name__}: no filter would know that it "
+                    "trains. Restore it into detach(lorafy(base, rank)), with boxes."
+                )
     return unflatten(base, leaves | new)

@@ -136,7 +136,7 @@ def explain(
     rows = []
     for key in given:
         for path, own in adapters[key].items():
-            name = named(key, path, where)
+            name = named(key, path, given)
             notes = [n for n in told if str(n.name) == name]
             is_used = (key, path) in used
             rows.append(_row(name, leaves[key], path, own, notes * is_used, is_used))

@@ -1,7 +1,8 @@
 """Drop-in `flax.linen` layers that use adapters where their parameters have them.
 
 Each is Flax's own layer under `lora`, so it keeps every option of it: paddings, masks,
-dtypes, injected products. Without adapters it is Flax's own layer and nothing else.
+dtypes, injected products. Without adapters it is Flax's own layer and nothing else. Of
+other layers in a model these know nothing: `lora(model.apply)` does.
 """
 
 import dataclasses
@@ -18,10 +19,14 @@ from lora_jax._lorafy import lorafy
 class Dense(nn.Dense):
     """`flax.linen.Dense` with an adapter: y = x W + b + scale * (x A) B.
 
+    It uses what its own parameters hold, whether from `init`, `lorafy` or `load`: also
+    trained copies. Flax's plain layers beside it pass adapters and copies over without
+    a word: where those train too, as with `lorafy(also=...)`, run the whole model as
+    `lora(model.apply)`.
+
     Attributes:
       rank: If given, `init` creates `lora_a` (in, rank), `lora_b` (rank, features),
-        zero at the start, and `lora_scale` () beside the kernel. `apply` uses what the
-        parameters hold, whether from `init`, `lorafy` or `load`.
+        zero at the start, and `lora_scale` () beside the kernel.
       alpha: The update is scaled by alpha / rank. Default: the rank.
       rslora: Scale by alpha / sqrt(rank) instead.
 

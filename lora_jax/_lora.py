@@ -131,7 +131,7 @@ def call(
         for i, path in enumerate(leaf_order(tree), place(args, kwargs, key)):
             own = adapters[key].get(path)
             if own is not None:
-                names[i] = named(key, path, where)
+                names[i] = named(key, path, given)
             if isinstance(own, Adapter):
                 parts = (unbox(leaves[key][part]) for part in (path, *own))
                 factors[i] = align(*parts, name=names[i])
@@ -153,8 +153,8 @@ def _check_used(used: dict[str, bool]) -> None:
     if idle := [name for name, use in used.items() if not use]:
         raise ValueError(
             f"The function never uses {len(idle)} adapted weight(s): {listed(idle)}. "
-            "An adapter there would learn nothing. Leave them out, "
-            "lorafy(params, rank, exclude=[...]), or write lora(fn, unused='ignore')."
+            "What trains there would learn nothing. Leave them out of lorafy(params, "
+            "rank, also=...), or exclude=[...], or write lora(fn, unused='ignore')."
         )
 
 

@@ -118,9 +118,9 @@ def lorafy(
     copied = also_trained(leaves, also, plans)
     key = jax.random.key(0) if key is None else key
     # Each new leaf must find its place before any array is made.
-    parts = [part for path in plans for part in adapter_of(path)]
-    parts += [copy_of(path).w for path in copied]
-    unflatten(params, leaves | dict.fromkeys(parts))
+    trial = {part: leaves[path] for path in plans for part in adapter_of(path)}
+    trial |= {copy_of(path).w: leaves[path] for path in copied}
+    unflatten(params, leaves | trial)
     new: dict[Path, Any] = {copy_of(p).w: trained_copy(leaves[p]) for p in copied}
     for path, (r, weight_alpha, dims) in plans.items():
         w = unbox(leaves[path])
@@ -152,7 +152,8 @@ def lorafy(
 def trained_copy(leaf: Any, value: Any = None) -> Any:
     """A copy of a leaf to train, or another value in its place, in the leaf's box."""
     w = unbox(leaf)
-    dims, dtype = tuple(range(len(w.shape))), wider(w.dtype)
+    dtype = wider(w.dtype) if value is None else wider(value.dtype, w.dtype)
+    dims = tuple(range(len(w.shape)))
     if isinstance(w, jax.ShapeDtypeStruct) and value is None:
         x = jax.ShapeDtypeStruct(w.shape, dtype, sharding=_sharding(w, dims))
     else:

@@ -1,5 +1,6 @@
 """Any optax optimizer, for the adapters alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,9 @@ def adapters_only(
       `optax.apply_updates` adds without changing a bit. (Outside of one `jit`, XLA for
       CPU takes a subnormal number for zero there, as in any sum.) Of optax's extra
       arguments, a tree like the parameters (`grad`) is cut to the adapters, `value_fn`
-      is asked of the whole tree, and numbers and keys (`value`) pass as they are.
+      is asked of the whole tree, and numbers and keys (`value`) pass as they are. (A
+      state in which optax keeps gradients has those of the adapters alone: with
+      `optax.value_and_grad_from_state`, train the half of `split`.)
 
     Raises:
       ValueError: When initialised or applied, as `split`.
@@ -65,9 +68,12 @@ def adapters_only(
 def _own(name: str, x: Any, whole: Any, frozen: Any) -> Any:
     """An extra argument of `update` as the optimizer of the adapters needs it."""
     if name == "value_fn":
-        return lambda adapters, *args, **kwargs: x(
-            combine(adapters, frozen), *args, **kwargs
-        )
+
+        @functools.wraps(x)  # optax looks for further arguments in its signature
+        def of_adapters(adapters: Any, *args: Any, **kwargs: Any) -> Any:
+            return x(combine(adapters, frozen), *args, **kwargs)
+
+        return of_adapters
     if callable(x):
         raise TypeError(
             f"adapters_only cannot pass {name!r} on: it is a function, and only "
@@ -79,7 +85,10 @@ def _own(name: str, x: Any, whole: Any, frozen: Any) -> Any:
 
 def _nothing(x: Any) -> Any:
     """What to add to a leaf, or to its gradient's like, to leave it as it is."""
-    if x.dtype == jax.dtypes.float0:  # the gradient of a whole number
-        return jnp.zeros(x.shape, bool)
+    shape, dtype = jnp.shape(x), jnp.result_type(x)
+    if dtype == jax.dtypes.float0:  # the gradient of a whole number
+        return jnp.zeros(shape, bool)
     # x + 0.0 would turn -0.0 into 0.0; x + -0.0 is x.
-    return jnp.full_like(x, -0.0 if jnp.issubdtype(x.dtype, jnp.floating) else 0)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.full(shape, complex(-0.0, -0.0), dtype)
+    return jnp.full(shape, -0.0 if jnp.issubdtype(dtype, jnp.floating) else 0, dtype)

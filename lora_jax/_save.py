@@ -179,7 +179,7 @@ def _find(
             f"{path} was tampered with: {said['tensors']} are not the adapter's "
             f"leaves of {name!r}."
         )
-    if any(part in leaves for part in parts):
+    if any(p in leaves for p in (*adapter_of(paths[name]), *copy_of(paths[name]))):
         raise ValueError(
             f"{path}: {name!r} has an adapter in base already. Pass the plain "
             "parameters: load(path, strip(params))."
@@ -192,9 +192,10 @@ def _check_base(path: Any, name: str, w: Any, known: np.ndarray | None) -> None:
     if known is None or found is None:
         return
     if off := differ(found, known):
+        far = f"{off:.0%} off it" if np.isfinite(off) else "nothing like it"
         raise ValueError(
             f"{path} was trained on another base: {name!r} is not the weight that its "
-            f"adapter stood beside, but {off:.0%} off it in the values compared. Pass "
+            f"adapter stood beside, but {far} in the values compared. Pass "
             "the parameters that the adapter was trained for, or write "
             "load(path, base, same_base=False) if any will do."
         )
@@ -214,6 +215,8 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             for name in sorted(names ^ expected):
                 what = "is missing" if name in expected else "belongs to no adapter"
                 raise ValueError(f"{path} was tampered with: tensor {name!r} {what}.")
+            for name in sorted(header["sha256"].keys() - names):
+                raise ValueError(f"{path} was tampered with: {name!r} was cut out.")
             tensors = {name: file.get_tensor(name) for name in sorted(names)}
     except safetensors.SafetensorError as error:
         raise ValueError(

@@ -4,6 +4,7 @@ Everything here reads paths and shapes alone and runs before any array work. A p
 that matches nothing is an error, because an adapter that is not there fails in silence.
 """
 
+import contextlib
 import difflib
 import math
 import operator
@@ -83,8 +84,16 @@ def also_trained(
     Raises:
       ValueError: If a pattern matches no floating leaf, or one that has an adapter.
     """
+    patterns = as_patterns(also, "also")
     floating = [path for path, leaf in leaves.items() if is_floating(path, leaf)]
-    found = match_each(as_patterns(also, "also"), floating, "also", leaves)
+    found = match_each(patterns, floating, "also", leaves)
+    for path, leaf in leaves.items():
+        whole = is_array(unbox(leaf)) and not is_adapter(path) and path not in floating
+        if whole and any(matches(pattern, path) for pattern in patterns):
+            raise ValueError(
+                f"also names {path_name(path)!r}, which is {unbox(leaf).dtype}: what "
+                "trains is floating. Write a narrower pattern."
+            )
     for path in found:
         if path in plans:
             raise ValueError(
@@ -269,12 +278,13 @@ def _check_alpha(alpha: Any) -> Any:
 def _check_positive(alpha: Any) -> Any:
     """The number, which may be traced: then its value is not known."""
     kind = getattr(alpha, "dtype", None) or np.result_type(type(alpha))
-    real = any(np.issubdtype(kind, k) for k in (np.integer, jnp.floating))
+    real = any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating))
     if real and np.shape(alpha) == ():
         if isinstance(alpha, jax.core.Tracer):
             return alpha
-        if math.isfinite(alpha) and alpha > 0:
-            return float(alpha)
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(float(alpha)) and alpha > 0:
+                return float(alpha)
     raise ValueError(
         f"alpha must be a finite number above 0, found {alpha!r}: the adapter's output "
         "is scaled by alpha / rank."

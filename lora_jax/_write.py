@@ -58,7 +58,9 @@ def write(path: Any, data: bytes) -> None:
     temporary = os.path.join(folder, f"{_start(name)}{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            _lock(file)
+            # Held until the new name is there. Where there are no locks, so be it.
+            with contextlib.suppress(OSError):
+                _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -79,10 +81,10 @@ def write(path: Any, data: bytes) -> None:
             os.close(handle)
 
 
-def _lock(file: Any) -> None:
-    """Marks a temporary file as in use, until it is closed; raises if it is."""
+def _lock(file: Any, *, wait: bool = True) -> None:
+    """Marks a temporary file as in use, until it is closed; or raises if it is."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def _start(name: str) -> str:
@@ -97,6 +99,6 @@ def _remove_abandoned(folder: str, name: str) -> None:
             continue
         found = os.path.join(folder, entry)
         with contextlib.suppress(OSError), open(found, "rb") as file:
-            _lock(file)  # which a living save holds from before its first byte
+            _lock(file, wait=False)  # a living save holds it before its first byte
             if os.path.getsize(found):
                 os.unlink(found)

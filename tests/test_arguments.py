@@ -2,9 +2,12 @@
 
 from functools import partial
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lora_jax as lj
 
@@ -65,5 +68,42 @@ def test_an_array_where_parameters_should_be_is_named(use):
 def test_adapters_in_an_unnamed_keyword_are_refused():
     fn = lambda p, x, *, other: classifier(p, x)
     params = lj.lorafy(with_head(), 2, targets="m")
-    with pytest.raises(ValueError, match=r"Argument 'other' has adapters.*argnames="):
+    with pytest.raises(
+        ValueError, match=r"Argument 'other' has adapters.*argnames='other'"
+    ):
         lj.lora(fn)(params, jnp.ones((3, 8)), other=params)
+
+
+def boxed(params):
+    return jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), params)
+
+
+@pytest.mark.parametrize(
+    "wrap", [boxed, lambda p: nnx.State(jax.tree.map(nnx.Param, p))]
+)
+def test_adapters_in_boxes_are_found_too(wrap):
+    fn = lambda p, x, other: classifier(p, x)
+    params = lj.lorafy(with_head(), 2, targets="m")
+    other = lj.lorafy(wrap(with_head()), 2, targets="m")
+    with pytest.raises(
+        ValueError, match=r"Argument 2 has adapters.*argnums=\(..., 2\)"
+    ):
+        lj.lora(fn)(params, jnp.ones((3, 8)), other)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"argnames": (0,)}, "argnames takes keywords, found 0. Write argnums"),
+        ({"argnums": "params"}, "argnums takes positions, found 'params'. Write argn"),
+    ],
+)
+def test_positions_and_keywords_are_not_mixed_up(options, match):
+    with pytest.raises(TypeError, match=match):
+        lj.lora(classifier, **options)
+
+
+def test_one_argument_named_twice_is_one():
+    params, x = lj.lorafy(with_head(), 2, targets="m"), jnp.ones((3, 8))
+    report = lj.explain(classifier, params, x, argnums=(0, -2))
+    assert [row.path for row in report.rows] == ["m/kernel"]

@@ -54,6 +54,8 @@ def test_in_a_state_and_abstract_too():
         back = lj.attach(lj.detach(params), lj.strip(params))
         assert type(back) is type(params)
         assert jax.tree.structure(back) == jax.tree.structure(params)
+        pairs = zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True)
+        assert all(x is y for x, y in pairs)
 
 
 def test_swapping_adapters_compiles_nothing():
@@ -129,12 +131,29 @@ def without(tree, *names):
             "'m/kernel' does not fit",
         ),
         (lambda p: without(p, "m", "head", "head_lora_w"), lj.strip, "no adapters"),
+        (
+            lambda p: {"m": lj.detach(p)["m"]},
+            lj.strip,
+            r"base has 'head', and the tree of the adapters had not.*whole of detach",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(adapters, plain, match):
     params = adapted()
     with pytest.raises(ValueError, match=match):
         lj.attach(adapters(params), plain(params))
+
+
+def test_plain_arrays_are_not_put_beside_variables():
+    """As a checkpointer may give them: no filter of nnx would find them."""
+    state = nnx.State(jax.tree.map(nnx.Param, base()))
+    params = lj.lorafy(state, 2, targets="m/kernel")
+    own = {path: x for path, x in flatten(lj.detach(params)).items() if x is not None}
+    bare = {"m": {path[-1]: x[...] for path, x in own.items()}}
+    with pytest.raises(
+        ValueError, match=r"'m/lora_a' is a plain array.*in a Param: no"
+    ):
+        lj.attach(bare, state)
 
 
 @pytest.mark.parametrize("use", [lj.detach, lambda x: lj.attach(x, base())])

@@ -1151,3 +1151,30 @@ def test_sharded_parameters(kind, close):
 
 def lora_names(name):
     return [name] if "lora" in name and "scale" not in name else []
+
+
+def test_a_mesh_of_explicit_axes_needs_no_context(randomized):
+    """As for the plain function: types alone tell what is where."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    base = {"w": put(jnp.ones((4, 8)), None, "y")}
+    params, fn = randomized(lj.lorafy(base, 2, targets="*")), lambda p, x: x @ p["w"]
+    for x in (put(jnp.ones((6, 4)), "x", None), jnp.ones((6, 4))):
+        got, want = lj.lora(fn)(params, x), fn(lj.merge(params), x)
+        assert got.sharding == fn(base, x).sharding
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_barrier_takes_parts_that_vary_along_other_axes(randomized):
+    """A weight cut along its outputs: the factor of its inputs is not cut."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    cut = P(None, "x")
+
+    def fn(p, x):
+        local = lambda w, x: x @ lax.optimization_barrier((w, 2 * w))[0]
+        specs = {"in_specs": (cut, P()), "out_specs": cut}
+        return jax.shard_map(local, mesh=mesh, **specs)(p["w"], x)
+
+    params = randomized(lj.lorafy({"w": jnp.eye(4)}, 2, targets="*"))
+    got, want = jax.jit(lj.lora(fn))(params, X), fn(lj.merge(params), X)
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -493,11 +493,13 @@ def test_a_copy_is_where_its_leaf_is_and_in_its_box(axis_type):
         ("q_proj", "Their names end in .*'q_proj' is a name of PyTorch: write those"),
         ("", "also takes patterns of paths, found ''"),
         ([3], "also takes patterns of paths, found 3"),
+        ("norm", "also names 'norm/count', which is int32: what trains is floating"),
         ("m", r"'m/kernel' is named by also, and would get .*exclude=\['m/kernel'\]"),
     ],
 )
 def test_also_is_strict(also, match):
     params = with_head() | {"steps": jnp.int32(3)}
+    params["norm"]["count"] = jnp.zeros(3, int)
     with pytest.raises(ValueError, match=match):
         lj.lorafy(params, 2, targets="m", also=also)
 
@@ -515,13 +517,20 @@ def test_an_adapted_leaf_is_not_also_copied_nor_copied_twice():
 
 def test_alpha_may_be_a_jax_scalar_and_traced():
     base = {"m": {"kernel": jnp.ones((4, 3))}}
-    assert lj.lorafy(base, 2, alpha=jnp.float32(3))["m"]["lora_scale"] == 1.5
+    for alpha in (3, np.float16(3), jnp.float32(3), jnp.bfloat16(3), np.int8(3)):
+        assert lj.lorafy(base, 2, alpha=alpha)["m"]["lora_scale"] == 1.5
     scale = lambda alpha: lj.lorafy(base, 2, alpha=alpha)["m"]["lora_scale"]
     alphas = jnp.array([1.0, 4.0, 16.0])
     np.testing.assert_array_equal(jax.vmap(scale)(alphas), alphas / 2)
     by_pattern = jax.jit(lambda alpha: lj.lorafy(base, 2, alpha={"m": alpha}))
     assert by_pattern(jnp.int32(8))["m"]["lora_scale"] == 4
-    for bad in (jnp.ones(2), jnp.array(True), jnp.float32(-1), jnp.float32(jnp.nan)):
+    for bad in (
+        10**400,
+        jnp.ones(2),
+        jnp.array(True),
+        jnp.float32(-1),
+        jnp.float32(jnp.nan),
+    ):
         with pytest.raises(ValueError, match="alpha must be a finite number above 0"):
             lj.lorafy(base, 2, alpha=bad)
     with pytest.raises(ValueError, match="alpha must be a finite number above 0"):

@@ -211,6 +211,32 @@ def test_line_searches_ask_the_whole_function_of_the_adapters(optax_promotion):
     assert bits(lj.strip(params)) == before
 
 
+def test_a_value_fn_may_take_more(optax_promotion):
+    params, search = small(also="head"), optax.scale_by_backtracking_linesearch
+    tx = lj.adapters_only(search(max_backtracking_steps=3))
+
+    def value_fn(params, *, target):
+        return jnp.sum((params["head_lora_w"] - target) ** 2)
+
+    target = params["head"] + 1
+    value, grad = jax.value_and_grad(value_fn)(params, target=target)
+    updates = jax.tree.map(jnp.negative, grad)
+    updates, _ = tx.update(
+        *(updates, tx.init(params), params),
+        **{"value": value, "grad": grad, "value_fn": value_fn, "target": target},
+    )
+    assert value_fn(optax.apply_updates(params, updates), target=target) < value
+
+
+def test_leaves_of_any_type_stay():
+    params = small() | {"step": 3.5, "phase": jnp.array([complex(-0.0, -0.0)])}
+    tx = lj.adapters_only(optax.sgd(0.5))
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    assert bits(lj.strip(after)) == bits(jax.tree.map(jnp.asarray, lj.strip(params)))
+
+
 def test_an_extra_function_of_who_knows_what_is_refused_by_name():
     params, tx = small(), lj.adapters_only(optax.sgd(0.5))
     with pytest.raises(TypeError, match=r"cannot pass 'obj_fn' on.*split\(params\)"):

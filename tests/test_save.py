@@ -675,6 +675,7 @@ ANY_PATH = "was tampered with|base has no weight|was saved for the shape"
         (drop_field("scale"), TAMPERED),
         (drop_field("shape"), TAMPERED),
         (edit(copies={}), "tensor 'head/bias_lora_w' belongs to no adapter"),
+        (edit(sha256=lambda d: d | {"x/lora_w": "0" * 64}), "'x/lora_w' was cut out"),
         (edit(copies=lambda c: {"head/x": c["head/bias"]}), "base has no weight 'hea"),
         (edit(copies=lambda c: {"m/bias": c["head/bias"]}), "leaves of 'm/bias'"),
         (
@@ -765,6 +766,17 @@ def test_a_changed_missing_or_extra_tensor_is_refused_by_name(name, saved):
     refuse(path, base, "tampered with: tensor 'extra' belongs to no adapter")
 
 
+def test_a_copy_keeps_its_digits(path):
+    base = {"m": layer(), "head": weight(3, dtype=jnp.bfloat16)}
+    with jax.enable_x64(True):
+        params = adapted(base, also="head")
+        head = params["head_lora_w"].astype(jnp.float64) + 1e-12
+        lj.save(path, params | {"head_lora_w": head})
+        loaded = lj.load(path, base)["head_lora_w"]
+        assert loaded.dtype == np.float64
+        np.testing.assert_array_equal(loaded, head)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_file_that_is_not_finite_is_refused(value, path, monkeypatch):
     params = adapted()
@@ -786,6 +798,7 @@ def test_a_file_that_is_not_finite_is_refused(value, path, monkeypatch):
         (lambda m: {"w": m["kernel"]}, "base has no weight 'm/kernel'. It has .*'m/w'"),
         (lambda m: {"kernel": None}, "base has no weight 'm/kernel'"),
         (lambda m: m | {"lora_a": weight(4, 2)}, r"'m/kernel' has an adapter.*strip\("),
+        (lambda m: m | {"lora_w": weight(4, 3)}, r"'m/kernel' has an adapter.*strip\("),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_by_path(change, match, saved):

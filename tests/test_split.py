@@ -194,6 +194,10 @@ def tree(**changes):
         (lambda: tree(embedding=(4, 3)), "'m/lora_a' belongs to no weight: found 2"),
         (lambda: tree(w_lora_b=(2, 3)), "'m/w_lora_b' belongs to no weight"),
         (
+            lambda: tree(kernel_lora_b=(2, 3)),
+            "'m/kernel_lora_b' has no name of ours: .*'m/lora_a'.*Rename it",
+        ),
+        (
             lambda: tree(lora_a=(4, 5)),
             r"'m/kernel' does not fit: lora_a \(4, 5\), lora_b \(2, 3\) and lora_scale "
             r"\(\) make no update of a weight \(4, 3\).*lorafy on these",

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
 from lora_jax._engine.factors import x64
@@ -190,7 +192,16 @@ def manual_axes(eqn: Any) -> frozenset:
 
 def varying_axes(x: jax.Array) -> frozenset:
     """The axes of `shard_map` along which devices may hold different values of x."""
-    aval = jax.typeof(x)
+    return _varying(jax.typeof(x))
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of an abstract type, varying along the axes of `shard_map` that it has."""
+    axes, x = _varying(aval), jnp.zeros(aval.shape, aval.dtype)
+    return lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _varying(aval: Any) -> frozenset:
     kinds = getattr(aval, "manual_axis_type", None)  # up to 0.11 it was `vma`
     return aval.vma if kinds is None else kinds.varying
 

@@ -37,6 +37,7 @@ from lora_jax._engine.jaxpr import (
     result_shapes,
     scan_counts,
     trace,
+    zeros,
 )
 from lora_jax._engine.products import PRODUCTS
 from lora_jax._engine.run import (
@@ -244,32 +245,23 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """
     run = run._replace(key=None)  # no rule knows of a mask
     inner = run._replace(counting=False)
-    n, first = len(eqn.outvars), custom_consts(eqn)
-    dtypes = [jnp.result_type(x) for x in weights(operands)]
-    floating = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
-    # By what a rule closes over it cannot be differentiated.
-    able = [i for i in floating if i >= first]
-    # A rule that is told what moves may save other things each time.
-    again = knows_what_moves(eqn)
+    n = len(eqn.outvars)
 
     def rule(moving, operands):
-        """The forward rule, and what moves in it.
+        vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, moving))
+        return trace(vjp, *weights(operands))
 
-        A rule that is not told gives the gradients of all: so do we, and JAX drops what
-        nobody needs.
-        """
-        nonlocal again
-        vjp = lambda which: trace(
-            lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, which)), *weights(operands)
-        )
-        if not again:
-            try:
-                return vjp(able)
-            except Exception:
-                # `vmap` forgets how many operands a rule closes over, and that JAX
-                # refuses to differentiate by them is all that tells.
-                again = True
-        return vjp(moving)
+    def rule_for_all(operands):
+        """The rule that gives the gradients of all, whatever moves; if there is one."""
+        if knows_what_moves(eqn):
+            return None
+        every = range(custom_consts(eqn), len(operands))
+        dtypes = [jnp.result_type(x) for x in weights(operands)]
+        every = [i for i in every if jnp.issubdtype(dtypes[i], jnp.inexact)]
+        try:
+            return rule(every, operands)
+        except Exception:  # `vmap` makes operands of the constants of a rule
+            return None
 
     def forward(operands):
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)
@@ -277,22 +269,30 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
         moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
         _form_gradients(inner, operands, moving)
-        results = run_jaxpr(inner, rule(moving, operands).jaxpr, operands)
+        traced = None
+        if not any(i < custom_consts(eqn) for i in moving):  # else it is JAX's error
+            traced = rule_for_all(operands)
+        # Where the rule depends on what moves, what it saves may, too: that is computed
+        # again, and what moves is in the shapes of arrays without numbers.
+        marks = []
+        if traced is None:
+            marks = [
+                jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))
+            ]
+            traced = rule(moving, operands)
+        results = run_jaxpr(inner, traced.jaxpr, operands)
         out = plain(inner, results[:n], "custom_vjp_call")
-        # What is not saved is computed again; what moves is then in the shapes of
-        # arrays without numbers.
-        marks = [jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))]
-        return out, (operands, marks if again else results[n:])
+        return out, (operands, marks, [] if marks else results[n:])
 
     def backward(saved, cotangents):
-        operands, residuals = saved
+        operands, marks, residuals = saved
         cotangents = [*map(_dense, cotangents)]
-        moving = (
-            [i for i, x in enumerate(residuals) if x.shape[-1] > 1] if again else ()
-        )
-        traced = rule(moving, operands)
-        if again:
+        if marks:
+            moving = [i for i, x in enumerate(marks) if x.shape[-1] > 1]
+            traced = rule(moving, operands)
             residuals = run_jaxpr(inner, traced.jaxpr, operands)[n:]
+        else:
+            traced = rule_for_all(operands)
 
         def back(residuals, cotangents):
             _, pullback = traced.restore([None] * n + residuals)
@@ -369,7 +369,7 @@ def _moving(operands: Sequence[Any], marks: Any, moves: Any, is_leaf: Any = None
 
 
 def _dense(x: Any) -> Any:
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+    return zeros(x.aval) if isinstance(x, SymbolicZero) else x
 
 
 def _pick(xs: Sequence[Any], which: Any) -> dict[int, Any]:
