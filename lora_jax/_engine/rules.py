@@ -47,6 +47,7 @@ from lora_jax._engine.run import (
     calls,
     count,
     form,
+    listener,
     note,
     noting,
     place_of,
@@ -145,13 +146,17 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
             results = shared.run(run.key, marked)
     finally:
         calls.reset(token)
-    owner = lambda name: factors.joined([operands[i] for i in sorted(name.of)])
+    owner = lambda name: (
+        factors.joined([operands[i] for i in sorted(name.of)]) if name.of else name
+    )
     for told in new.values():
         note(run, told._replace(name=owner(told.name)))
     shapes = _avals_of(operands)
     if new:
         shared.told[shapes] = [
-            told._replace(name=Label("", told.name.of)) for told in new.values()
+            told._replace(name=Label("", told.name.of))
+            for told in new.values()
+            if told.name.of
         ]
     else:
         for i, told in enumerate(shared.told.get(shapes, ())):
@@ -212,11 +217,12 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
     run = run._replace(key=None)  # no rule knows of a mask
-    inner = run._replace(counting=False)
+    inner, here = run._replace(counting=False), listener()
     call = jax.custom_jvp(_function_of(run, eqn))
 
     def call_jvp(primals, tangents):
         (operands,), (dots,) = primals, tangents
+        operands = _named_here(operands, here)
         moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
         _form_gradients(inner, operands, moving)
         dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
@@ -244,7 +250,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     differentiated in the others: so it has to be the same for all.
     """
     run = run._replace(key=None)  # no rule knows of a mask
-    inner = run._replace(counting=False)
+    inner, here = run._replace(counting=False), listener()
     n = len(eqn.outvars)
 
     def rule(moving, operands):
@@ -267,6 +273,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)
         primals = operands
         operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+        operands = _named_here(operands, here)
         moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
         _form_gradients(inner, operands, moving)
         traced = None
@@ -286,6 +293,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
     def backward(saved, cotangents):
         operands, marks, residuals = saved
+        operands, residuals = (_named_here(x, here) for x in (operands, residuals))
         cotangents = [*map(_dense, cotangents)]
         if marks:
             moving = [i for i, x in enumerate(marks) if x.shape[-1] > 1]
@@ -311,6 +319,19 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     if run.counting:
         _foresee(run, _pull, custom, operands)
     return custom(operands)
+
+
+def _named_here(operands: Sequence[Any], here: int) -> list[Any]:
+    """The operands of a rule that JAX may run later, while another form is traced.
+
+    Of which operand of its own form a weight came means nothing there.
+    """
+    if listener() == here:
+        return list(operands)
+    return [
+        dataclasses.replace(x, name=Label(x.name)) if isinstance(x, Factors) else x
+        for x in operands
+    ]
 
 
 def _form_gradients(run: Run, operands: Sequence[Any], moving: Sequence[int]) -> None:

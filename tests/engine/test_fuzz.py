@@ -275,10 +275,12 @@ ROUNDINGS = {
 
 
 def rounded(at, w):
-    q = at.pick(ROUNDINGS)
+    cast = at.pick(ROUNDINGS)
+    # JAX rounds derivatives as well, and these are never the same to the last digit.
+    q = lambda w: lax.stop_gradient(cast(w))
     forms = {
         "rounded": q,
-        "rounded_through": lambda w: w + lax.stop_gradient(q(w) - w),
+        "rounded_through": lambda w: w + q(w) - lax.stop_gradient(w),
         "rounding_error": lambda w: w - q(w),
     }
     return at.pick(forms)(w)
@@ -357,6 +359,7 @@ def along_axis(at, w):
 
 def windows(at, w):
     """The general lookup: a window of the weight at each index."""
+    w = jnp.atleast_1d(w)
     place = [d for d in range(w.ndim) if at.chance()] or [0]
     gone = [d for d in place if at.chance()]
     at.rng.shuffle(place)
