@@ -463,6 +463,50 @@ def test_two_pullbacks_of_one_jitted_function(params, close):
     close(got, two(jax.jit(on_merged(fn))), atol=1e-4)
 
 
+def saves_what_it_needs():
+    """A rule that saves something else, in another tree, whatever moves."""
+    f = jax.custom_vjp(lambda w, x: jnp.sin(x @ w))
+
+    def forward(w, x):
+        saved = {"w": w.value} if x.perturbed else {}
+        saved |= {"x": x.value} if w.perturbed else {}
+        return f(w.value, x.value), (jnp.cos(x.value @ w.value), saved)
+
+    def backward(residuals, g):
+        slope, saved = residuals
+        by_w = saved["x"].T @ (g * slope) if "x" in saved else None
+        return by_w, (g * slope) @ saved["w"].T if "w" in saved else None
+
+    f.defvjp(forward, backward, symbolic_zeros=True)
+    return lambda p, x: f(p["w"], x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda fn: lora(fn, materialize="allow"),
+        lambda fn: lora(jax.jit(fn), materialize="allow"),
+        lambda fn: jax.jit(lora(fn, materialize="allow")),
+        lambda fn: jax.jit(lora(jax.jit(fn), materialize="allow")),
+    ],
+)
+def test_what_a_rule_saves_depends_on_what_moves(wrap, late, params, close):
+    """One function, linearised by its parameters, by its inputs, and by both."""
+
+    def ways(f):
+        yield jax.vjp(lambda x: f(params, x), X)
+        yield jax.vjp(lambda p: f(p, X), params)
+        yield jax.vjp(f, params, X)
+        yield jax.vjp(lambda x: f(params, x), X)
+
+    made = ways(wrap(saves_what_it_needs()))
+    made = list(made) if late else made
+    got = [pullback(y) for y, pullback in made]
+    fn = lambda p, x: jnp.sin(x @ p["w"])
+    close(got, [pullback(y) for y, pullback in ways(on_merged(fn))], atol=1e-4)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_a_custom_rule_may_close_over_an_argument(wrap, params, close):
     def fn(p, x, labels):

@@ -23,6 +23,7 @@ from lora_jax._engine import factors
 from lora_jax._engine.factors import Factors, Label, materialize, part_specs
 from lora_jax._engine.jaxpr import (
     CALLS,
+    Trace,
     bind,
     call_jaxpr,
     contains,
@@ -243,19 +244,33 @@ def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return call(operands)
 
 
+# The rules that depend on what moves, traced: by the function, and by what moves.
+_rules: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Trace, Trace]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own backward rule, itself evaluated on the factors.
 
-    Of what `forward` saves JAX keeps one treedef, that of its last trace, whatever is
-    differentiated in the others: so it has to be the same for all.
+    Of what a forward rule saves JAX keeps one treedef, that of its last trace, whatever
+    is differentiated in the others. So `forward` saves the same for all; and of a rule
+    of the function's that does not, both ways are traced at once, and never again.
     """
     run = run._replace(key=None)  # no rule knows of a mask
     inner, here = run._replace(counting=False), listener()
-    n = len(eqn.outvars)
+    n, known = len(eqn.outvars), _rules.setdefault(call_jaxpr(eqn), {})
 
     def rule(moving, operands):
         vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, moving))
         return trace(vjp, *weights(operands))
+
+    def way_back(traced, residuals, cotangents):
+        def back(residuals, cotangents):
+            _, pullback = traced.restore([None] * n + residuals)
+            return pullback(cotangents)
+
+        return trace(back, weights(residuals), cotangents)
 
     def rule_for_all(operands):
         """The rule that gives the gradients of all, whatever moves; if there is one."""
@@ -274,7 +289,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         primals = operands
         operands = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
         operands = _named_here(operands, here)
-        moving = _moving(operands, primals, lambda x: x.perturbed, is_primal)
+        moving = tuple(_moving(operands, primals, lambda x: x.perturbed, is_primal))
         _form_gradients(inner, operands, moving)
         traced = None
         if not any(i < custom_consts(eqn) for i in moving):  # else it is JAX's error
@@ -286,9 +301,12 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
             marks = [
                 jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))
             ]
-            traced = rule(moving, operands)
+            traced = known[moving][0] if moving in known else rule(moving, operands)
         results = run_jaxpr(inner, traced.jaxpr, operands)
         out = plain(inner, results[:n], "custom_vjp_call")
+        if marks and moving not in known:
+            cotangents = [*map(_zero_cotangent, out)]
+            known[moving] = traced, way_back(traced, results[n:], cotangents)
         return out, (operands, marks, [] if marks else results[n:])
 
     def backward(saved, cotangents):
@@ -296,17 +314,11 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         operands, residuals = (_named_here(x, here) for x in (operands, residuals))
         cotangents = [*map(_dense, cotangents)]
         if marks:
-            moving = [i for i, x in enumerate(marks) if x.shape[-1] > 1]
-            traced = rule(moving, operands)
+            moving = tuple(i for i, x in enumerate(marks) if x.shape[-1] > 1)
+            traced, pulled = known[moving]
             residuals = run_jaxpr(inner, traced.jaxpr, operands)[n:]
         else:
-            traced = rule_for_all(operands)
-
-        def back(residuals, cotangents):
-            _, pullback = traced.restore([None] * n + residuals)
-            return pullback(cotangents)
-
-        pulled = trace(back, weights(residuals), cotangents)
+            pulled = way_back(rule_for_all(operands), residuals, cotangents)
         results = run_jaxpr(inner, pulled.jaxpr, [*residuals, *cotangents])
         (grads,) = pulled.restore(plain(inner, results, "custom_vjp_call"))
         for i, grad in grads.items():
@@ -357,12 +369,13 @@ def _foresee(run: Run, take: Any, fn: Callable[..., Any], operands: list[Any]) -
 
 def _pull(fn: Callable[..., Any], xs: Any) -> Any:
     out, pull = jax.vjp(fn, xs)
-    zero = lambda y: (
-        jnp.zeros_like(y)
-        if jnp.issubdtype(y.dtype, jnp.inexact)
-        else np.zeros(y.shape, jax.dtypes.float0)
-    )
-    return pull(jax.tree.map(zero, out))
+    return pull(jax.tree.map(_zero_cotangent, out))
+
+
+def _zero_cotangent(y: Any) -> Any:
+    if jnp.issubdtype(y.dtype, jnp.inexact):
+        return jnp.zeros_like(y)
+    return np.zeros(y.shape, jax.dtypes.float0)
 
 
 def _function_of(run: Run, eqn: Any) -> Callable[..., list[Any]]:
