@@ -632,6 +632,54 @@ def test_a_rounding_that_shows_is_of_the_whole_weight(name, params):
     np.testing.assert_allclose(got, want, atol=1e-2)
 
 
+def on_two_devices(fn):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(fn, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()))
+
+
+def in_a_scan(fn):
+    step = lambda w: lambda carry, x: (carry, fn(w, x))
+    return lambda w, x: [y[0] for y in lax.scan(step(w), 0, jnp.stack([x]))[1]]
+
+
+HANDED_OUT = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "scan": in_a_scan,
+    "carry": lambda fn: (
+        lambda w, x: lax.scan(
+            lambda carry, _: (fn(w, x), None), fn(jnp.zeros_like(w), x), length=2
+        )[0]
+    ),
+    "cond": lambda fn: lambda w, x: lax.cond(x[0, 0] > 0, fn, fn, w, x),
+    "shard_map": on_two_devices,
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("name", HANDED_OUT)
+def test_a_rounding_that_shows_outside_of_a_call(name, wrap, params, close):
+    """A body does not know what becomes of a weight that it hands out."""
+    call, byte = HANDED_OUT[name], lambda w: lax.stop_gradient(BYTE(w))
+
+    def step(p, x):
+        y, q = call(lambda w, x: (x @ w, w.astype("bfloat16")))(p["w"], x)
+        return y + 100 * x @ (p["w"] - lax.stop_gradient(q.astype("float32")))
+
+    def difference(p, x):
+        y, error = call(lambda w, x: (x @ w, w - byte(w)))(p["w"], x)
+        return y + 100 * x @ lax.stop_gradient(HALF(error))
+
+    for fn in (step, difference):
+        adapted = lora(fn, materialize="allow")
+        close(wrap(adapted)(params, X), wrap(on_merged(fn))(params, X), atol=2e-4)
+        got, want = (
+            wrap(functools.partial(gradients, loss(f)))(params, X)
+            for f in (adapted, on_merged(fn))
+        )
+        close(got, want, atol=1e-2)
+
+
 def test_an_update_has_the_digits_of_its_product(params):
     """A narrow activation, a wide weight, and a wide result."""
     x = X.astype(jnp.bfloat16)

@@ -317,27 +317,23 @@ def look_ahead(
       beyond: Whether its result `i` does so where it is called: `beyond(i, *how)`.
 
     Returns:
-      `leads_to(equation, goal, passes, leaves=None)`: whether a result of the equation
+      `leads_to(equation, goal, passes, leaves=False)`: whether a result of the equation
       meets an equation for which `goal` holds, on a way through calls, and equations
-      that `passes` allows, or leaves the jaxpr with a dtype for which `leaves` holds.
-      One walk answers all that ask the same.
+      that `passes` allows. What leaves the jaxpr for a place that is not known `leaves`
+      counts among that, or not. One walk answers all that ask the same.
     """
     jaxpr, _ = _opened(jaxpr)
 
     @functools.cache
-    def live(goal, passes, leaves=None):
+    def live(goal, passes, leaves=False):
         def operands(eqn, results):
             if eqn.primitive.name in CUSTOM:
                 return _backward(call_jaxpr(eqn), results, operands)
             return [goal(eqn) or (any(results) and passes(eqn))] * len(eqn.invars)
 
-        def outside(i, v):
-            if beyond is not None:
-                return beyond(i, goal, passes, leaves)
-            return leaves is not None and leaves(getattr(v.aval, "dtype", None))
-
+        outside = lambda i: beyond(i, goal, passes, leaves) if beyond else leaves
         out = enumerate(jaxpr.outvars)
-        found = set(_variables(v for i, v in out if outside(i, v)))
+        found = set(_variables(v for i, v in out if outside(i)))
         for eqn in reversed(jaxpr.eqns):
             found |= _live_operands(eqn, found, operands)
         return found

@@ -57,26 +57,27 @@ def _digits(dtype: Any) -> int:
 
 
 @functools.cache
-def _finer(digits: int) -> tuple[Callable[[Any], bool], ...]:
-    """What `leads_to` asks of a weight of few digits: whether it is summed in more."""
+def _finer(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
+    """What `leads_to` asks of a weight of few digits: whether it is summed in more.
 
-    def finer(dtype):
-        return _digits(dtype) > digits
+    It may be wherever a shared form, or a loop, hands it out.
+    """
 
     def is_sum(eqn):
-        return eqn.primitive.name in ("add", "sub") and finer(result_dtypes(eqn)[0])
+        named = eqn.primitive.name in ("add", "sub")
+        return named and _digits(result_dtypes(eqn)[0]) > digits
 
-    return is_sum, is_view, finer
+    return is_sum, is_view, True
 
 
 @functools.cache
-def _coarser(digits: int) -> tuple[Callable[[Any], bool], ...]:
+def _coarser(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
     """What `leads_to` asks of a difference: whether digits of it are cast away."""
 
     def is_cast(eqn):
         return is_view(eqn) and _digits(result_dtypes(eqn)[0]) < digits
 
-    return is_cast, is_view
+    return is_cast, is_view, True
 
 
 def _reduce_precision(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
