@@ -751,6 +751,38 @@ def test_factors_follow_their_weight(moved, close):
         np.testing.assert_allclose(run(params, x), X @ whole, atol=1e-5)
 
 
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+OFFLOADED = {
+    "product": lambda w, x: x @ jax.device_put(w, DEVICE),
+    "formed": lambda w, x: x @ jnp.tanh(jax.device_put(w, DEVICE)),
+    "returned": lambda w, x: w,
+    "there and back": lambda w, x: (
+        x @ jax.device_put(jax.device_put(2 * jax.device_put(w, DEVICE), HOST), DEVICE)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_gradients_by_an_offloaded_weight(name, wrap, randomized, close):
+    if name == "there and back" and wrap is jax.jit:
+        pytest.skip("JAX itself has no derivative of that under jit")
+    host = jax.sharding.SingleDeviceSharding(
+        jax.devices()[0], memory_kind="pinned_host"
+    )
+    w = jax.device_put(np.eye(D, dtype=np.float32), host)
+    params = randomized(lj.lorafy({"w": w}, 2, targets="*"))
+    fn = lambda p, x: OFFLOADED[name](p["w"], x)
+
+    def gradient(f):
+        value = lambda p: jnp.sin(jax.device_put(f(p, X), DEVICE)).sum()
+        return wrap(jax.grad(value))(params)
+
+    got, want = gradient(lora(fn, materialize="allow")), gradient(on_merged(fn))
+    assert got["w"].sharding.memory_kind == want["w"].sharding.memory_kind
+    close(got, want)
+
+
 def rolls(w, n):
     for _ in range(n):
         w = jnp.roll(w, 1, 0)

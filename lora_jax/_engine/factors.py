@@ -122,7 +122,9 @@ def materialize(f: Factors) -> jax.Array:
     if near is not f.w:
         traced = isinstance(f.w, jax.core.Tracer)
         back = jax.memory.Space.Host if traced else f.w.sharding
-        return jax.device_put(materialize(dataclasses.replace(f, w=near)), back)
+        whole = materialize(dataclasses.replace(f, w=near))
+        # Of what is traced JAX does not know whence it came, as a derivative has to.
+        return jax.device_put(whole, back, src=jax.memory.Space.Device)
     # NumPy has float64 everywhere, and JAX where it was asked to: maybe not here.
     with x64([f.dtype] if isinstance(f.w, jax.Array) else []):
         update = delta(f)

@@ -151,6 +151,10 @@ def _dtypes(eqn: Any) -> Iterator[Any]:
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is on other operands, with its own derivative rules."""
+    to = eqn.params["devices"] if eqn.primitive.name == "device_put" else [None]
+    if None not in to:
+        # The equation does not know whence arrays come, and where derivatives go back.
+        return [*map(jax.device_put, args, to)]
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)
     out = eqn.primitive.bind(*functions, *args, **params)
