@@ -374,7 +374,7 @@ def judge_lora(
     reloaded = predict(adapted, lj.load(path, pretrained), held)
     agree("The merged model", merged, logits, held)
     agree("The reloaded adapter", reloaded, logits, held)
-    trainable, total = lj.count(params)
+    trainable, total, _ = lj.count(params)
     return {
         "lora": {
             "accuracy": accuracy(logits, held),

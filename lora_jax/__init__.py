@@ -4,8 +4,11 @@ The names stand in the order of the data flow; each file imports from those abov
 """
 # ruff: noqa: I001
 
+from lora_jax._engine.quantized import Quantized as Quantized
 from lora_jax._adapters import Axes as Axes
 from lora_jax._lorafy import lorafy as lorafy
+from lora_jax._quantize import dequantize as dequantize
+from lora_jax._quantize import quantize as quantize
 from lora_jax._axes import find_axes as find_axes
 from lora_jax._lora import lora as lora
 from lora_jax._explain import Report as Report

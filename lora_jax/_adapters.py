@@ -4,7 +4,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from lora_jax._tree import Path, is_array, listed, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    is_array,
+    listed,
+    path_name,
+    quantized_leaves,
+    unbox,
+)
 
 FACTORS = ("lora_a", "lora_b", "lora_scale")
 COPY = "lora_w"
@@ -90,6 +97,18 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
     for weight, own in found.items():
         check_adapter(leaves, weight, own)
     return found
+
+
+def adapters_if_any(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
+    """Those of `find_adapters`; none where there are weights in few bits instead.
+
+    Raises:
+      ValueError: If there are neither, or one of either is broken.
+    """
+    quantized = quantized_leaves(leaves)
+    return (
+        {} if quantized and not any(map(is_adapter, leaves)) else find_adapters(leaves)
+    )
 
 
 def of_rank(adapters: dict[Path, Adapter | Copy]) -> dict[Path, Adapter]:

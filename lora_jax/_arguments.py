@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax._adapters import is_adapter
-from lora_jax._tree import Path, flatten, path_name
+from lora_jax._tree import Path, flatten, is_quantized, path_name, tree_leaves
 
 Where = tuple[int | str, ...]
 
@@ -88,12 +88,12 @@ def replaced(
 
 
 def place(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
-    """Where the leaves of an argument start in `jax.tree.leaves((args, kwargs))`."""
+    """Where the leaves of an argument start in `tree_leaves((args, kwargs))`."""
     if isinstance(key, str):
         before = (args, {name: x for name, x in kwargs.items() if name < key})
     else:
         before = (args[:key], {})
-    return len(jax.tree.leaves(before))
+    return len(tree_leaves(before))
 
 
 def elsewhere(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, tuple]:
@@ -101,7 +101,9 @@ def elsewhere(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, tuple]:
 
     Of each the argument's position or keyword, and the leaf's own name.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        (tuple(args), kwargs), is_leaf=is_quantized
+    )
     found = {}
     for i, ((_, argument, *path), _) in enumerate(leaves):
         while path and not isinstance(path[-1], jax.tree_util.DictKey):

@@ -4,26 +4,40 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from lora_jax._adapters import (
     Adapter,
+    adapters_if_any,
     axes_of_shapes,
-    find_adapters,
     without_adapters,
 )
 from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
+from lora_jax._engine.quantized import format_name
 from lora_jax._engine.run import Run, by_weight, noting
 from lora_jax._lora import call
-from lora_jax._tree import Path, leaf_order, unbox, unflatten
+from lora_jax._tree import (
+    Path,
+    is_quantized,
+    leaf_order,
+    quantized_leaves,
+    unbox,
+    unflatten,
+)
 
-TITLES = ("weight", "shape", "rank", "factored", "FLOPs", "formed whole by")
+TITLES = ("weight", "shape", "stored", "rank", "factored", "FLOPs", "formed whole by")
+RIGHT = {"rank", "factored", "FLOPs"}  # numbers
 
 
 class Row(NamedTuple):
     """What becomes of one adapter, or of a leaf that trains whole: its `rank` is None.
 
-    `full_rank` is the largest rank that serves the weight; `factored` counts the places
-    in the program where it stays in factors; `materialized` names the primitives that
+    Or of a weight in few bits without an adapter: its `rank` is 0, and where it is
+    formed it is made of floats for that one use. `stored` says how the weight is kept,
+    "nf4/64" for numbers of NF4 with a scale for 64, or its dtype. `full_rank` is the
+    largest rank that serves the weight; `factored` counts the places in the program
+    where it stays in factors; `materialized` names the primitives that
     need W + scale * A B, at the `places` in the user's source, and the custom rules
     whose derivative needs it or a whole gradient of it; `flops` is what it adds. `used`
     is False for an adapter that no result depends on.
@@ -31,6 +45,7 @@ class Row(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
+    stored: str
     rank: int | None
     full_rank: int | None
     factored: int
@@ -38,6 +53,10 @@ class Row(NamedTuple):
     places: tuple[str, ...]
     flops: int
     used: bool
+
+    @property
+    def few_bits(self) -> bool:
+        return "/" in self.stored
 
 
 class Report(NamedTuple):
@@ -47,16 +66,17 @@ class Report(NamedTuple):
     flops: int
 
     def __str__(self) -> str:
-        lines = [TITLES, *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        left = {0, 1, 5}
-        table = (
-            "  ".join(
-                cell.ljust(n) if i in left else cell.rjust(n)
-                for i, (cell, n) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
+        columns = dict(
+            zip(TITLES, zip(*map(_cells, self.rows), strict=True), strict=True)
         )
+        if not any(row.few_bits for row in self.rows):
+            del columns["stored"]  # all as the function sees them
+        padded = []
+        for title, cells in columns.items():
+            n = max(map(len, (title, *cells)))
+            pad = str.rjust if title in RIGHT else str.ljust
+            padded.append([pad(cell, n) for cell in (title, *cells)])
+        table = ("  ".join(line).rstrip() for line in zip(*padded, strict=True))
         return "\n".join((*table, _totals(self)))
 
 
@@ -80,18 +100,21 @@ def explain(
       **kwargs: Its keyword arguments.
 
     Returns:
-      A `Report`, which prints as a table. `.rows` has one row per adapter: `path`,
-      `shape`, `rank` (None for a leaf that trains whole), `full_rank` (a rank above it
-      is wasteful, and the table says so), `factored` (in how many places of the program
-      it stays in factors), `materialized` (the primitives that need the whole weight,
-      so that W + scale * A B is formed; "derivative of custom_vjp_call" where only that
-      does, or forms a whole gradient), `places` (their files and lines in the source of
-      `fn`), `flops` (what it adds), `used` (whether a result depends on it). `.flops`
-      is the function's own. FLOPs are of products, forward: two for each number
-      multiplied and added, in each step of a `scan`, in one of a `while` loop.
+      A `Report`, which prints as a table. `.rows` has one row per adapter, and per
+      weight in few bits: `path`, `shape`, `stored` ("nf4/64": in NF4, with a scale for
+      64 numbers; or a dtype), `rank` (None for a leaf that trains whole, 0 without an
+      adapter), `full_rank` (a rank above it is wasteful, and the table says so),
+      `factored` (in how many places of the program it stays in factors),
+      `materialized` (the primitives that need the whole weight, so that W + scale * A B
+      is formed; "derivative of custom_vjp_call" where only that does, or forms a whole
+      gradient), `places` (their files and lines in the source of `fn`), `flops` (what
+      it adds), `used` (whether a result depends on it). `.flops` is the function's own.
+      FLOPs are of products, forward: two for each number multiplied and added, in each
+      step of a `scan`, in one of a `while` loop.
 
     Raises:
-      ValueError: If the parameters have no adapters or broken ones.
+      ValueError: If the parameters have no adapters, nor weights in few bits, or broken
+        ones.
       TypeError: If `argnums` or `argnames` names no argument, or one that is no tree.
 
     Example:
@@ -109,7 +132,7 @@ def explain(
     where = chosen(argnums, argnames)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
-    adapters = {key: find_adapters(own) for key, own in leaves.items()}
+    adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
     base = {
         key: unflatten(params, without_adapters(leaves[key], adapters[key]))
         for key, params in given.items()
@@ -126,16 +149,20 @@ def explain(
         if use.get(i)
     }
 
-    def adapted(*args, **kwargs):
+    # Over the parts of weights in few bits: `adapted` takes those as they are.
+    parts, treedef = jax.tree.flatten((args, kwargs))
+
+    def adapted(*parts):
+        args, kwargs = treedef.unflatten(parts)
         run = Run("allow", counting=True)
         return call(fn, args, kwargs, where, "ignore", run)
 
     with noting() as found:
-        trace_call(adapted, args, kwargs)
+        trace_call(adapted, parts, {})
     told = by_weight(found)
     rows = []
     for key in given:
-        for path, own in adapters[key].items():
+        for path, own in (quantized_leaves(leaves[key]) | adapters[key]).items():
             name = named(key, path, given)
             notes = [n for n in told if str(n.name) == name]
             is_used = (key, path) in used
@@ -152,7 +179,9 @@ def _row(
     used: bool,
 ) -> Row:
     w, rank, full = unbox(leaves[path]), None, None
-    if isinstance(own, Adapter):
+    if own is w:
+        rank, full = 0, 0
+    elif isinstance(own, Adapter):
         shapes = [unbox(leaves[part]).shape for part in own]
         rank, axes = shapes[0][-1], axes_of_shapes(w.shape, *shapes)
         full = min(math.prod(w.shape[d] for d in dims) for dims in axes[1:])
@@ -160,6 +189,7 @@ def _row(
     return Row(
         path=name,
         shape=tuple(w.shape),
+        stored=format_name(w) if is_quantized(w) else str(w.dtype),
         rank=rank,
         full_rank=full,
         factored=sum(not n.formed for n in notes),
@@ -176,16 +206,22 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.path,
         str(row.shape),
-        "whole" if row.rank is None else str(row.rank),
+        row.stored,
+        {None: "whole", 0: "none"}.get(row.rank, str(row.rank)),
         str(row.factored),
         f"+{_short(row.flops)}",
-        causes if row.used else "NEVER USED: it would learn nothing",
+        causes if row.used else _IDLE[row.rank == 0],
     )
 
 
+_IDLE = ("NEVER USED: it would learn nothing", "never used")
+
+
 def _totals(report: Report) -> str:
-    formed = sum(len(row.materialized) for row in report.rows)
-    idle = sum(not row.used for row in report.rows)
+    adapted = [row for row in report.rows if row.rank != 0]
+    formed = sum(len(row.materialized) for row in adapted)
+    idle = sum(not row.used for row in adapted)
+    few = sum(row.few_bits for row in report.rows)
     whole = sum(row.rank is None for row in report.rows)
     added = sum(row.flops for row in report.rows)
     wasteful = [
@@ -195,9 +231,10 @@ def _totals(report: Report) -> str:
     ]
     share = f" ({100 * added / report.flops:.3g} %)" if report.flops else ""
     parts = (
-        f"Adapters: {sum(row.rank is not None for row in report.rows)}",
+        f"Adapters: {sum(row.rank is not None for row in adapted)}",
         *([f"Trained whole: {whole}"] if whole else []),
-        f"Uses in factors: {sum(row.factored for row in report.rows)}",
+        *([f"In few bits: {few}"] if few else []),
+        f"Uses in factors: {sum(row.factored for row in adapted)}",
         *([f"Uses formed whole: {formed}"] if formed else []),
         *([f"NEVER USED: {idle}"] if idle else []),
         *([f"Wasteful ranks: {', '.join(wasteful)}"] if wasteful else []),

@@ -12,17 +12,19 @@ import flax.linen as nn
 import jax
 
 from lora_jax._adapters import FACTORS, Axes, is_adapter
+from lora_jax._engine.quantized import is_quantized
 from lora_jax._lora import lora
 from lora_jax._lorafy import lorafy
+from lora_jax._tree import unbox
 
 
 class Dense(nn.Dense):
     """`flax.linen.Dense` with an adapter: y = x W + b + scale * (x A) B.
 
-    It uses what its own parameters hold, whether from `init`, `lorafy` or `load`: also
-    trained copies. Flax's plain layers beside it pass adapters and copies over without
-    a word: where those train too, as with `lorafy(also=...)`, run the whole model as
-    `lora(model.apply)`.
+    It uses what its own parameters hold, whether from `init`, `lorafy`, `quantize` or
+    `load`: also trained copies. Flax's plain layers beside it pass adapters and copies
+    over without a word: where those train too, as with `lorafy(also=...)`, run the
+    whole model as `lora(model.apply)`.
 
     Attributes:
       rank: If given, `init` creates `lora_a` (in, rank), `lora_b` (rank, features),
@@ -47,7 +49,7 @@ class Dense(nn.Dense):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.Dense, "__call__", inputs)
         y = super().__call__(inputs)
         _create(self, Axes((), (0,), (1,)))
@@ -73,7 +75,7 @@ class DenseGeneral(nn.DenseGeneral):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.DenseGeneral, "__call__", inputs)
         y = super().__call__(inputs)
         n_batch, n_out = _length(self.batch_dims), _length(self.features)
@@ -107,12 +109,12 @@ class Embed(nn.Embed):
         _create(self, Axes((), (0,), (1,)), "embedding")
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.Embed, "__call__", inputs)
         return super().__call__(inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.Embed, "attend", query)
         return super().attend(query)
 
@@ -136,7 +138,7 @@ class Conv(nn.Conv):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.Conv, "__call__", inputs)
         y = super().__call__(inputs)
         n = _length(self.kernel_size)
@@ -163,7 +165,7 @@ class Einsum(nn.Einsum):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
-        if _has_adapter(self):
+        if not _is_plain(self):
             return _adapted(self, nn.Einsum, "__call__", inputs, einsum_str)
         y = super().__call__(inputs, einsum_str)
         equation = einsum_str or self.einsum_str
@@ -180,6 +182,12 @@ class Einsum(nn.Einsum):
 def _has_adapter(layer: nn.Module) -> bool:
     """Whether anything in the layer is adapted: its kernel, or a bias that trains."""
     return any(is_adapter((name,)) for name in layer.variables.get("params", ()))
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether Flax's own layer can use the parameters: no adapter, all in floats."""
+    leaves = layer.variables.get("params", {}).values()
+    return not (_has_adapter(layer) or any(is_quantized(unbox(x)) for x in leaves))
 
 
 def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import Adapter, find_adapters
+from lora_jax._adapters import Adapter, adapters_if_any
 from lora_jax._arguments import (
     Where,
     check_elsewhere,
@@ -19,12 +19,19 @@ from lora_jax._arguments import (
     place,
     replaced,
 )
-from lora_jax._engine.factors import Factors, align
+from lora_jax._engine.factors import Factors, align, bare
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.rules import run_jaxpr
 from lora_jax._engine.run import Run, by_weight, noting, plain, warn
 from lora_jax._lorafy import with_copies
-from lora_jax._tree import leaf_order, listed, unbox, unflatten
+from lora_jax._tree import (
+    is_quantized,
+    leaf_order,
+    listed,
+    tree_leaves,
+    unbox,
+    unflatten,
+)
 
 
 def lora(
@@ -119,27 +126,29 @@ def call(
 ) -> Any:
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
-    adapters = {key: find_adapters(own) for key, own in leaves.items()}
+    adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
     base = {
         key: unflatten(params, with_copies(leaves[key], adapters[key]))
         for key, params in given.items()
     }
     args, kwargs = replaced(args, kwargs, base)
+    operands = tree_leaves((args, kwargs))
     factors: dict[int, Factors] = {}
     names: dict[int, str] = {}  # of all adapted leaves
     for key, tree in base.items():
         for i, path in enumerate(leaf_order(tree), place(args, kwargs, key)):
-            own = adapters[key].get(path)
+            own, name = adapters[key].get(path), named(key, path, given)
             if own is not None:
-                names[i] = named(key, path, given)
+                names[i] = name
             if isinstance(own, Adapter):
                 parts = (unbox(leaves[key][part]) for part in (path, *own))
-                factors[i] = align(*parts, name=names[i])
+                factors[i] = align(*parts, name=name)
+            elif is_quantized(operands[i]):
+                factors[i] = bare(operands[i], name)
 
     # All else reaches `fn` as it is: derivative rules in it may close over arguments.
     others = elsewhere(args, kwargs)
-    traced, dynamic = trace_call(fn, args, kwargs, {*names, *others})
-    operands = jax.tree.leaves((args, kwargs))
+    traced, dynamic = trace_call(fn, args, kwargs, {*names, *factors, *others})
     if unused == "error":
         used = dict(zip(dynamic, used_inputs(traced.jaxpr), strict=True))
         _check_used({names[i]: used[i] for i in names})

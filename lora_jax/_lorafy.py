@@ -23,10 +23,13 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.factors import wider
+from lora_jax._engine.quantized import is_quantized, values_of
 from lora_jax._targets import Patterns, Selector, also_trained, plan
 from lora_jax._tree import (
     Path,
     flatten,
+    is_abstract,
+    is_traced,
     open_box,
     path_name,
     rebox,
@@ -88,7 +91,8 @@ def lorafy(
         function, where Flax's names do not tell which dimensions of a weight are which.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
       rslora: Scale by alpha / sqrt(rank) instead.
-      dtype: Of A and B. Default: float32 beside a narrower weight, else the weight's.
+      dtype: Of A and B. Default: float32 beside a narrower weight or one in few bits,
+        else the weight's.
       key: Random key for A; each weight folds its own path into it. Default:
         `jax.random.key(0)`.
 
@@ -99,7 +103,8 @@ def lorafy(
       TypeError: If `params` is no tree of parameters.
       ValueError: If a pattern matches nothing, a rank is below 1, alpha is no number
         above 0, a weight already has an adapter or is also to train whole, its
-        dimensions cannot be told, or nothing is left to adapt.
+        dimensions cannot be told, or nothing is left to adapt; or if `also` names a
+        weight in few bits.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -124,7 +129,8 @@ def lorafy(
     new: dict[Path, Any] = {copy_of(p).w: trained_copy(leaves[p]) for p in copied}
     for path, (r, weight_alpha, dims) in plans.items():
         w = unbox(leaves[path])
-        factor_dtype = wider(w.dtype) if dtype is None else dtype
+        kept = jnp.float32 if is_quantized(w) else wider(w.dtype)
+        factor_dtype = kept if dtype is None else dtype
         scale = weight_alpha / (math.sqrt(r) if rslora else r)
         path_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
         fills = (
@@ -139,7 +145,7 @@ def lorafy(
             adapter_of(path), all_dims, fills, dtypes, strict=True
         ):
             shape = tuple(sizes[d] for d in own)
-            if isinstance(w, jax.ShapeDtypeStruct):
+            if is_abstract(w):
                 sharding = _sharding(w, own)
                 value = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
             else:
@@ -154,7 +160,7 @@ def trained_copy(leaf: Any, value: Any = None) -> Any:
     w = unbox(leaf)
     dtype = wider(w.dtype) if value is None else wider(value.dtype, w.dtype)
     dims = tuple(range(len(w.shape)))
-    if isinstance(w, jax.ShapeDtypeStruct) and value is None:
+    if is_abstract(w) and value is None:
         x = jax.ShapeDtypeStruct(w.shape, dtype, sharding=_sharding(w, dims))
     else:
         # A copy indeed: one buffer cannot be donated for two leaves.
@@ -169,7 +175,7 @@ def with_copies(
     plain = without_adapters(leaves, adapters)
     for path, copy in of_copies(adapters).items():
         x, dtype = unbox(leaves[copy.w]), unbox(leaves[path]).dtype
-        if isinstance(x, jax.ShapeDtypeStruct):
+        if is_abstract(x):
             x = x.update(dtype=dtype)
         elif x.dtype != dtype:
             x = x.astype(jax.dtypes.canonicalize_dtype(dtype))
@@ -210,7 +216,8 @@ def beside(
 
 def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
     """The array where the weight is: sharded along the dimensions that they share."""
-    if isinstance(w, jax.core.Tracer):
+    if is_traced(w):
+        w = values_of(w)
         mesh, spec = jax.typeof(w).sharding.mesh, jax.typeof(w).sharding.spec
         if not any(spec):
             return x
@@ -262,6 +269,7 @@ def _draw(
 
 
 def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    w = values_of(w)
     sharding = getattr(w, "sharding", None)
     if sharding is not None:  # adapters of a weight in the host's memory are not there
         sharding = sharding.with_memory_kind(None)

@@ -4,27 +4,41 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import find_adapters, of_rank, without_adapters
+from lora_jax._adapters import (
+    adapters_if_any,
+    find_adapters,
+    of_rank,
+    without_adapters,
+)
 from lora_jax._engine.factors import align, materialize
+from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import with_copies
-from lora_jax._tree import flatten, rebox, unbox, unflatten
+from lora_jax._tree import (
+    flatten,
+    is_abstract,
+    quantized_leaves,
+    rebox,
+    unbox,
+    unflatten,
+)
 
 
 def merge(params: Any) -> Any:
     """The plain parameters with the updates in them: W + scale * A B.
 
     Each sum is made in float32 (float64 for a float64 weight) and cast once to the
-    weight's dtype. Trained copies take the places of their leaves, cast likewise. The
-    result has the tree, boxes and dtypes from before `lorafy`.
+    weight's dtype. Trained copies take the places of their leaves, cast likewise.
+    Weights in few bits become floats, also those without an adapter. The result has the
+    tree, boxes and dtypes from before `lorafy` and `quantize`.
 
     Args:
-      params: A tree from `lorafy`.
+      params: A tree from `lorafy`, or from `quantize`.
 
     Returns:
       A new tree; leaves that nothing adapts are shared.
 
     Raises:
-      ValueError: If `params` has no adapters, or a broken one.
+      ValueError: If `params` has nothing to merge, or a broken adapter.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -33,22 +47,23 @@ def merge(params: Any) -> Any:
       ['kernel']
     """
     leaves = flatten(params)
-    adapters = find_adapters(leaves)
+    adapters = adapters_if_any(leaves)
     plain = with_copies(leaves, adapters)
-    for weight, adapter in of_rank(adapters).items():
+    stored = {path: () for path in quantized_leaves(plain)}
+    for weight, adapter in (stored | of_rank(adapters)).items():
         parts = (unbox(leaves[path]) for path in (weight, *adapter))
         plain[weight] = rebox(leaves[weight], _merged(*parts))
     return unflatten(params, plain)
 
 
-def _merged(*parts: Any) -> Any:
-    whole = lambda *parts: materialize(align(*parts))
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in parts)
-    return jax.eval_shape(whole, *parts) if abstract else whole(*parts)
+def _merged(w: Any, *adapter: Any) -> Any:
+    whole = lambda w, *parts: materialize(align(w, *parts)) if parts else dequantize(w)
+    abstract = any(map(is_abstract, (w, *adapter)))
+    return jax.eval_shape(whole, w, *adapter) if abstract else whole(w, *adapter)
 
 
 def strip(params: Any) -> Any:
-    """The plain parameters without the updates, bit for bit.
+    """The plain parameters without the updates, bit for bit, in few bits or not.
 
     Args:
       params: A tree from `lorafy`.

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._tree import is_array
+from lora_jax._engine.quantized import Quantized, dequantize
+from lora_jax._tree import is_abstract, is_array, is_quantized, is_traced
 
 COUNT = 32
 # How far values may be off, beside their own size. A cast to bfloat16 is off by less
@@ -21,7 +22,7 @@ def sample(w: Any) -> np.ndarray | None:
 
     `None` where it has none: it is abstract, or other processes have some of them.
     """
-    if not is_array(w) or isinstance(w, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if not is_array(w) or is_abstract(w) or is_traced(w):
         return None
     size = math.prod(w.shape)
     if not size:
@@ -52,6 +53,13 @@ def _spread(size: int) -> list[int]:
 
 def _values(w: Any, places: tuple[np.ndarray, ...]) -> np.ndarray | None:
     """The values at these places, read from the shards where they are."""
+    if is_quantized(w):
+        counts = zip(places, w.shape, w.scale.shape, strict=True)
+        blocks = tuple(p * m // n for p, n, m in counts)
+        parts = _values(w.values, places), _values(w.scale, blocks)
+        if any(part is None for part in parts):
+            return None
+        return np.asarray(dequantize(Quantized(*map(jnp.asarray, parts), w.dtypes)))
     if not isinstance(w, jax.Array):
         return np.asarray(w[places])
     values = np.empty(len(places[0]), w.dtype)

@@ -2,19 +2,32 @@
 
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import find_adapters, of_rank
+from lora_jax._adapters import adapters_if_any, find_adapters, without_adapters
+from lora_jax._engine.quantized import nbytes
 from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Count(NamedTuple):
-    """How many numbers train, and how many there are; scales are not counted."""
+    """How many numbers train, and how many there are; scales are not counted.
+
+    `base_bytes` is what XLA keeps the frozen ones in.
+    """
 
     trainable: int
     total: int
+    base_bytes: int
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
-        return f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %)"
+        size, unit = float(self.base_bytes), 0
+        while size >= 1000 and unit < len(UNITS) - 1:
+            size, unit = size / 1000, unit + 1
+        return (
+            f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), "
+            f"base {size:.3g} {UNITS[unit]}"
+        )
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -109,31 +122,36 @@ def mask(params: Any) -> Any:
 
 
 def count(params: Any) -> Count:
-    """Counts the numbers that train and all the numbers there are.
+    """Counts the numbers that train, all that there are, and the bytes of the base.
 
     Args:
-      params: A tree from `lorafy`.
+      params: A tree from `lorafy`, or from `quantize`.
 
     Returns:
-      `Count(trainable, total)`. The scales, which are settings, are not counted.
+      `Count(trainable, total, base_bytes)`. The scales of adapters, which are settings,
+      are not counted. The bytes are those of all frozen leaves, as XLA keeps them: of
+      weights in few bits, their numbers (two of four bits to a byte) and their scales.
 
     Raises:
-      ValueError: As `split`.
+      ValueError: As `split`, but that a tree in few bits needs no adapters.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
-      >>> print(lj.count(lj.lorafy({"kernel": jnp.ones((64, 32))}, rank=1)))
-      trainable 96 of 2,144 (4.48 %)
+      >>> base = {"kernel": jnp.ones((64, 32))}
+      >>> print(lj.count(lj.lorafy(base, rank=1)))
+      trainable 96 of 2,144 (4.48 %), base 8.19 kB
+      >>> print(lj.count(lj.lorafy(lj.quantize(base, "nf4"), rank=1)))
+      trainable 96 of 2,144 (4.48 %), base 1.09 kB
     """
     leaves = flatten(params)
-    trains = trainable(leaves)
-    scales = {adapter.scale for adapter in of_rank(find_adapters(leaves)).values()}
-    sizes = {
-        path: unbox(leaf).size
-        for path, leaf in leaves.items()
-        if is_array(unbox(leaf)) and path not in scales
-    }
-    return Count(sum(n for p, n in sizes.items() if p in trains), sum(sizes.values()))
+    adapters = adapters_if_any(leaves)
+    arrays = {p: unbox(x) for p, x in leaves.items() if is_array(unbox(x))}
+    base = without_adapters(arrays, adapters)
+    trained = sum(
+        arrays[part].size for own in adapters.values() for part in own.trained
+    )
+    frozen = sum(x.size for x in base.values())
+    return Count(trained, trained + frozen, sum(map(nbytes, base.values())))
 
 
 def trainable(leaves: dict[Path, Any]) -> set[Path]:

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import Axes, adapter_of, copy_of, is_adapter
-from lora_jax._tree import Path, is_array, listed, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    is_array,
+    is_quantized,
+    listed,
+    path_name,
+    quantized_leaves,
+    unbox,
+)
 
 Patterns = str | Iterable[str]
 Selector = Patterns | Callable[[str, Any], bool]
@@ -50,27 +58,17 @@ def plan(
     """
     ranks, alphas = _check_rank(rank), _check_alpha(alpha)
     axes = check_axes(axes or {}, leaves)
+    quantized_leaves(leaves)  # raises if one is broken
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
-    chosen = _choose(leaves, weights, targets, exclude, ranks)
-    if isinstance(ranks, Mapping):
-        ranks = _assign(ranks, chosen, "rank")
-        for path in chosen:
-            if path not in ranks:
-                raise ValueError(
-                    f"No pattern of rank matches the target {path_name(path)!r}. "
-                    "Add one, or leave targets out: a rank mapping is its own targets."
-                )
-    else:
-        ranks = dict.fromkeys(chosen, ranks)
+    ranks = choose(leaves, weights, ranks, targets, exclude, "rank")
     if isinstance(alphas, Mapping):
-        alphas = _assign(alphas, chosen, "alpha")
+        alphas = _assign(alphas, [*ranks], "alpha")
     else:
-        alphas = {} if alphas is None else dict.fromkeys(chosen, alphas)
+        alphas = {} if alphas is None else dict.fromkeys(ranks, alphas)
 
     plans = {}
-    for path in chosen:
+    for path, r in ranks.items():
         found = axes.get(path_name(path)) or axes_of(path, leaves, bool(axes))
-        r = ranks[path]
         _check_room(path, leaves)
         plans[path] = Plan(r, alphas.get(path, float(r)), found)
     return plans
@@ -100,6 +98,12 @@ def also_trained(
                 f"{path_name(path)!r} is named by also, and would get an adapter too. "
                 f"Write exclude=[{path_name(path)!r}] to train it whole, or leave it "
                 "out of also."
+            )
+        if is_quantized(unbox(leaves[path])):
+            raise ValueError(
+                f"also names {path_name(path)!r}, which is in few bits: what trains "
+                "is in floats. Write quantize(params, how, "
+                f"exclude=[{path_name(path)!r}])."
             )
         _check_room(path, leaves)
     return found
@@ -184,7 +188,7 @@ def axes_of(path: Path, leaves: dict[Path, Any], others: bool = False) -> Axes:
     raise ValueError(
         f"Which dimensions of {path_name(path)!r}, of shape {shape}, are inputs and "
         "which outputs cannot be told from its name. Say how it is used, "
-        "lorafy(..., axes=find_axes(fn, params, *args)), or directly, "
+        "axes=find_axes(fn, params, *args), or directly, "
         f"axes={{{path_name(path)!r}: Axes(batch, inputs, outputs)}}, "
         "or leave it out: exclude=[...]."
     )
@@ -198,15 +202,29 @@ def _has_heads(path: Path, leaves: dict[Path, Any]) -> bool:
     return query is None or out is None or query.shape[1:] == out.shape[:-1]
 
 
-def _choose(
+def choose(
     leaves: dict[Path, Any],
     weights: list[Path],
+    values: Any,
     targets: Selector | None,
     exclude: Selector,
-    ranks: int | Mapping[str, int],
-) -> list[Path]:
-    if targets is None and isinstance(ranks, Mapping):
-        chosen = _select(leaves, weights, tuple(ranks), "rank")
+    name: str,
+) -> dict[Path, Any]:
+    """The chosen weights, each with the one value, or that of its pattern.
+
+    Args:
+      leaves: Of the tree.
+      weights: Those that may be chosen.
+      values: One for all, or `{pattern: value}`, which is its own targets.
+      targets: Which weights. Default: those named `kernel`.
+      exclude: Which of them not.
+      name: What the caller calls `values`.
+
+    Raises:
+      ValueError: If a pattern matches nothing, or nothing is chosen.
+    """
+    if targets is None and isinstance(values, Mapping):
+        chosen = _select(leaves, weights, tuple(values), name)
     elif targets is None:
         chosen = [path for path in weights if path[-1] == "kernel"]
     else:
@@ -215,11 +233,21 @@ def _choose(
     chosen = [path for path in chosen if path not in gone]
     if not chosen:
         raise ValueError(
-            "There is nothing to adapt: no floating weight of 2 or more dimensions is "
+            f"There is nothing to {'adapt' if name == 'rank' else 'quantize'}: no "
+            "floating weight of 2 or more dimensions is "
             f"{'named kernel' if targets is None else 'selected'} and not excluded. "
-            f"Weights: {listed(weights)}. Write lorafy(params, rank, targets=[...])."
+            f"Weights: {listed(weights)}. Write targets=[...]."
         )
-    return chosen
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(chosen, values)
+    values = _assign(values, chosen, name)
+    for path in chosen:
+        if path not in values:
+            raise ValueError(
+                f"No pattern of {name} matches the target {path_name(path)!r}. "
+                f"Add one, or leave targets out: a {name} mapping is its own targets."
+            )
+    return values
 
 
 def _select(

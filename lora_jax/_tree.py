@@ -1,7 +1,8 @@
 """Paths and containers: any parameter tree as `{path: leaf}`, and back again.
 
 Knows trees, not LoRA. A leaf keeps its box (`nn.Partitioned`, `nnx.Param`, ...), and a
-path is the tuple of the keys that lead to it, without the box.
+path is the tuple of the keys that lead to it, without the box. A weight in few bits,
+`Quantized`, is one leaf.
 """
 
 import copy
@@ -13,6 +14,8 @@ import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from lora_jax._engine.quantized import Quantized, is_quantized, values_of, wrong
+
 Path = tuple[Any, ...]
 
 
@@ -21,7 +24,21 @@ def is_box(x: Any) -> bool:
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    plain = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    return isinstance(x, plain | Quantized)
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether an array has a shape and a dtype alone."""
+    return isinstance(values_of(x), jax.ShapeDtypeStruct)
+
+
+def is_traced(x: Any) -> bool:
+    return isinstance(values_of(x), jax.core.Tracer)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=is_quantized)
 
 
 def unbox(leaf: Any) -> Any:
@@ -95,10 +112,26 @@ def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
     return _rebuild(like, (), by_parent)
 
 
+def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
+    """Those in few bits, out of their boxes.
+
+    Raises:
+      ValueError: If the parts of one make no array.
+    """
+    found = {p: w for p, x in leaves.items() if is_quantized(w := unbox(x))}
+    for path, w in found.items():
+        if why := wrong(w):
+            raise ValueError(
+                f"{path_name(path)!r} is no quantised array: {why}. Write "
+                "quantize(params, how), or see Quantized."
+            )
+    return found
+
+
 def leaf_order(tree: Any) -> list[Path]:
-    """The path of each of `jax.tree.leaves(tree)`, in their order."""
+    """The path of each of `tree_leaves(tree)`, in their order."""
     if _children(tree) is None:
-        return [()] if jax.tree.leaves(tree) else []
+        return [()] if tree_leaves(tree) else []
     return [
         (key, *path) for key, child in _in_order(tree) for path in leaf_order(child)
     ]
@@ -116,7 +149,7 @@ def _in_order(node: Any) -> list[tuple[Any, Any]]:
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
     """The (key, child) pairs of a container; `None` for a leaf."""
-    if node is None or is_box(node):
+    if node is None or is_box(node) or is_quantized(node):
         return None
     if isinstance(node, nnx.State):
         # Its own items would wrap each nested dict in one more State.

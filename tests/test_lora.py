@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax._engine import rules
+from lora_jax._engine.quantized import quantize_array
 
 D, BATCH, VOCAB, LAYERS = 4, 3, 5, 2
 X = np.random.default_rng(1).standard_normal((BATCH, D)).astype(np.float32)
@@ -1302,3 +1303,115 @@ def test_a_barrier_takes_parts_that_vary_along_other_axes(randomized):
     params = randomized(lj.lorafy({"w": jnp.eye(4)}, 2, targets="*"))
     got, want = jax.jit(lj.lora(fn))(params, X), fn(lj.merge(params), X)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# Weights in few bits: each kind in another format, in blocks of its inputs.
+
+BLOCKS = {"w": (2, D), "table": (VOCAB, 2), "stack": (LAYERS, 2, D)}
+BLOCKS |= {"heads": (1, 2, 3), "window": (3, 2, D)}
+# Where weights of two formats take turns in a loop's carry, they are whole.
+MIXED = {"swapped each time"}
+# A choice of those where the storage is not passed over: the fuzzer draws the rest.
+FEW_BITS = [
+    *("product", "attention", "merged heads", "split heads", "scalars", "filled"),
+    *("tied head", "chosen layer", "expert of each example", "fused projections"),
+    *("read in another order", "two weights summed", "ragged experts", "convolution"),
+    *("jit", "remat", "scan over layers", "carried", "swapped each time", "loop"),
+    *("carried by a loop", "scaled by inputs", "branch", "on devices", "stopped"),
+    *CUSTOM,
+    *("elementwise", "squared", "returned", "scanned out"),
+]
+
+
+@pytest.fixture
+def stored(params):
+    kinds = dict(zip(BLOCKS, ["nf4", "int8", "int4", "nf4", "int8"], strict=True))
+    few = {n: quantize_array(params[n], kinds[n], BLOCKS[n]) for n in BLOCKS}
+    return params | few
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_weights_in_few_bits_equal_merged(name, stored, close):
+    """With adapters, and the input's gradient without any, in one compilation."""
+    fn = (FACTORED | CUSTOM | MATERIALIZED)[name]
+    strict = name in FACTORED and name not in MIXED
+    adapted = lora(fn, materialize="error" if strict else "allow")
+    bare = {n: stored[n] for n in BLOCKS}
+
+    @jax.jit
+    def all_of_it(params, bare, x):
+        values = adapted(params, x), fn(lj.merge(params), x)
+        if name in NO_GRADIENT:
+            return values, (lora(fn)(bare, x), fn(lj.merge(bare), x))
+        fns = adapted, on_merged(fn)
+        return values, tuple(gradients(loss(f), params, x) for f in fns)
+
+    for pair in all_of_it(stored, bare, X):
+        close(*pair, atol=2e-4)
+
+
+def few_bits_model(p, x):
+    x = jnp.sin(p["table"][IDS[0]] @ p["w"] + x[:2] @ p["w"])
+    layer = jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), None))
+    return lax.scan(layer, x, p["stack"])[0] @ p["table"].T
+
+
+def test_few_bits_equal_the_dequantized_bit_for_bit(stored):
+    """Values and the adapters' gradients, with no adapter and with some."""
+
+    def both(params):
+        fn = lora(few_bits_model)
+        total = lambda a: jnp.sin(fn(lj.combine(a, lj.split(params)[1]), X)).sum()
+        return fn(params, X), jax.grad(total)(lj.split(params)[0])
+
+    few, floats = jax.jit(both)(stored), jax.jit(both)(lj.dequantize(stored))
+    for x, y in zip(jax.tree.leaves(few), jax.tree.leaves(floats), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+    bare = {n: stored[n] for n in BLOCKS}
+    got = jax.jit(lora(few_bits_model))(bare, X)
+    np.testing.assert_allclose(got, few_bits_model(lj.dequantize(bare), X), atol=1e-5)
+    with pytest.raises(ValueError, match="no adapters"):
+        lora(few_bits_model)(lj.dequantize(bare), X)
+
+
+def test_few_bits_in_forward_mode_vmap_and_second_derivatives(stored, close):
+    adapters, base = lj.split(stored)
+    direction = jax.tree.map(jnp.ones_like, adapters)
+    both = jax.tree.map(lambda x: jnp.stack([x, x / 2]), adapters)
+
+    @jax.jit
+    def all_of_it():
+        def derivatives(fn):
+            run = lambda a: fn(lj.combine(a, base), X)
+            scalar = lambda a: jnp.sin(run(a)).sum()
+            slope = lambda a: jax.jvp(scalar, (a,), (direction,))[1]
+            return slope(adapters), jax.grad(slope)(adapters), jax.vmap(run)(both)
+
+        fns = lora(few_bits_model), on_merged(few_bits_model)
+        return [derivatives(fn) for fn in fns]
+
+    close(*all_of_it(), atol=1e-3)
+
+
+def test_few_bits_are_traced_once_and_never_kept_whole(stored):
+    """A residual of a weight's size would be the plain weight, or a stack of them."""
+    counted = chex.assert_max_traces(few_bits_model, n=1)
+    run = lambda a: lora(counted)(lj.combine(a, base), X).sum()
+    adapters, base = lj.split(stored)
+    program = str(jax.make_jaxpr(jax.grad(run))(adapters))
+    assert "prevent_cse=True" in program and "prevent_cse=False" in program
+
+    sizes = {"w": (128, 64), "stack": (LAYERS, 64, 64)}
+    base = {n: jnp.ones(s) for n, s in sizes.items()}
+    base = lj.quantize(base, "nf4", targets="*", axes=STACK)
+    params = lj.lorafy(base, 2, targets="*", axes=STACK)
+
+    def fn(p, x):
+        step = lambda c, w: (jnp.tanh(c @ w), None)
+        return lax.scan(step, jnp.sin(x @ p["w"]), p["stack"])[0]
+
+    adapters, base = lj.split(params)
+    run = lambda a: lj.lora(fn)(lj.combine(a, base), jnp.ones((3, 128)))
+    residuals = jax.tree.leaves(jax.vjp(run, adapters)[1])
+    floats = [x for x in residuals if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert max(x.size for x in floats) < 64 * 64

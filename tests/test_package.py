@@ -12,12 +12,12 @@ import pytest
 import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
-ENGINE = "factors ops jaxpr run products views rules uses".split()
+ENGINE = "shapes quantized factors ops jaxpr run products views rules uses".split()
 PEFT = "names modules layouts plan config folder checks export parts import_".split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
-    "_tree _adapters _arguments _engine _targets _lorafy _axes _lora _explain _layers "
-    "_split _optimizer _merge _detach _sample _write _save _peft"
+    "_engine _tree _adapters _arguments _targets _lorafy _quantize _axes _lora "
+    "_explain _layers _split _optimizer _merge _detach _sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [
@@ -27,7 +27,7 @@ ORDER = [
 ]
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
-FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Report"}
+FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Quantized", "Report"}
 
 
 def source(name):
@@ -83,7 +83,7 @@ def test_only_the_engine_reads_a_jaxpr(name):
 @pytest.mark.parametrize("name", PEFT)
 def test_the_way_to_peft_knows_no_jaxpr(name):
     engine = {m for m in own_imports(f"_peft.{name}") if m.startswith("_engine.")}
-    assert engine <= {"_engine.factors"}
+    assert engine <= {"_engine.factors", "_engine.quantized"}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -105,7 +105,7 @@ def test_init_is_a_table_of_contents():
     body = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assert all(isinstance(node, ast.ImportFrom) for node in body[1:])
     order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in body[1:]]
-    # Axes stands first as the type that the rest speaks of.
+    # Quantized and Axes stand first as the types that the rest speaks of.
     assert order == sorted(order)
 
 

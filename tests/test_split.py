@@ -125,7 +125,9 @@ def test_count_counts_numbers_but_no_scale(kind, also):
         if leaf is not None and not name.endswith("lora_scale")
     }
     trains = sum(sizes[name] for name in expected(params))
-    assert lj.count(params) == (trains, sum(sizes.values()))
+    base = {name: unbox(leaf) for name, leaf in names(lj.strip(params)).items()}
+    frozen = sum(x.size * x.dtype.itemsize for x in base.values() if x is not None)
+    assert lj.count(params) == (trains, sum(sizes.values()), frozen)
 
 
 def test_count_prints_itself():
@@ -133,14 +135,24 @@ def test_count_prints_itself():
     count = lj.count(params)
     assert isinstance(count, tuple)
     assert (count.trainable, count.total) == (3000, 2_003_000)
-    assert str(count) == f"{count}" == "trainable 3,000 of 2,003,000 (0.15 %)"
+    assert count.base_bytes == 8_000_000
+    said = "trainable 3,000 of 2,003,000 (0.15 %), base 8 MB"
+    assert str(count) == f"{count}" == said
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6_360_000_000, "6.36 GB")],
+)
+def test_count_prints_bytes_in_a_unit_that_fits(size, said):
+    assert str(lj.Count(1, 2, size)) == f"trainable 1 of 2 (50.00 %), base {said}"
 
 
 def test_stacked_scales_are_not_counted():
     params = {"w": jax.ShapeDtypeStruct((5, 4, 3), jnp.float32)}
     axes = {"w": lj.Axes((0,), (1,), (2,))}
     adapted = lj.lorafy(params, 2, targets="w", axes=axes)
-    assert lj.count(adapted) == (5 * (8 + 6), 5 * (8 + 6 + 12))
+    assert lj.count(adapted) == (5 * (8 + 6), 5 * (8 + 6 + 12), 5 * 12 * 4)
 
 
 def test_split_works_under_jit_and_grad():
@@ -260,7 +272,7 @@ def copied(**changes):
     ],
 )
 def test_every_use_refuses_a_broken_copy_by_path(use, changes, match):
-    assert lj.count(copied()) == (15, 30)
+    assert lj.count(copied()) == (15, 30, 60)
     with pytest.raises(ValueError, match=match):
         USES[use](copied(**changes))
 
@@ -271,7 +283,7 @@ def test_an_update_and_a_copy_of_one_bias_are_two_things():
     assert set(adapted["m"]) == {
         *("kernel", "bias", "lora_a", "lora_b", "lora_scale", "bias_lora_w")
     }
-    assert lj.count(adapted) == (8 + 6 + 3, 12 + 3 + 8 + 6 + 3)
+    assert lj.count(adapted) == (8 + 6 + 3, 12 + 3 + 8 + 6 + 3, 60)
 
 
 @flax.struct.dataclass

@@ -7,6 +7,8 @@ each weight. The wing knows arrays, jaxprs and factors: no tree, no file, no opt
 
 Read in this order:
 
+  shapes.py    sizes and reshapes, of shapes alone
+  quantized.py a weight in few bits: its views, and the plain array
   factors.py   a weight and its adapter as one array, and the views of it
   ops.py       the factored products, as namesakes of those of `jax.lax`
   jaxpr.py     JAX's jaxprs: the only file that knows how a release writes them

@@ -5,11 +5,12 @@
 dimensions of `w`, then the rank, and size 1 where a dimension of `w` is not theirs. So
 each dimension says itself what it is (an input: only in `a`; an output: only in `b`; a
 batch: in both), and every view of `w` is the same view of `a` and `b`.
+
+`w` may be stored in few bits, `Quantized`; without an adapter it has rank 0.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+
+from lora_jax._engine import quantized
+from lora_jax._engine.quantized import dequantize, is_quantized
+from lora_jax._engine.shapes import segments
 
 # The types of numbers that there are only under `jax.enable_x64`.
 WIDE = {np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")}
@@ -53,7 +58,7 @@ class Label(str):
 class Factors:
     """The array `w + scale * sum_r a * b`, in parts. Shapes: see the module."""
 
-    w: jax.Array
+    w: Any  # an array, or `Quantized`
     a: jax.Array
     b: jax.Array
     scale: jax.Array
@@ -71,10 +76,28 @@ class Factors:
     def dtype(self):
         return self.w.dtype
 
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
 
 def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
     """`Factors` from the leaves of a tree, whichever of the two layouts they have."""
     return Factors(w, *_aligned(a, b, scale, w.shape), Label(name))
+
+
+def bare(w: Any, name: Label | str = "") -> Factors:
+    """A weight without an adapter: one of rank 0."""
+    ones = (1,) * w.ndim
+    label = name if isinstance(name, Label) else Label(name)
+    a, b = jnp.zeros((*w.shape, 0)), jnp.zeros((*ones, 0))
+    return Factors(w, a, b, jnp.ones(ones), label)
+
+
+def settled(x: Any) -> Any:
+    """A weight, but for one of rank 0 that is a plain array by now: just that."""
+    plain = isinstance(x, Factors) and not (x.rank or is_quantized(x.w))
+    return x.w if plain else x
 
 
 # Jitted, so that JAX traces and differentiates the adapters of equal layers once.
@@ -116,8 +139,13 @@ def delta(f: Factors) -> jax.Array:
 def materialize(f: Factors) -> jax.Array:
     """The plain array: summed in float32 or wider, cast once to the weight's dtype.
 
-    A weight in the host's memory is summed on the device, and goes back.
+    A weight in the host's memory is summed on the device, and goes back; one in few
+    bits is made there, and stays.
     """
+    if is_quantized(f.w):
+        f = dataclasses.replace(f, w=dequantize(on_device(f.w)))
+    if not f.rank:
+        return f.w
     near = on_device(f.w)
     if near is not f.w:
         traced = isinstance(f.w, jax.core.Tracer)
@@ -168,7 +196,7 @@ def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
     thin = f.a, f.b, f.scale
     if isinstance(to, jax.sharding.NamedSharding):
         to = to.with_memory_kind(None)  # that of the device
-        places = [to.update(spec=spec) for spec in part_specs(f, to.spec)[1:]]
+        places = [to.update(spec=spec) for spec in thin_specs(f, to.spec)]
         thin = map(jax.device_put, thin, places)
     elif isinstance(to, jax.sharding.SingleDeviceSharding):
         thin = jax.device_put(thin, to.with_memory_kind(None))
@@ -177,14 +205,23 @@ def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
     return Factors(w, *on_device(tuple(thin)), f.name)
 
 
-def part_specs(f: Factors, spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
-    """A weight's sharding for each of its parts, along the dimensions they share."""
+def thin_specs(f: Factors, spec: PartitionSpec) -> list[PartitionSpec]:
+    """A weight's sharding for its thin parts, along the dimensions they share."""
     names = (*spec, *(None,) * (f.ndim - len(spec)))
-    thin = (
+    return [
         PartitionSpec(*(n if x.shape[d] != 1 else None for d, n in enumerate(names)))
         for x in (f.a, f.b, f.scale)
-    )
-    return spec, *thin
+    ]
+
+
+def cut_for(f: Factors, spec: PartitionSpec, mesh: Any) -> tuple[Factors, list[Any]]:
+    """The weight, and the specs of all its leaves, to be cut so over a mesh."""
+    own: tuple[Any, ...] | None = (spec,)
+    if is_quantized(f.w):
+        own = quantized.part_specs(f.w, spec, mesh)
+        if own is None:
+            own, f = (spec,), dataclasses.replace(f, w=dequantize(f.w))
+    return f, [*own, *thin_specs(f, spec)]
 
 
 def stacked(f: Factors) -> set[int]:
@@ -276,6 +313,9 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
     but for pieces of one weight, which share their `b`. Along an output likewise. Along
     a stack both are stacked.
     """
+    if not any(isinstance(x, Factors) and x.rank for x in parts):
+        return bare(w, joined([x for x in parts if isinstance(x, Factors)]))
+    parts = [x.w if isinstance(x, Factors) and not x.rank else x for x in parts]
     first = next(x for x in parts if isinstance(x, Factors))
     parts = [_turned(x, first, axis) if isinstance(x, Factors) else x for x in parts]
     weights = [x for x in parts if isinstance(x, Factors)]
@@ -319,6 +359,8 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
 
 def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
     """The sum `w` of two weights: their ranks add up, unless they share a factor."""
+    if not (f.rank and g.rank):
+        return dataclasses.replace(f if f.rank else g, w=w)
     for own, shared in (("a", "b"), ("b", "a")):
         if getattr(f, shared) is getattr(g, shared):
             f, g = _folded(f, own), _folded(g, own)
@@ -371,31 +413,3 @@ def joined(weights: list[Factors]) -> Label:
 
 def _one(w: jax.Array) -> jax.Array:
     return jnp.ones((1,) * w.ndim, jnp.float32)
-
-
-def size(shape: Iterable[Any]) -> int:
-    """How many numbers there are, roughly: a dimension without a number is a large one.
-
-    Such are those of `jax.export.symbolic_shape`, which cannot be compared.
-    """
-    return math.prod(n if isinstance(n, int) else 2**20 for n in shape)
-
-
-def segments(old: tuple[int, ...], new: tuple[int, ...]):
-    """Pairs of runs of dimensions of equal size, as short as can be."""
-    i = j = 0
-    while i < len(old) or j < len(new):
-        first, second = [], []
-        while not (first or second) or _size(old, first) != _size(new, second):
-            behind = size(old[d] for d in first) <= size(new[d] for d in second)
-            if j == len(new) or (i < len(old) and behind):
-                first.append(i)
-                i += 1
-            else:
-                second.append(j)
-                j += 1
-        yield first, second
-
-
-def _size(shape: tuple[int, ...], dims: list[int]) -> int:
-    return math.prod(shape[d] for d in dims)

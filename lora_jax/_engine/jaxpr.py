@@ -22,7 +22,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from lora_jax._engine import quantized
 from lora_jax._engine.factors import x64
+from lora_jax._engine.quantized import Quantized, is_quantized, like
 
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
 CALLS = {
@@ -39,7 +41,7 @@ CALLS = {
 CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
 
 # What a function is traced over; its other arguments reach it as they are.
-ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Quantized
 
 # Where the frames of libraries are, which no user would call a place in the model.
 _LIBRARIES = tuple(os.path.join(os.path.dirname(m.__file__), "") for m in (jax, flax))
@@ -55,7 +57,11 @@ class Trace(NamedTuple):
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Trace:
-    """Traces `fn(*args)` once; what it returns besides arrays is kept as it is."""
+    """Traces `fn(*args)` once; what it returns besides arrays is kept as it is.
+
+    A weight in few bits is, for `fn`, the plain array.
+    """
+    args = jax.tree.map(like, args, is_leaf=is_quantized)
     static: list[Any] = []
     out_tree = None
 
@@ -90,10 +96,10 @@ def trace_call(
       which: The only leaves of `(args, kwargs)` to trace over; `None`: all.
 
     Returns:
-      The trace, and which of `jax.tree.leaves((args, kwargs))` it takes: the others
-      reach `fn` as they are.
+      The trace, and which of the leaves of `(args, kwargs)` it takes, a weight in few
+      bits for one: the others reach `fn` as they are.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
     dynamic = [
         i
         for i, x in enumerate(leaves)
@@ -151,6 +157,9 @@ def _dtypes(eqn: Any) -> Iterator[Any]:
 
 def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     """Runs one equation as it is on other operands, with its own derivative rules."""
+    if any(map(is_quantized, args)):
+        plain = lambda args: bind(eqn, args)
+        return quantized.bind(eqn.primitive.name, eqn.params, list(args), plain)
     to = eqn.params["devices"] if eqn.primitive.name == "device_put" else [None]
     if None not in to:
         # The equation does not know whence arrays come, and where derivatives go back.
@@ -199,8 +208,10 @@ def varying_axes(x: jax.Array) -> frozenset:
     return _varying(jax.typeof(x))
 
 
-def zeros(aval: Any) -> jax.Array:
+def zeros(aval: Any) -> jax.Array | np.ndarray:
     """Zeros of an abstract type, varying along the axes of `shard_map` that it has."""
+    if aval.dtype == jax.dtypes.float0:  # a whole number has no other derivative
+        return np.zeros(aval.shape, aval.dtype)
     axes, x = _varying(aval), jnp.zeros(aval.shape, aval.dtype)
     return lax.pcast(x, tuple(axes), to="varying") if axes else x
 

@@ -9,6 +9,8 @@ which products they are made of.
 Never `x (w + a b)`, not even where tokens are many and the weight is small: it saves a
 pass over the output, but then a step takes 1.17 instead of 0.63 of the full one's time,
 as its derivative is the full one's, and a batch of adapters would hold a weight each.
+
+A weight in few bits is made whole for its product alone, forward and again backward.
 """
 
 import functools
@@ -21,16 +23,19 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax._engine import quantized
 from lora_jax._engine.factors import (
     Factors,
+    bare,
     materialize,
     present,
-    size,
     squeeze_absent,
     view,
     wider,
     x64,
 )
+from lora_jax._engine.quantized import through
+from lora_jax._engine.shapes import size
 
 Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
 RANK, GROUP = -1, -2
@@ -44,6 +49,7 @@ def dot_general(
     *,
     swap: bool = False,
     drop: Callable[[jax.Array], jax.Array] | None = None,
+    looped: bool = False,
     **params: Any,
 ) -> jax.Array:
     """`lax.dot_general(x, w + scale * a b)`, any dimensions contracted.
@@ -54,20 +60,22 @@ def dot_general(
       dimension_numbers: Of the call as written: of (x, f), or of (f, x) with `swap`.
       swap: Whether the adapted operand is the left one.
       drop: Dropout, applied to `x` on its way to the factors.
+      looped: Whether this is the body of a loop.
       **params: The other parameters of `lax.dot_general`.
     """
     dropped = None if drop is None else drop(x)
     options = tuple(params.items())
-    return _dot_general(x, dropped, f, dimension_numbers, swap, options)
+    return _dot_general(x, dropped, f, dimension_numbers, swap, looped, options)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6), inline=True)
 def _dot_general(
     x: jax.Array,
     dropped: jax.Array | None,
     f: Factors,
     dimension_numbers: Any,
     swap: bool,
+    looped: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> jax.Array:
     """Jitted, so that JAX traces and differentiates equal layers' products once.
@@ -75,8 +83,14 @@ def _dot_general(
     A step of twelve layers takes a fifth to a third less time to trace so.
     """
     params = dict(options)
-    operands = (f.w, x) if swap else (x, f.w)
-    y = lax.dot_general(*operands, dimension_numbers, **params)
+
+    def product(x, w):
+        operands = (w, x) if swap else (x, w)
+        return lax.dot_general(*operands, dimension_numbers, **params)
+
+    y = through(product, x, f.w, looped=looped)
+    if not f.rank:
+        return y
 
     (x_sum, f_sum), (x_batch, f_batch) = (
         (pair[::-1] if swap else pair) for pair in dimension_numbers
@@ -189,6 +203,7 @@ def conv_general_dilated(
     *,
     dimension_numbers: Any,
     drop: Callable[[jax.Array], jax.Array] | None = None,
+    looped: bool = False,
     **params: Any,
 ) -> jax.Array | None:
     """`lax.conv_general_dilated(x, w + scale * a b)`; `None` where it has no factors.
@@ -196,6 +211,11 @@ def conv_general_dilated(
     One factor convolves over the window, the other mixes channels place by place: the
     outputs after it or, in a derivative with respect to x, the inputs before it.
     """
+    convolve = functools.partial(
+        lax.conv_general_dilated, dimension_numbers=dimension_numbers, **params
+    )
+    if not f.rank:
+        return through(convolve, x, f.w, looped=looped)
     out_channel, in_channel, *window = dimension_numbers.rhs_spec
     order = _in_order(f, [in_channel], [out_channel])
     if order is None or params["batch_group_count"] != 1:
@@ -206,15 +226,12 @@ def conv_general_dilated(
     if before and (groups > 1 or not {*window}.isdisjoint(present(first))):
         return None
 
-    convolve = functools.partial(
-        lax.conv_general_dilated, dimension_numbers=dimension_numbers, **params
-    )
     out, r = f.shape[out_channel], first.shape[-1]
     if drop is None and groups * r > size([out]):
         # As where each channel is by itself: the factors would make r times as many
         # numbers as the kernel, which is small.
         return convolve(x, materialize(f))
-    y = convolve(x, f.w)
+    y = through(convolve, x, f.w, looped=looped)
     dtype = _compute_dtype(x, f, y)
     precision = params.get("precision")
     x = (x if drop is None else drop(x)).astype(dtype)
@@ -283,6 +300,7 @@ def ragged_dot_general(
     *,
     ragged_dot_dimension_numbers: lax.RaggedDotDimensionNumbers,
     drop: Callable[[jax.Array], jax.Array] | None = None,
+    looped: bool = False,
     **params: Any,
 ) -> jax.Array | None:
     """`lax.ragged_dot_general(x, w + scale * a b, sizes)`: rows of x in groups.
@@ -290,6 +308,12 @@ def ragged_dot_general(
     `None` unless each group has a matrix of its own, as experts have.
     """
     numbers = ragged_dot_dimension_numbers
+    product = functools.partial(
+        lax.ragged_dot_general, group_sizes=group_sizes, **params
+    )
+    whole = functools.partial(product, ragged_dot_dimension_numbers=numbers)
+    if not f.rank:
+        return through(whole, x, f.w, looped=looped)
     (x_sum, f_sum), (x_batch, f_batch) = numbers.dot_dimension_numbers
     (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
@@ -298,10 +322,7 @@ def ragged_dot_general(
         return None
     first, second = order
 
-    product = functools.partial(
-        lax.ragged_dot_general, group_sizes=group_sizes, **params
-    )
-    y = product(x, f.w, ragged_dot_dimension_numbers=numbers)
+    y = through(whole, x, f.w, looped=looped)
     dtype = _compute_dtype(x, f, y)
 
     def thin(x, factor, x_dims, absent, summed, row):
@@ -355,7 +376,11 @@ def gather(
         zip(dnums.operand_batching_dims, dnums.start_indices_batching_dims, strict=True)
     )
     gone = {*dnums.collapsed_slice_dims, *batching}
-    w = lax.gather(f.w, indices, dnums, slice_sizes, **params)
+    options = {"dimension_numbers": dnums, "slice_sizes": slice_sizes, **params}
+    plain = lambda operands: [lax.gather(*operands, **options)]
+    (w,) = quantized.bind("gather", options, [f.w, indices], plain)
+    if not f.rank:
+        return bare(w, f.name)
 
     def look_up(factor: jax.Array) -> jax.Array:
         own = present(factor)

@@ -15,12 +15,14 @@ from lora_jax._engine import factors, ops
 from lora_jax._engine.factors import Factors, materialize
 from lora_jax._engine.jaxpr import bind, shapes
 from lora_jax._engine.run import Rule, Run, plain_one
+from lora_jax._engine.shapes import size
 
 
 def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     lhs, rhs = operands
     if isinstance(lhs, Factors) and isinstance(rhs, Factors):
-        if factors.size(lhs.shape) < factors.size(rhs.shape):
+        # One without an adapter loses nothing, and the larger loses most.
+        if (lhs.rank > 0, size(lhs.shape)) < (rhs.rank > 0, size(rhs.shape)):
             lhs = plain_one(run, lhs, "dot_general")
         else:
             rhs = plain_one(run, rhs, "dot_general")
@@ -32,7 +34,8 @@ def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         # those of x, and the factors would form them once for each rank.
         whole = materialize(f)
         return bind(eqn, [whole, x] if swap else [x, whole])
-    return [ops.dot_general(x, f, swap=swap, drop=drop, **eqn.params)]
+    options = {"swap": swap, "drop": drop, "looped": run.looped}
+    return [ops.dot_general(x, f, **options, **eqn.params)]
 
 
 def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -41,7 +44,7 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     named, (shape,) = eqn.params["dimension_numbers"].start_index_map, shapes(eqn)[1]
     looked_up = not factors.stacked(f).issuperset(named)
-    if looked_up and factors.size(shape) > factors.size(f.shape):
+    if looked_up and size(shape) > size(f.shape):
         # More rows than the table has, as of positions or of a few kinds of token: one
         # table takes less than them.
         return bind(eqn, [materialize(f), indices])
@@ -60,7 +63,8 @@ def _conv(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     x, f = operands
     if isinstance(x, Factors):
         return None
-    y = ops.conv_general_dilated(x, f, drop=_dropout(run), **eqn.params)
+    options = {"drop": _dropout(run), "looped": run.looped}
+    y = ops.conv_general_dilated(x, f, **options, **eqn.params)
     return None if y is None else [y]
 
 
@@ -68,7 +72,8 @@ def _ragged_dot(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     x, f, sizes = operands
     if isinstance(x, Factors) or isinstance(sizes, Factors):
         return None
-    y = ops.ragged_dot_general(x, f, sizes, drop=_dropout(run), **eqn.params)
+    options = {"drop": _dropout(run), "looped": run.looped}
+    y = ops.ragged_dot_general(x, f, sizes, **options, **eqn.params)
     return None if y is None else [y]
 
 

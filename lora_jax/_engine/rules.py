@@ -20,7 +20,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import Factors, Label, materialize, part_specs
+from lora_jax._engine.factors import Factors, Label, materialize, settled
 from lora_jax._engine.jaxpr import (
     CALLS,
     Trace,
@@ -41,6 +41,7 @@ from lora_jax._engine.jaxpr import (
     zeros,
 )
 from lora_jax._engine.products import PRODUCTS
+from lora_jax._engine.quantized import constrained, is_quantized, spread, wide_scaled
 from lora_jax._engine.run import (
     Note,
     Rule,
@@ -79,7 +80,7 @@ def run_jaxpr(
             return bind(eqn, plain(here, operands, name))
         if run.counting and name in PRODUCTS:
             count(here, rule, operands)
-        return results
+        return map(settled, results)
 
     return evaluate(jaxpr, args, apply)
 
@@ -90,11 +91,13 @@ def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 
 def _shard_map(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     params, axes = eqn.params, manual_axes(eqn)
+    specs: list[Any] = []
+    for i, spec in enumerate(params["in_specs"]):
+        own = [spec]
+        if isinstance(operands[i], Factors):
+            operands[i], own = factors.cut_for(operands[i], spec, params["mesh"])
+        specs += own
     leaves, treedef = jax.tree.flatten(operands)
-    pairs = zip(operands, params["in_specs"], strict=True)
-    specs = jax.tree.leaves(
-        [part_specs(x, p) if isinstance(x, Factors) else p for x, p in pairs]
-    )
 
     def call(key, leaves):
         for axis in axes if key is not None else ():
@@ -179,7 +182,7 @@ def _form(run: Run, eqn: Any) -> Form:
     jaxpr, params = call_jaxpr(eqn), eqn.params
     shardings = params["in_shardings"], params["out_shardings"]
     options = params.get("compiler_options_kvs", ())
-    keyless = Run(run.materialize, run.rate)
+    keyless = Run(run.materialize, run.rate, looped=run.looped)
     how = (keyless, params["inline"], shardings, options)
     forms = _forms.setdefault(jaxpr, {})
     if how not in forms:
@@ -203,8 +206,8 @@ def _constrained(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Factors):
-        return dataclasses.replace(x, w=lax.with_sharding_constraint(x.w, sharding))
-    return lax.with_sharding_constraint(x, sharding)
+        return dataclasses.replace(x, w=constrained(x.w, sharding))
+    return constrained(x, sharding)
 
 
 def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -277,8 +280,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         if knows_what_moves(eqn):
             return None
         every = range(custom_consts(eqn), len(operands))
-        dtypes = [jnp.result_type(x) for x in weights(operands)]
-        every = [i for i in every if jnp.issubdtype(dtypes[i], jnp.inexact)]
+        every = [i for i in every if _is_inexact(operands[i])]
         try:
             return rule(every, operands)
         except Exception:  # `vmap` makes operands of the constants of a rule
@@ -396,10 +398,14 @@ def _moving(operands: Sequence[Any], marks: Any, moves: Any, is_leaf: Any = None
     """
     return [
         i
-        for i, (x, mark) in enumerate(zip(weights(operands), marks, strict=True))
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        and any(map(moves, jax.tree.leaves(mark, is_leaf=is_leaf)))
+        for i, (x, mark) in enumerate(zip(operands, marks, strict=True))
+        if _is_inexact(x) and any(map(moves, jax.tree.leaves(mark, is_leaf=is_leaf)))
     ]
+
+
+def _is_inexact(x: Any) -> bool:
+    dtype = x.dtype if isinstance(x, Factors) else jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _dense(x: Any) -> Any:
@@ -434,7 +440,7 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     def step(run, carry, x):
         slices, key = x
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
-        run = run._replace(key=key)
+        run = run._replace(key=key, looped=True)
         results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
@@ -490,6 +496,7 @@ def _steady(
 ) -> list[Any]:
     """The carry in which what enters the loop as a weight also leaves it as one."""
     cause = run.eqn.primitive.name
+    carry = [_scalable(x) for x in carry]
     pairs = zip(carry, _kept(run, carry, step, operands, xs), strict=True)
     carry = [x if keep else plain_one(run, x, cause) for x, keep in pairs]
     # Weights may change places from round to round: each has the names of all.
@@ -499,6 +506,13 @@ def _steady(
         dataclasses.replace(x, name=name) if isinstance(x, Factors) else x
         for x in carry
     ]
+
+
+def _scalable(x: Any) -> Any:
+    """A carried weight in few bits may be multiplied, and is the same kind after."""
+    if isinstance(x, Factors) and is_quantized(x.w):
+        return dataclasses.replace(x, w=wide_scaled(x.w))
+    return x
 
 
 # Which of a loop's carry stay as they are, by its body and the shapes of its operands.
@@ -555,6 +569,7 @@ def _avals_of(x: Any) -> Any:
 
 def _slices(f: Factors):
     """The parts of `f` that differ from slice to slice, and how to join one slice."""
+    w = spread(f.w, 0) if is_quantized(f.w) else f.w
     parts = {"a": f.a, "b": f.b, "scale": f.scale[..., None]}
     same = {
         k: jnp.squeeze(x, 0) for k, x in parts.items() if 0 not in factors.present(x)
@@ -566,7 +581,7 @@ def _slices(f: Factors):
         parts = same | varying
         return Factors(w, parts["a"], parts["b"], parts["scale"][..., 0], f.name)
 
-    return (f.w, varying), join
+    return (w, varying), join
 
 
 def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -583,6 +598,7 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         return run_jaxpr(run, params["cond_jaxpr"], carry)[0]
 
     def step(run, carry):
+        run = run._replace(looped=True)
         results = [*body_consts, *_filled(carry, fixed)]
         results = _free(run_jaxpr(run, params["body_jaxpr"], results), fixed)
         if not mapped:

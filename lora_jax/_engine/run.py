@@ -17,6 +17,7 @@ from lora_jax._engine.jaxpr import (
     place,
     trace,
 )
+from lora_jax._engine.shapes import size
 
 
 class Run(NamedTuple):
@@ -26,6 +27,7 @@ class Run(NamedTuple):
     rate: float = 0.0
     key: jax.Array | None = None  # None: no dropout
     counting: bool = False  # whether to note every product, with its FLOPs
+    looped: bool = False  # in the body of a loop
     leads_to: Callable[..., bool] | None = None  # of a jaxpr's equations: `look_ahead`
     eqn: Any = None  # where the evaluation stands in it,
     trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
@@ -42,6 +44,7 @@ class Note(NamedTuple):
     place: str  # file:line in the user's source
     formed: bool  # W + scale * A B was formed, instead of a factored product
     flops: int = 0  # added by the adapter, if they were counted
+    adapted: bool = True  # False: in few bits, and without an adapter
 
 
 # What an evaluation has to tell its caller, by equation and weight: an equation that
@@ -69,6 +72,9 @@ def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
 
 def form(run: Run, f: Factors, cause: str) -> None:
     """Says that an array of a weight's size is formed, itself or a gradient of it."""
+    if not f.rank:
+        note(run, Note(f.name, cause, place_of(run), True, adapted=False))
+        return
     own = factors.varying(f)
     cost = 2 * math.prod(f.shape[d] for d in own) * f.a.shape[-1]
     # A row, a column, or some: no dearer than a product.
@@ -88,7 +94,8 @@ def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
     """Notes a product that stayed factored, and what it adds to the plain one."""
     eqn = run.eqn
     # Of two weights the larger stays factored.
-    f = max((x for x in operands if isinstance(x, Factors)), key=lambda x: x.w.size)
+    weighty = (x for x in operands if isinstance(x, Factors))
+    f = max(weighty, key=lambda x: size(x.shape))
     quiet = run._replace(materialize="allow", counting=False)
     whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
     base = trace(lambda *xs: bind(eqn, xs), *weights(operands))
@@ -146,7 +153,7 @@ def by_weight(found: dict[Any, Note]) -> list[Note]:
 
 def warn(told: Sequence[Note]) -> None:
     """Warns of the weights that were formed, once for all of them."""
-    formed = list(dict.fromkeys(_met(n) for n in told if n.formed))
+    formed = list(dict.fromkeys(_met(n) for n in told if n.formed and n.adapted))
     if formed:
         listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
         warnings.warn(

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax._engine.factors import segments
 from lora_jax._engine.jaxpr import (
     CALLS,
     call_jaxpr,
@@ -17,6 +16,7 @@ from lora_jax._engine.jaxpr import (
     scan_counts,
     shapes,
 )
+from lora_jax._engine.shapes import segments
 from lora_jax._engine.views import keeps
 
 Dims = frozenset[int]

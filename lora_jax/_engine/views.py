@@ -27,6 +27,7 @@ from lora_jax._engine.jaxpr import (
 )
 from lora_jax._engine.products import PRODUCTS
 from lora_jax._engine.run import Rule, Run, weights
+from lora_jax._engine.shapes import size
 
 
 def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -103,7 +104,7 @@ def _reshard(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     (f,), to = operands, eqn.params["dst_sharding"]
     (w,) = bind(eqn, [f.w])
     move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(to.mesh, spec))
-    thin = zip((f.a, f.b, f.scale), factors.part_specs(f, to.spec)[1:], strict=True)
+    thin = zip((f.a, f.b, f.scale), factors.thin_specs(f, to.spec), strict=True)
     return [Factors(w, *itertools.starmap(move, thin), f.name)]
 
 
@@ -153,7 +154,8 @@ def _turned_first(eqn: Any, f: Factors) -> Factors:
     order = eqn.params["dimensions"] if eqn.primitive.name == "reshape" else None
     if order is None:
         return f
-    return factors.transpose(f, lax.transpose(f.w, order), order)
+    w = jax.tree.map(lambda x: lax.transpose(x, order), f.w)
+    return factors.transpose(f, w, order)
 
 
 def _broadcast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -245,7 +247,8 @@ def _stack(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
 
     def row(x):
         factored = isinstance(x, Factors)
-        return factors.view(x, expand(x.w), expand) if factored else expand(x)
+        w = jax.tree.map(expand, x.w) if factored else expand(x)
+        return factors.view(x, w, expand) if factored else w
 
     return _side_by_side(run, eqn, operands, axis, row)
 
@@ -269,8 +272,8 @@ def _grown(f: Factors | None, parts: list[Any]) -> list[Factors] | None:
     ranks = [x.a.shape[-1] for x in parts if isinstance(x, Factors)]
     if f is None or f.a.shape[-1] == max(ranks):
         return _maybe(f)
-    own = factors.size(f.shape[d] for d in factors.varying(f))
-    return [f] if factors.size(f.a.shape) + factors.size(f.b.shape) <= own else None
+    own = size(f.shape[d] for d in factors.varying(f))
+    return [f] if size(f.a.shape) + size(f.b.shape) <= own else None
 
 
 def _is_weight(run: Run, operands: list[Any]) -> bool:

@@ -3,17 +3,26 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lora_jax._adapters import Axes
+from lora_jax._engine.quantized import dequantize
 from lora_jax._peft.config import saves, targets, targets_parameter, unfilled
 from lora_jax._peft.layouts import LINEAR, PREFIX, TABLE, stems_of, tensor_name
 from lora_jax._peft.modules import leaf_to_torch, tensor_shapes
 from lora_jax._peft.names import Names, Naming, check_names, naming_of, near, numbered
 from lora_jax._peft.plan import Plan
+from lora_jax._sample import differ, sample
 from lora_jax._targets import is_adaptable
-from lora_jax._tree import Path, is_array, listed, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    is_abstract,
+    is_array,
+    is_quantized,
+    listed,
+    path_name,
+    unbox,
+)
 
 ORIGINAL = ".base_layer.weight"  # ends the key of a module's own weight
 
@@ -129,8 +138,9 @@ def check_originals(
         if name in paths:
             w, weight = unbox(leaves[paths[name]]), plan.adapted[paths[name]]
             same = x.shape == tensor_shapes(weight, w.shape)[name]
-            if same and not isinstance(w, jax.ShapeDtypeStruct):
-                same = _same(leaf_to_torch(weight, np.asarray(w))[name], x)
+            if same and not is_abstract(w):
+                whole = np.asarray(dequantize(w))
+                same = _same(w, leaf_to_torch(weight, whole)[name], x)
         if not same:
             key = PREFIX + name + ORIGINAL
             raise ValueError(
@@ -216,14 +226,16 @@ def _is_idle_table(
     name, path = index.tensors.get(key, ("", ()))
     if not path or path[-1] != "embedding" or saves(config, name):
         return False
-    return _same(unbox(leaves[path]), x)
-
-
-def _same(w: Any, x: np.ndarray) -> bool:
-    """Whether a tensor is base's array, which may be of another dtype, or a shape."""
-    if w.shape != x.shape or isinstance(w, jax.ShapeDtypeStruct):
+    w = unbox(leaves[path])
+    if w.shape != x.shape or is_abstract(w):
         return w.shape == x.shape
-    w = np.asarray(w)
+    return _same(w, np.asarray(dequantize(w)), x)
+
+
+def _same(leaf: Any, w: np.ndarray, x: np.ndarray) -> bool:
+    """Whether a tensor is base's array, which may be of another dtype."""
+    if is_quantized(leaf):
+        return not differ(sample(w), sample(x))
     return np.array_equal(w.astype(x.dtype), x) or np.array_equal(w, x.astype(w.dtype))
 
 

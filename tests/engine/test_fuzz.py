@@ -7,6 +7,7 @@ branch or a transformation. What is differentiated, and how, is drawn too.
 names its seed.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax._engine import rules
+from lora_jax._engine.quantized import FORMATS, quantize_array
 
 PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 17))
 BATCH, D = 4, 3
@@ -814,6 +816,19 @@ def linearize(f, arguments, moving):
 DERIVATIVES = {"grad": grad, "vjp": vjp, "jvp": jvp, "linearize": linearize}
 
 
+def in_few_bits(seed):
+    """The program of a seed on quantised weights, a format and blocks for each."""
+    plain, rng = program(seed), np.random.default_rng([seed, 2])
+    params = dict(plain.params)
+    for name in ("w", "v", "u"):
+        if name in params:
+            w, how = params[name], str(rng.choice([*FORMATS]))
+            divisors = [[m for m in range(1, n + 1) if n % m == 0] for n in w.shape]
+            q = quantize_array(w, how, [int(rng.choice(some)) for some in divisors])
+            params[name] = dataclasses.replace(q, scale=q.scale.astype(np.float32))
+    return plain._replace(params=params)
+
+
 def adapted(fn, unused="ignore"):
     return lj.lora(fn, unused=unused, materialize="allow")
 
@@ -822,10 +837,18 @@ def worst_gap(fn, params, inputs, how="grad", moving=(("adapters", "x"),)):
     """Between the values, and the derivatives, of `lora(fn)` and of the merged `fn`."""
     adapters, base = lj.split(params)
     x, *given = inputs
-    arguments = {"adapters": adapters, "weights": base, "x": x}
+    # Of weights in few bits only the scales can move: the numbers are whole.
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    floats = jax.tree.map(lambda x: x if floating(x) else None, base)
+    arguments = {"adapters": adapters, "weights": floats, "x": x}
 
     def derivatives(f):
-        whole = lambda p: f(lj.combine(p["adapters"], p["weights"]), p["x"], *given)
+        def whole(p):
+            other = lambda x, y: y if x is None else x
+            is_leaf = lambda x: x is None
+            weights = jax.tree.map(other, p["weights"], base, is_leaf=is_leaf)
+            return f(lj.combine(p["adapters"], weights), p["x"], *given)
+
         return DERIVATIVES[how](whole, arguments, moving)
 
     def both(unused):
@@ -857,6 +880,13 @@ def worst_gap(fn, params, inputs, how="grad", moving=(("adapters", "x"),)):
 def test_random_program(seed):
     assert worst_gap(*program(seed)) < 1e-4
     if seed % 50 == 49:  # thousands of compiled programs would fill the memory
+        jax.clear_caches()
+
+
+@pytest.mark.parametrize("seed", range(-(-PROGRAMS // 2)))
+def test_random_program_on_weights_in_few_bits(seed):
+    assert worst_gap(*in_few_bits(10**6 + seed)) < 1e-4
+    if seed % 50 == 49:
         jax.clear_caches()
 
 

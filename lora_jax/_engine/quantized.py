@@ -1,0 +1,562 @@
+"""A weight in few bits: whole numbers, and a scale for each block of them.
+
+`Quantized` stands where a plain array stood, with its shape and dtype. It holds a
+number of 4 or 8 bits for each of the array's, and a scale for each block of them;
+`dequantize` makes the plain array. Views act on both parts where the blocks can
+follow. Nothing here knows of adapters, or of trees.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax._engine.shapes import segments
+
+# The 16 numbers of NF4: Dettmers et al., QLoRA, 2023, appendix E.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+    *(0.7229568362236023, 1.0),
+)
+FORMATS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}
+# What the largest number of a block becomes, beside its scale.
+BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
+LEAST = 8  # views that would leave fewer numbers to a scale make the array whole
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array of floats in few bits: `values * scale`, block by block.
+
+    A leaf of a tree of parameters, where the plain array stood. `quantize` makes it;
+    make it yourself from values that come quantised: of qwix's `QArray`,
+    `Quantized(q.qvalue, q.scale, (dtype,))`; of GGUF's Q8_0 and Q4_0, blocks of 32.
+
+    Attributes:
+      values: The numbers, of the array's shape: `int8`, `int4`, or `uint4` for places
+        in the table of NF4.
+      scale: A floating array of as many dimensions. The size of each divides that of
+        `values`: it is the number of blocks along it, each with one scale.
+      dtypes: What `values * scale` is made in, and cast to in turn; the last is the
+        array's dtype. Mostly one.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj
+      >>> values, scale = jnp.ones((64, 3), jnp.int8), jnp.full((2, 3), 0.5)
+      >>> w = lj.Quantized(values, scale, (jnp.bfloat16,))
+      >>> w.shape, w.dtype.name, lj.dequantize({"kernel": w})["kernel"].shape
+      ((64, 3), 'bfloat16', (64, 3))
+
+    Reference:
+      Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023.
+      https://arxiv.org/abs/2305.14314
+    """
+
+    values: Any
+    scale: Any
+    dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        # One way to write a dtype, or equal trees would differ. The arrays are not
+        # looked at: JAX puts anything in their place.
+        object.__setattr__(self, "dtypes", tuple(map(jnp.dtype, self.dtypes)))
+
+    shape = property(lambda self: self.values.shape)
+    ndim = property(lambda self: len(self.values.shape))
+    size = property(lambda self: math.prod(self.values.shape))
+    dtype = property(lambda self: self.dtypes[-1])
+
+
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def values_of(x: Any) -> Any:
+    """The array that says where a weight is, and whether it is one or abstract."""
+    return x.values if isinstance(x, Quantized) else x
+
+
+def like(x: Any) -> Any:
+    """What a trace sees of a weight: the shape and dtype of the plain array."""
+    return jax.eval_shape(dequantize, x) if isinstance(x, Quantized) else x
+
+
+def wrong(x: Quantized) -> str | None:
+    """What is wrong with the parts of a quantised array, if anything is."""
+    values, scale = x.values, x.scale
+    for name, part in (("values", values), ("scale", scale)):
+        if not (hasattr(part, "shape") and hasattr(part, "dtype")):
+            return f"its {name} is {part!r}, no array"
+    if not x.dtypes:
+        return "it names no dtype"
+    if jnp.dtype(values.dtype) not in map(jnp.dtype, FORMATS.values()):
+        return f"its values are {values.dtype}, and may be int8, int4 or uint4 (NF4)"
+    if not all(jnp.issubdtype(d, jnp.floating) for d in (scale.dtype, *x.dtypes)):
+        return f"its scale and dtypes must be floating: {scale.dtype}, {x.dtypes}"
+    pairs = zip(values.shape, scale.shape, strict=False)
+    if len(values.shape) != len(scale.shape) or any(m < 1 or n % m for n, m in pairs):
+        return f"a scale of shape {scale.shape} makes no blocks of {values.shape}"
+    return None
+
+
+def format_name(x: Quantized) -> str:
+    """As "nf4/64": the format, and how many numbers share a scale."""
+    names = {jnp.dtype(dtype): name for name, dtype in FORMATS.items()}
+    return f"{names[jnp.dtype(x.values.dtype)]}/{math.prod(_blocks(x))}"
+
+
+def nbytes(x: Any) -> int:
+    """The bytes that XLA keeps an array in: JAX and NumPy say one for four bits."""
+    if isinstance(x, Quantized):
+        return nbytes(x.values) + nbytes(x.scale)
+    bits = 8 * x.dtype.itemsize
+    for kind, info in ((jnp.integer, jnp.iinfo), (jnp.floating, jnp.finfo)):
+        if jnp.issubdtype(x.dtype, kind):
+            bits = info(x.dtype).bits
+    return -(-math.prod(x.shape) * bits // 8)
+
+
+def quantize_array(w: Any, how: str, sizes: Sequence[int]) -> Quantized:
+    """An array in a format of `FORMATS`, with a scale of the shape `sizes`.
+
+    Concrete, traced or abstract, and sharded as it is: no device gathers it. A scale
+    is not finite where its block is not.
+    """
+    sizes, dtypes = tuple(sizes), (jnp.dtype(w.dtype),)
+    if isinstance(w, jax.core.Tracer):
+        return Quantized(*_make(w, how, sizes), dtypes)
+    sharding = getattr(w, "sharding", None)
+    places = None
+    if isinstance(sharding, NamedSharding):
+        places = sharding, _of_scale(sharding, w.shape, sizes)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        put = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+        plain = jax.ShapeDtypeStruct(w.shape, w.dtype)
+        parts = jax.eval_shape(lambda w: _make(w, how, sizes), plain)
+        parts = map(put, parts, places or (sharding, sharding))
+    else:
+        make = jax.jit(_make, static_argnums=(1, 2), out_shardings=places)
+        parts = make(w, how, sizes)  # compiled once for equal weights
+    return Quantized(*parts, dtypes)
+
+
+def _make(w: jax.Array, how: str, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    split = [k for n, m in zip(w.shape, sizes, strict=True) for k in (m, n // m)]
+    x, bound = jnp.reshape(w, split).astype(jnp.float32), BOUNDS[how]
+    most = jnp.max(jnp.abs(x), range(1, 2 * w.ndim, 2), keepdims=True)
+    scale = (most / bound).astype(jnp.bfloat16)
+    scale = jnp.where(scale != 0, scale, jnp.ones_like(scale))
+    x = x / scale.astype(jnp.float32)  # as it is rounded
+    if how == "nf4":
+        edges = [(a + b) / 2 for a, b in itertools.pairwise(NF4)]
+        values = sum((x > edge).astype(jnp.uint8) for edge in edges)
+    else:
+        values = jnp.clip(jnp.round(x), -bound - 0.5, bound - 0.5).astype(jnp.int8)
+    values = jnp.reshape(values, w.shape).astype(FORMATS[how])
+    return values, jnp.reshape(scale, sizes)
+
+
+def dequantize(x: Any) -> Any:
+    """The plain array; what is plain already is returned as it is.
+
+    Elementwise but for reshapes, so that any sharding stays as it is. Reshaped before
+    they are floats, XLA for TPU makes a weight of these numbers in one go.
+    """
+    return _dequantize(x) if isinstance(x, Quantized) else x
+
+
+# Jitted, or each step of it would be an array in memory where nothing else is jitted.
+@functools.partial(jax.jit, inline=True)
+def _dequantize(x: Quantized) -> jax.Array:
+    split, scales = [], []
+    for n, m in zip(x.shape, x.scale.shape, strict=True):
+        split += [n] if m in (1, n) else [m, n // m]
+        scales += [m] if m in (1, n) else [m, 1]
+    # Fewer exponents than a bfloat16 has would cut small scales short.
+    first = x.dtypes[0]
+    short = first.itemsize < 4 and first != jnp.bfloat16
+    dtype = jnp.dtype(jnp.float32) if short else jax.dtypes.canonicalize_dtype(first)
+    values = jnp.reshape(x.values, split)
+    values = (_selected if values.dtype == jnp.uint4 else lax.convert_element_type)(
+        values, dtype
+    )
+    w = jnp.reshape(values * jnp.reshape(x.scale, scales).astype(dtype), x.shape)
+    for dtype in x.dtypes:
+        w = w.astype(jax.dtypes.canonicalize_dtype(dtype))
+    return w
+
+
+def _selected(places: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers at those places of NF4: selected by a bit at a time.
+
+    A gather is no view of its operand on an explicit mesh, and XLA for TPU does not
+    fuse it with the product by the scales.
+    """
+    numbers = [jnp.asarray(x, dtype) for x in NF4]
+    places = places.astype(jnp.int32)
+    for bit in range(4):
+        high = (places >> bit) & 1 == 1
+        pairs = zip(numbers[::2], numbers[1::2], strict=True)
+        numbers = [jnp.where(high, b, a) for a, b in pairs]
+    return numbers[0]
+
+
+def through(
+    fn: Callable[[Any, Any], Any], x: jax.Array, w: Any, *, looped: bool
+) -> jax.Array:
+    """`fn(x, w)`, whose derivative makes the plain weight again, and keeps none.
+
+    Under `jax.checkpoint`, and no rule of our own, so that forward mode, `vmap` and
+    second derivatives go on working. In the body of a loop XLA cannot join what the two
+    directions make, and what keeps it from that costs one more pass over the weight
+    (v5e, scan and remat: 21.0 instead of 18.5 GB accessed). Elsewhere it would join
+    them, and all weights would be kept whole at once.
+    """
+    if not isinstance(w, Quantized):
+        return fn(x, w)
+    whole = lambda x, w: fn(x, dequantize(w))
+    return jax.checkpoint(whole, prevent_cse=not looped)(x, w)
+
+
+def part_specs(x: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] | None:
+    """A sharding of the array for both parts; `None` where blocks would be cut."""
+    names = (*spec, *(None,) * (x.ndim - len(spec)))
+    sides = [*zip(names, x.shape, x.scale.shape, strict=True)]
+    if any(m > 1 and m % _ways(name, mesh) for name, _, m in sides):
+        return None
+    return spec, PartitionSpec(*(name if m > 1 else None for name, _, m in sides))
+
+
+def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
+    """The same array, with a scale for each `block` numbers along a dimension."""
+    times = x.shape[axis] // block // x.scale.shape[axis]
+    if times == 1:
+        return x
+    return dataclasses.replace(x, scale=jnp.repeat(x.scale, times, axis))
+
+
+def wide_scaled(x: Quantized) -> Quantized:
+    """The same array, with scales as `dequantize` of it times a number has them."""
+    dtype = _wider(x.scale.dtype, jnp.float32)
+    return dataclasses.replace(x, scale=x.scale.astype(dtype))
+
+
+def constrained(x: Any, sharding: Any) -> Any:
+    """`lax.with_sharding_constraint`, of both parts."""
+    if not isinstance(x, Quantized):
+        return lax.with_sharding_constraint(x, sharding)
+    at = sharding, _of_scale(sharding, x.shape, x.scale.shape)
+    parts = map(lax.with_sharding_constraint, (x.values, x.scale), at)
+    return Quantized(*parts, x.dtypes)
+
+
+def _of_scale(sharding: Any, shape: Sequence[int], sizes: Sequence[int]) -> Any:
+    """The sharding of a scale: its array's, where there is a block for each device."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    names = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
+    spec = (
+        name if m > 1 and m % _ways(name, sharding.mesh) == 0 else None
+        for name, m in zip(names, sizes, strict=True)
+    )
+    return sharding.update(spec=PartitionSpec(*spec))
+
+
+def _ways(name: Any, mesh: Any) -> int:
+    """In how many parts a dimension with this entry of a spec is cut."""
+    if name is None or name is PartitionSpec.UNCONSTRAINED:
+        return 1
+    names = name if isinstance(name, tuple) else (name,)
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def ways(w: Any) -> list[int]:
+    """In how many parts each dimension of an array is cut, as far as it tells."""
+    traced = isinstance(w, jax.core.Tracer)
+    sharding = jax.typeof(w).sharding if traced else getattr(w, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return [1] * len(w.shape)
+    names = (*sharding.spec, *(None,) * (len(w.shape) - len(sharding.spec)))
+    return [_ways(name, sharding.mesh) for name in names]
+
+
+# Views. A rule takes an equation's parameters and operands, and `plain`, the equation
+# as a function of plain operands. It gives the results, or `None`: then the array is
+# made whole for this one use.
+
+
+def bind(
+    primitive: str, params: dict[str, Any], args: list[Any], plain: Any
+) -> list[Any]:
+    """An equation on quantised operands: a view of them, or what it is of plain ones.
+
+    The operands of a rule's `*others` are plain, but for those that take several.
+    """
+    rule = VIEWS.get(primitive)
+    first = is_quantized(args[0]) and not any(map(is_quantized, args[1:]))
+    results = None
+    if rule and (first or primitive in SEVERAL):
+        results = rule(params, *args, plain=plain)
+    return plain([dequantize(x) for x in args]) if results is None else results
+
+
+def _blocks(x: Quantized) -> list[int]:
+    """How many numbers share a scale, along each dimension."""
+    return [n // m for n, m in zip(x.shape, x.scale.shape, strict=True)]
+
+
+def _with(x: Quantized, values: Any, scale: Any) -> list[Quantized]:
+    return [dataclasses.replace(x, values=values, scale=scale)]
+
+
+def _convert(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
+    dtype = jnp.dtype(params["new_dtype"])
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return [dataclasses.replace(x, dtypes=(*x.dtypes, dtype))]
+
+
+def _same(params: Any, x: Any, *, plain: Any) -> list[Any]:
+    return _with(x, *(plain([part])[0] for part in (x.values, x.scale)))
+
+
+def _reshape(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
+    if params.get("dimensions") is not None and "new_sizes" in params:
+        return None
+    (values,) = plain([x.values])
+    sizes: list[int] = []
+    for old, new in segments(x.shape, values.shape):
+        of_old = ([s[d] for d in old] for s in (x.shape, x.scale.shape))
+        run = _run(*of_old, [values.shape[d] for d in new])
+        if run is None:
+            return None
+        sizes += run
+    return _with(x, values, jnp.reshape(x.scale, sizes))
+
+
+def _run(old: list[int], scale: list[int], new: list[int]) -> list[int] | None:
+    """The scale's sizes after a reshape of some dimensions, read in their order."""
+    pairs = zip(old, scale, strict=True)
+    cut = next((i for i, (n, m) in enumerate(pairs) if n != m), len(old))
+    if any(m != 1 for m in scale[cut + 1 :]):
+        return None
+    left = math.prod(old[cut:]) // math.prod(scale[cut:])  # numbers to a scale
+    sizes = []
+    for n in reversed(new):
+        if left % n and n % left:
+            return None
+        sizes.append(max(n // left, 1))
+        left = max(left // n, 1)
+    return sizes[::-1] if left == 1 else None
+
+
+def _broadcast(params: Any, x: Any, *dynamic: Any, plain: Any) -> list[Any] | None:
+    if dynamic:
+        return None
+    sizes = [1] * len(params["shape"])
+    for d, m in zip(params["broadcast_dimensions"], x.scale.shape, strict=True):
+        sizes[d] = m
+    return _with(x, *plain([x.values]), jnp.reshape(x.scale, sizes))
+
+
+def _cut(x: Quantized, axis: int, edges: Sequence[int]) -> Quantized | None:
+    """The same array, in blocks that end at these places of a dimension, or none."""
+    block = _blocks(x)[axis]
+    if x.scale.shape[axis] == 1 or block == 1:
+        return x
+    own = math.gcd(block, *edges)
+    return spread(x, axis, own) if own >= min(block, LEAST) else None
+
+
+def _slice(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
+    (whole,), cuts = [x], []
+    starts, limits = params["start_indices"], params["limit_indices"]
+    for d, stride in enumerate(params["strides"] or (1,) * x.ndim):
+        start, limit = starts[d], limits[d]
+        whole = _cut(whole, d, [start, limit])
+        if whole is None:
+            return None
+        block = _blocks(whole)[d]
+        if whole.scale.shape[d] == 1:
+            start, limit, stride = 0, 1, 1
+        elif block > 1:
+            if stride > 1:
+                return None
+            start, limit = start // block, limit // block
+        cuts.append((start, limit, stride))
+    scale = lax.slice(whole.scale, *zip(*cuts, strict=True))
+    return _with(x, *plain([x.values]), scale)
+
+
+def _split(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
+    axis, sizes = params["axis"], params["sizes"]
+    whole = _cut(x, axis, sizes)
+    if whole is None:
+        return None
+    scales = [whole.scale] * len(sizes)
+    if whole.scale.shape[axis] > 1:
+        block = _blocks(whole)[axis]
+        scales = lax.split(whole.scale, [n // block for n in sizes], axis)
+    return [
+        part
+        for pair in zip(plain([x.values]), scales, strict=True)
+        for part in _with(x, *pair)
+    ]
+
+
+def _unstack(params: Any, x: Any, *, plain: Any) -> list[Any]:
+    axis = params["axis"]
+    block = _blocks(x)[axis]
+    return [
+        part
+        for i, values in enumerate(plain([x.values]))
+        for part in _with(
+            x, values, lax.index_in_dim(x.scale, i // block, axis, keepdims=False)
+        )
+    ]
+
+
+def _rev(params: Any, x: Any, *, plain: Any) -> list[Any]:
+    own = [d for d in params["dimensions"] if x.scale.shape[d] > 1]
+    return _with(x, *plain([x.values]), lax.rev(x.scale, own))
+
+
+def _dynamic_slice(params: Any, x: Any, *starts: Any, plain: Any) -> list[Any] | None:
+    places, sizes = [], []
+    taken = zip(starts, params["slice_sizes"], _blocks(x), strict=True)
+    for d, (start, size, block) in enumerate(taken):
+        if block > 1 and x.scale.shape[d] > 1 and size != x.shape[d]:
+            return None
+        places.append(start if block == 1 else jnp.zeros_like(start))
+        sizes.append(size if block == 1 else x.scale.shape[d])
+    scale = lax.dynamic_slice(x.scale, places, sizes)
+    return _with(x, *plain([x.values, *starts]), scale)
+
+
+def _gather(params: Any, x: Any, indices: Any, *, plain: Any) -> list[Any] | None:
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    named = (*numbers.start_index_map, *numbers.operand_batching_dims)
+    blocks, fill = _blocks(x), params["fill_value"]
+    part = any(sizes[d] != n and blocks[d] > 1 for d, n in enumerate(x.shape))
+    odd = fill not in (None, 0) and not np.isnan(fill)
+    if part or odd or any(blocks[d] > 1 for d in named):
+        return None
+    # Out of bounds, the scale says what is there: 0 or, as lax.gather has it, NaN.
+    values = lax.gather(x.values, indices, **params | {"fill_value": 0})
+    sides = zip(x.scale.shape, blocks, sizes, strict=True)
+    some = [m if block > 1 else n for m, block, n in sides]
+    options = params | {"slice_sizes": tuple(some)}
+    return _with(x, values, lax.gather(x.scale, indices, **options))
+
+
+def _concatenate(params: Any, *xs: Any, plain: Any) -> list[Any] | None:
+    return _side_by_side(xs, params["dimension"], plain)
+
+
+def _stack(params: Any, *xs: Any, plain: Any) -> list[Any] | None:
+    axis = params["axis"]
+    if not all(map(is_quantized, xs)):
+        return None
+    rows = [jax.tree.map(lambda y: lax.expand_dims(y, [axis]), x) for x in xs]
+    return _side_by_side(rows, axis, lambda values: [lax.concatenate(values, axis)])
+
+
+def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
+    first = xs[0]
+    if not all(map(is_quantized, xs)):
+        return None
+    if len({(x.values.dtype, x.dtypes) for x in xs}) > 1:
+        return None
+    # The finest blocks of all, along each dimension.
+    for d in range(first.ndim):
+        block = math.gcd(*(_blocks(x)[d] for x in xs))
+        if block < min(LEAST, *(_blocks(x)[d] for x in xs)):
+            return None
+        xs = [spread(x, d, block) for x in xs]
+    wide = _wider(*(x.scale.dtype for x in xs))
+    scale = lax.concatenate([x.scale.astype(wide) for x in xs], axis)
+    return _with(first, *plain([x.values for x in xs]), scale)
+
+
+def _wider(*dtypes: Any) -> Any:
+    """What JAX holds all of these in, also where it is told to promote none."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
+    """Negation, or times a number, or one for each place that has its own scale."""
+    x, *others = sorted(args, key=lambda y: not is_quantized(y))
+    if x is not args[0] and by is jnp.divide:
+        return None
+    digits = [jnp.finfo(dtype).nmant for dtype in x.dtypes]
+    if digits != sorted(digits):
+        return None  # it was rounded before: another number would round elsewhere
+
+    def fits(y):
+        sizes = zip(jnp.shape(y), x.scale.shape, strict=False)
+        own = jnp.ndim(y) in (0, x.ndim) and all(n in (1, m) for n, m in sizes)
+        return own and not is_quantized(y) and not jnp.iscomplexobj(y)
+
+    if not all(map(fits, others)):
+        return None
+    dtype = _wider(x.scale.dtype, *[jnp.float32] * len(others))
+    others = [jnp.asarray(y, dtype) for y in others]
+    return _with(x, x.values, by(x.scale.astype(dtype), *others))
+
+
+def _constrained(params: Any, x: Any, *, plain: Any) -> list[Any]:
+    return [constrained(x, params["sharding"])]
+
+
+def _reshard(params: Any, x: Any, *, plain: Any) -> list[Any]:
+    to = _of_scale(params["dst_sharding"], x.shape, x.scale.shape)
+    return _with(x, *plain([x.values]), jax.sharding.reshard(x.scale, to))
+
+
+def _device_put(params: Any, *xs: Any, plain: Any) -> list[Any]:
+    def move(x, to):
+        if not isinstance(x, Quantized):
+            return jax.device_put(x, to)
+        at = _of_scale(to, x.shape, x.scale.shape)
+        return _with(x, jax.device_put(x.values, to), jax.device_put(x.scale, at))[0]
+
+    return list(map(move, xs, params["devices"]))
+
+
+VIEWS: dict[str, Callable[..., list[Any] | None]] = {
+    "convert_element_type": _convert,
+    "copy": _same,
+    "transpose": _same,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "slice": _slice,
+    "split": _split,
+    "unstack": _unstack,
+    "rev": _rev,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "neg": functools.partial(_scaled, by=jnp.negative),
+    "mul": functools.partial(_scaled, by=jnp.multiply),
+    "div": functools.partial(_scaled, by=jnp.divide),
+    "sharding_constraint": _constrained,
+    "reshard": _reshard,
+    "device_put": _device_put,
+}
+# Those of which any operand may be quantised.
+SEVERAL = {"concatenate", "stack", "neg", "mul", "div", "device_put"}

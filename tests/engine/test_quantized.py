@@ -1,0 +1,469 @@
+"""Few bits: the numbers, their errors, and views that act on both parts."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax._engine.jaxpr import CALLS, bind, call_jaxpr, evaluate, trace
+from lora_jax._engine.quantized import (
+    FORMATS,
+    NF4,
+    Quantized,
+    dequantize,
+    format_name,
+    is_quantized,
+    like,
+    nbytes,
+    part_specs,
+    quantize_array,
+    through,
+    wrong,
+)
+
+RNG = np.random.default_rng(0)
+each_format = pytest.mark.parametrize("how", FORMATS)
+
+
+def normal(*shape, dtype=np.float32):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def drawn(how, shape, sizes, dtypes=("float32",)):
+    """A quantised array with every number there is, and scales of few digits."""
+    low, high = (0, 16) if how == "nf4" else (-8, 8) if how == "int4" else (-128, 128)
+    values = jnp.asarray(RNG.integers(low, high, shape), jnp.int32)
+    scale = jnp.asarray(RNG.uniform(0.5, 2, sizes), jnp.bfloat16)
+    return Quantized(values.astype(FORMATS[how]), scale, dtypes)
+
+
+def in_numpy(q):
+    """What `dequantize` says, written out: each number times the scale of its block."""
+    first, *rest = q.dtypes
+    wide = np.float32 if first == np.float16 else first
+    values = np.asarray(q.values).astype(int)
+    table = np.array(NF4, np.float64).astype(wide)
+    numbers = table[values] if q.values.dtype == jnp.uint4 else values.astype(wide)
+    scale = np.asarray(q.scale)
+    for d, (n, m) in enumerate(zip(q.shape, q.scale.shape, strict=True)):
+        scale = np.repeat(scale, n // m, d)
+    w = (numbers * scale.astype(wide)).astype(first)
+    for dtype in rest:
+        w = w.astype(dtype)
+    return w
+
+
+def same(got, want):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+# The numbers
+
+
+@each_format
+@pytest.mark.parametrize(
+    "sizes", [(1, 1), (4, 1), (2, 6), (8, 1), (8, 6), (1, 3), (4, 2)]
+)
+def test_numbers_of_blocks_along_any_dimensions(how, sizes):
+    q = drawn(how, (8, 6), sizes)
+    same(dequantize(q), in_numpy(q))
+    assert (q.shape, q.ndim, q.size, q.dtype) == ((8, 6), 2, 48, jnp.float32)
+
+
+@each_format
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("bfloat16",),
+        ("float16",),
+        ("float32",),
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16", "float16", "float32"),
+        ("float8_e4m3fn", "bfloat16"),
+    ],
+)
+def test_numbers_of_each_dtype_and_of_several_in_turn(how, dtypes):
+    q = drawn(how, (4, 2, 6), (4, 1, 3), dtypes)
+    if dtypes[0] == "float8_e4m3fn":  # as a cast of what float32 makes of it
+        whole = dataclasses.replace(q, dtypes=("float32", *dtypes))
+        same(dequantize(q), in_numpy(whole))
+    else:
+        same(dequantize(q), in_numpy(q))
+    assert q.dtype == jnp.dtype(dtypes[-1]) == like(q).dtype
+    assert like(q).shape == q.shape
+
+
+def test_small_scales_of_half_precision_keep_their_digits():
+    q = Quantized(jnp.full((4, 2), 127, jnp.int8), jnp.full((1, 2), 1e-7), ("float16",))
+    np.testing.assert_allclose(dequantize(q), np.float16(1.27e-5))
+
+
+def test_what_is_plain_stays_as_it_is():
+    w = normal(3)
+    assert dequantize(w) is w and like(w) is w
+    assert nbytes(w) == 12 and not is_quantized(w)
+
+
+def test_numbers_of_no_array_and_of_a_scalar():
+    q = drawn("nf4", (), ())
+    same(dequantize(q), in_numpy(q))
+
+
+@each_format
+def test_every_number_of_a_format_comes_back(how):
+    """What a block holds exactly is stored exactly: the scale, times each number."""
+    numbers = np.array(NF4) if how == "nf4" else np.arange(-128, 128.0)
+    if how == "int4":
+        numbers = np.arange(-8, 8.0)
+    most = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}[how]
+    w = jnp.asarray([[*numbers[1:], most]], jnp.float32) / 4
+    q = quantize_array(w, how, (1, 1))
+    np.testing.assert_array_equal(q.scale, [[0.25]])
+    np.testing.assert_array_equal(dequantize(q)[0, :-1], w[0, :-1])
+
+
+@each_format
+def test_each_number_goes_to_the_nearest(how):
+    w = normal(64, 5)
+    q = quantize_array(w, how, (4, 5))
+    scale = np.repeat(np.asarray(q.scale, np.float32), 16, 0)
+    numbers = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8), "nf4": NF4}[how]
+    choices = scale[..., None] * np.asarray(numbers, np.float32)
+    nearest = np.abs(choices - np.asarray(w)[..., None]).min(-1)
+    np.testing.assert_allclose(np.abs(dequantize(q) - w), nearest, atol=1e-6)
+
+
+@each_format
+def test_a_block_of_zeros_has_a_scale_and_one_not_finite_has_none(how):
+    w = jnp.zeros((8, 3)).at[4, 1].set(jnp.inf).at[5, 2].set(jnp.nan)
+    q = quantize_array(w, how, (2, 3))
+    np.testing.assert_array_equal(dequantize(q)[:4], 0)
+    finite = np.isfinite(np.asarray(q.scale, np.float32))
+    np.testing.assert_array_equal(finite, [[True] * 3, [True, False, False]])
+
+
+# The errors, as others measured them
+
+ERRORS = {  # by format and block: relative Frobenius errors of N(0, 0.02^2)
+    ("int8", 1024): 0.0086,
+    ("int8", 64): 0.0060,
+    ("int4", 32): 0.0947,
+    ("int4", 64): 0.1027,
+    ("nf4", 32): 0.0873,
+    ("nf4", 64): 0.0920,
+    ("nf4", 128): 0.0956,
+}
+
+
+def gap(w, v):
+    return float(np.linalg.norm(np.asarray(v) - w) / np.linalg.norm(w))
+
+
+@pytest.mark.parametrize(("how", "block"), ERRORS)
+def test_errors_are_the_known_ones(how, block):
+    w = 0.02 * np.random.default_rng(1).standard_normal((4096, 64), np.float32)
+    n = 4096 if block == 1024 else block
+    q = quantize_array(w, how, (4096 // n, 64))
+    assert gap(w, dequantize(q)) == pytest.approx(ERRORS[how, block], rel=0.02)
+
+
+def test_the_error_of_nf4_that_bitsandbytes_publishes():
+    w = np.random.default_rng(0).standard_normal((1024, 512), np.float32)
+    q = quantize_array(w, "nf4", (16, 512))
+    assert np.abs(np.asarray(dequantize(q)) - w).mean() == pytest.approx(
+        0.072792, abs=2e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", [64, 256])
+@each_format
+def test_errors_are_those_of_qwix(how, block, third_party):
+    qwix = pytest.importorskip("qwix")
+    w = 0.02 * np.random.default_rng(1).standard_normal((256, 128), np.float32)
+    theirs = qwix.quantize(
+        jnp.asarray(w), how, channelwise_axes=(1,), tiled_axes={0: block}
+    )
+    q = quantize_array(w, how, (256 // block, 128))
+    want = gap(w, qwix.dequantize(theirs))
+    assert gap(w, dequantize(q)) == pytest.approx(want, rel=5e-3)
+    taken = Quantized(theirs.qvalue, theirs.scale, (jnp.float32,))
+    np.testing.assert_allclose(dequantize(taken), qwix.dequantize(theirs), rtol=1e-6)
+
+
+# What says how it is stored
+
+
+@pytest.mark.parametrize(
+    ("q", "name", "size"),
+    [
+        (drawn("nf4", (128, 6), (2, 6)), "nf4/64", 128 * 6 // 2 + 24),
+        (drawn("int4", (128, 3), (1, 3)), "int4/128", 192 + 6),
+        (drawn("int8", (5, 3), (1, 3)), "int8/5", 15 + 6),
+        (drawn("int4", (3, 3), (3, 3)), "int4/1", 5 + 18),  # 4.5 bytes
+    ],
+)
+def test_names_and_bytes(q, name, size):
+    assert format_name(q) == name and nbytes(q) == size
+    abstract = jax.eval_shape(lambda: q)
+    assert format_name(abstract) == name and nbytes(abstract) == size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "uint8", "bool"])
+def test_bytes_of_plain_arrays(dtype):
+    bits = {"float32": 32, "bfloat16": 16, "int4": 4, "uint8": 8, "bool": 8}[dtype]
+    assert nbytes(jax.ShapeDtypeStruct((3, 5), dtype)) == -(-15 * bits // 8)
+
+
+def test_bytes_of_keys():
+    assert nbytes(jax.random.key(0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"values": jnp.ones((4, 6), jnp.int16)}, "its values are int16"),
+        ({"values": jnp.ones((4, 6))}, "its values are float32"),
+        ({"scale": jnp.ones((2, 6), jnp.int32)}, "scale and dtypes must be floating"),
+        ({"dtypes": ("int8",)}, "scale and dtypes must be floating"),
+        ({"scale": jnp.ones((3, 6))}, r"shape \(3, 6\) makes no blocks of \(4, 6\)"),
+        ({"scale": jnp.ones((6,))}, "makes no blocks"),
+        ({"scale": jnp.ones((1, 2, 6))}, "makes no blocks"),
+        ({"scale": jnp.ones((0, 6))}, "makes no blocks"),
+        ({"scale": jnp.ones((8, 6))}, "makes no blocks"),
+        ({"scale": None}, "its scale is None, no array"),
+        ({"values": 3}, "its values is 3, no array"),
+        ({"dtypes": ()}, "it names no dtype"),
+    ],
+)
+def test_what_is_wrong_with_it(changes, why):
+    good = drawn("int8", (4, 6), (2, 6))
+    assert wrong(good) is None
+    assert re.search(why, wrong(dataclasses.replace(good, **changes)))
+
+
+# Views
+
+
+def on(fn, *args):
+    """A function, equation by equation, on arrays of which some are quantised."""
+    traced = trace(fn, *args)
+    leaves = jax.tree.leaves(args, is_leaf=is_quantized)
+
+    def apply(i, eqn, operands):
+        if eqn.primitive.name in CALLS:
+            return evaluate(call_jaxpr(eqn), operands, apply)
+        return bind(eqn, operands)
+
+    return traced.restore(evaluate(traced.jaxpr, leaves, apply))
+
+
+IDS = np.array([[0, 3], [1, 1]])
+M, BLOCKS = (32, 6), (4, 6)  # rows in blocks of 8
+KEPT = {  # function, shape, blocks: it stays in few bits
+    "transpose": (lambda w: w.T, M, BLOCKS),
+    "copy": (lambda w: jnp.copy(w), M, BLOCKS),
+    "cast": (lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), M, BLOCKS),
+    "outputs split": (lambda w: w.reshape(32, 2, 3), M, BLOCKS),
+    "inputs split on blocks": (lambda w: w.reshape(2, 16, 6), M, BLOCKS),
+    "inputs split in a block": (lambda w: w.reshape(4, 8, 6), M, BLOCKS),
+    "inputs split below a block": (lambda w: w.reshape(8, 4, 6), M, BLOCKS),
+    "merged before blocks": (lambda w: w.reshape(64, 6), (2, 32, 6), (2, 4, 6)),
+    "heads merged": (lambda w: w.reshape(32, 6), (32, 2, 3), (4, 2, 3)),
+    "whole columns split": (lambda w: w.reshape(4, 8, 6), M, (1, 6)),
+    "ones": (lambda w: w[None].reshape(1, 32, 1, 6)[0, :, 0], M, BLOCKS),
+    "squeeze": (lambda w: lax.squeeze(w, [0]), (1, 32, 6), (1, 4, 6)),
+    "broadcast": (lambda w: jnp.broadcast_to(w, (3, 32, 6)), M, BLOCKS),
+    "broadcast of a row": (lambda w: jnp.broadcast_to(w, (5, 6)), (1, 6), (1, 3)),
+    "slice on blocks": (lambda w: lax.slice(w, (8, 1), (24, 5), (1, 2)), M, BLOCKS),
+    "slice within whole columns": (lambda w: w[3:7, :2], M, (1, 6)),
+    "strided whole columns": (
+        lambda w: lax.slice(w, (1, 0), (32, 6), (3, 1)),
+        M,
+        (1, 6),
+    ),
+    "split on blocks": (lambda w: jnp.split(w, [8, 24]), M, BLOCKS),
+    "split into halves of blocks": (lambda w: jnp.split(w, 4), M, (2, 6)),
+    "split of outputs": (lambda w: jnp.split(w, 2, axis=1), M, BLOCKS),
+    "layers": (lambda w: list(jnp.unstack(w)), (3, 8, 2), (3, 1, 2)),
+    "layers of one scale": (lambda w: list(jnp.unstack(w)), (3, 8, 2), (1, 1, 2)),
+    "outputs reversed": (lambda w: w[:, ::-1], M, BLOCKS),
+    "whole columns reversed": (lambda w: w[::-1], M, (1, 6)),
+    "blocks reversed": (lambda w: w[::-1], M, BLOCKS),
+    "a layer": (
+        lambda w, i: lax.dynamic_index_in_dim(w, i, keepdims=False),
+        (3, 8, 2),
+        (3, 1, 2),
+    ),
+    "rows of whole columns": (
+        lambda w, i: lax.dynamic_slice(w, (i, i), (8, 2)),
+        M,
+        (1, 6),
+    ),
+    "rows looked up": (lambda w: jnp.take(w, IDS, axis=0), (5, 16), (5, 2)),
+    "layers looked up": (lambda w: w[IDS[0]], (4, 8, 2), (4, 1, 2)),
+    "side by side": (
+        lambda w: jnp.concatenate([w, w[:, 1:]], axis=1),
+        M,
+        BLOCKS,
+    ),
+    "one after another": (lambda w: jnp.concatenate([w, w[8:]]), M, BLOCKS),
+    "negation": (lambda w: -w, M, BLOCKS),
+    "twice": (lambda w: 2 * w, M, BLOCKS),
+    "a half": (lambda w: w / 2, M, BLOCKS),
+    "columns times numbers": (lambda w: w * jnp.exp2(jnp.arange(6.0))[None], M, BLOCKS),
+}
+if hasattr(jnp, "unstack"):
+    KEPT["stack"] = (lambda w: jnp.stack([w, -w], axis=1), M, BLOCKS)
+WHOLE = {  # what blocks cannot follow
+    "blocks merged": (lambda w: w.reshape(-1), M, BLOCKS),
+    "slice across blocks": (lambda w: w[3:20], M, BLOCKS),
+    "blocks strided": (lambda w: w[::2], M, BLOCKS),
+    "split across blocks": (lambda w: jnp.split(w, [3]), M, BLOCKS),
+    "rows within blocks": (
+        lambda w, i: lax.dynamic_slice_in_dim(w, i, 8),
+        M,
+        BLOCKS,
+    ),
+    "lookup within blocks": (lambda w: w[IDS], M, BLOCKS),
+    "lookup within columns": (lambda w: w[IDS], (5, 16), (1, 16)),
+    "halves of blocks side by side": (
+        lambda w: jnp.concatenate([w, w[:, :3].reshape(8, 12)[:, :6]]),
+        M,
+        BLOCKS,
+    ),
+    "with an array": (lambda w: jnp.concatenate([w, jnp.ones((2, 6))]), M, BLOCKS),
+    "rows times numbers": (lambda w: w * jnp.arange(32.0)[:, None], M, BLOCKS),
+    "times itself": (lambda w: w * w, M, BLOCKS),
+    "one over it": (lambda w: 2 / (w + 100), M, BLOCKS),
+    "padded": (lambda w: jnp.pad(w, 1), M, BLOCKS),
+    "a sum": (lambda w: w + 1, M, BLOCKS),
+    "whole numbers of it": (lambda w: w.astype(jnp.int32), M, BLOCKS),
+    "complex": (lambda w: lax.mul(w.astype(jnp.complex64), jnp.full(M, 1j)), M, BLOCKS),
+}
+
+
+def viewed(how, case):
+    fn, shape, sizes = case
+    q = drawn(how, shape, sizes)
+    more = [jnp.int32(1)][: fn.__code__.co_argcount - 1]
+    return on(fn, q, *more), fn(jnp.asarray(in_numpy(q)), *more)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_views_of_both_parts(name):
+    how = list(FORMATS)[len(name) % 3]
+    got, want = viewed(how, KEPT[name])
+    for x, y in zip(
+        *(jax.tree.leaves(t, is_leaf=is_quantized) for t in (got, want)), strict=True
+    ):
+        assert is_quantized(x) and wrong(x) is None
+        same(in_numpy(x), y)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_blocks_cannot_follow_is_whole(name):
+    got, want = viewed("int4", WHOLE[name])
+    for x, y in zip(
+        *(jax.tree.leaves(t, is_leaf=is_quantized) for t in (got, want)), strict=True
+    ):
+        assert not is_quantized(x)
+        same(x, y)
+
+
+# Lookups never make the whole table
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "wrap", None])
+@each_format
+def test_a_lookup_reads_rows_alone(how, mode):
+    """Out of bounds too, and whatever is filled in: the scale carries it."""
+    q, ids = drawn(how, (500, 16), (500, 2)), np.array([0, 499, 500, -501, -1])
+    fn = lambda w, ids: jnp.take(w, ids, axis=0, mode=mode)
+    got = on(fn, q, ids)
+    assert is_quantized(got)
+    np.testing.assert_array_equal(dequantize(got), fn(jnp.asarray(in_numpy(q)), ids))
+    program = str(jax.make_jaxpr(lambda q: dequantize(on(fn, q, ids)))(q))
+    assert "f32[500,16]" not in program and "bf16[500,16]" not in program
+
+
+def test_a_lookup_fills_in_zeros_and_makes_it_whole_for_other_numbers():
+    q = drawn("int8", (50, 16), (50, 1))
+    for fill, kept in ((0, True), (7, False)):
+        fn = lambda w, fill=fill: w.at[np.array([1, 99])].get(
+            mode="fill", fill_value=fill
+        )
+        got = on(fn, q)
+        assert is_quantized(got) == kept
+        np.testing.assert_array_equal(dequantize(got), fn(jnp.asarray(in_numpy(q))))
+
+
+# Meshes
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_both_parts_are_where_the_array_is(kind):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    at = lambda *spec: NamedSharding(mesh, P(*spec))
+    w = jax.device_put(normal(32, 16), at("x", "y"))
+    q = quantize_array(w, "nf4", (4, 16))
+    assert q.values.sharding.spec == q.scale.sharding.spec == P("x", "y")
+    whole = quantize_array(w, "int8", (1, 16))
+    assert whole.scale.sharding.spec == P(None, "y")
+    abstract = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)
+    shapes = quantize_array(abstract, "nf4", (4, 16))
+    assert shapes.values.sharding == q.values.sharding
+    assert shapes.scale.sharding == q.scale.sharding
+    if kind == AxisType.Auto:
+        two = quantize_array(jax.device_put(w, at("y")), "nf4", (2, 16))
+        assert two.scale.sharding.spec == P(None, None)  # fewer blocks than devices
+    if kind == AxisType.Explicit:
+        moved = on(lambda w: jax.sharding.reshard(w, at("y", None)), q)
+        assert moved.values.sharding.spec == moved.scale.sharding.spec == P("y", None)
+    else:
+        moved = on(lambda w: lax.with_sharding_constraint(w, at("y")), q)
+        assert moved.scale.sharding.spec[0] == "y"
+    same(in_numpy(moved), in_numpy(q))
+    put = on(lambda w: jax.device_put(w, at(None, "x")), q)
+    assert put.values.sharding.spec == put.scale.sharding.spec == P(None, "x")
+
+
+def test_blocks_are_cut_by_a_mesh_where_they_end():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    q = drawn("int8", (32, 8), (2, 8))
+    assert part_specs(q, P("x", "y"), mesh) == (P("x", "y"), P("x", "y"))
+    assert part_specs(q, P("y"), mesh) is None  # two blocks over four devices
+    assert part_specs(q, P(("x", "y")), mesh) is None
+    whole = drawn("int8", (32, 8), (1, 8))
+    assert part_specs(whole, P("y"), mesh) == (P("y"), P(None, None))
+
+
+# Products
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_a_product_keeps_no_plain_weight(looped):
+    q, x = drawn("nf4", (64, 32), (2, 32)), normal(3, 64)
+
+    def loss(x):
+        return jnp.sin(through(jnp.matmul, x, q, looped=looped)).sum()
+
+    program = str(jax.make_jaxpr(loss)(x))
+    assert f"prevent_cse={not looped}" in program
+    _, back = jax.vjp(lambda x: through(jnp.matmul, x, q, looped=looped), x)
+    floats = [y for y in jax.tree.leaves(back) if jnp.issubdtype(y.dtype, jnp.floating)]
+    assert all(y.shape != q.shape for y in floats)
+    plain = lambda x: jnp.sin(x @ dequantize(q)).sum()
+    for how in (jax.grad, jax.hessian):
+        np.testing.assert_allclose(how(loss)(x), how(plain)(x), atol=1e-4)
+    along = jax.jvp(loss, (x,), (x,)), jax.jvp(plain, (x,), (x,))
+    np.testing.assert_allclose(*along, rtol=1e-4)
+    each = jax.vmap(lambda x: through(jnp.matmul, x, q, looped=looped))(x)
+    np.testing.assert_allclose(each, x @ dequantize(q), atol=1e-5)
