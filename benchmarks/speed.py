@@ -5,9 +5,10 @@
 
 One process, the contenders in turn, so that noise hits all of them: compare the ratios.
 Also XLA's count of each step's FLOPs, over the floor: what a step must do that computes
-no frozen weight's gradient. Peers that are not installed (qwix; PEFT on torch) are left
-out with a word. Prints tables; writes them, the times and a figure into
-benchmarks/results. Takes about ten minutes on two CPU cores.
+no frozen weight's gradient. LoRA is timed on frozen weights in few bits, too, beside
+qwix's QLoRA. Peers that are not installed (qwix; PEFT on torch) are left out with a
+word. Prints tables; writes them, the times and a figure into benchmarks/results. Takes
+about ten minutes on two CPU cores.
 """
 
 import argparse
@@ -37,6 +38,8 @@ import lora_jax as lj
 
 RATE = 1e-3
 TOP = 2.5  # of the figure's ratios; what is above is written
+BLOCK = 64  # numbers of NF4 to a scale
+QLORA = {"weight_qtype": "nf4", "tile_size": BLOCK}  # of qwix's rule
 SMALL = Architecture(6, 512, 8, 2048, 8192, positions=1024, tied=False, **GPT2)
 MATRICES = ("query", "key", "value", "out", "up", "down", "head")
 
@@ -73,6 +76,8 @@ TARGETS = {
     "LoRA step / PEFT-on-torch step": ("step", "split", "PEFT on torch", 0.75),
     "adapters_only step / split step": ("step", "adapters_only", "split", 1.03),
     "LoRA forward / plain forward": ("forward", "LoRA", "plain", 1.06),
+    "NF4 step / LoRA step": ("step", "NF4 base", "split", 1.10),
+    "NF4 step / qwix NF4 step": ("step", "NF4 base", "qwix NF4", 0.80),
     "FLOPs of the step / full": ("flops", "split", "full", 0.69),
     "FLOPs of the step / floor": ("flops", "split", "floor", 1.02),
 }
@@ -81,7 +86,10 @@ COLOURS = {
     "split": "#0b6e8f",
     "adapters_only": "#5aa9c4",
     "materialised": "#6b5b95",
+    "int8 base": "#4d8f80",
+    "NF4 base": "#9cc5ba",
     "qwix": "#e0a030",
+    "qwix NF4": "#f0cf90",
     "torch": "#999999",
     "PEFT on torch": "#555555",
 }
@@ -147,7 +155,7 @@ def compare(
     found: dict[str, Any] = {}
     for kind, contenders in (("step", steps), ("forward", forwards)):
         ready = contenders(job)
-        for name, peer in {"qwix": qwix_contender, "torch": torch_contenders}.items():
+        for name, peer in {"qwix": qwix_contenders, "torch": torch_contenders}.items():
             try:
                 ready |= peer(job, kind)
             except ImportError as error:
@@ -235,14 +243,24 @@ def adapted(job: Job) -> dict[str, Any]:
     )
 
 
+def stored(job: Job, how: str) -> dict[str, Any]:
+    """Returns the same with the adapted weights in few bits."""
+    return lj.quantize(
+        adapted(job),
+        how,
+        targets=task(job).targets,
+        block=BLOCK if how == "nf4" else None,
+    )
+
+
 def joined(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns `fn` on two halves of its tree."""
     return lambda some, rest, *inputs: fn(lj.combine(some, rest), *inputs)
 
 
-def halves(job: Job, fn: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
+def halves(fn: Callable[..., jax.Array], params: Any) -> tuple[Any, Any, Any]:
     """Returns `fn(trainable, frozen, *inputs)`, the adapters and the frozen base."""
-    return joined(fn), *lj.split(adapted(job))
+    return joined(fn), *lj.split(params)
 
 
 def materialised(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -254,12 +272,14 @@ def steps(job: Job) -> dict[str, Contender]:
     """Returns the training steps; each owns its state, and donates it."""
     apply, tx = task(job).apply, optax.adamw(RATE)
     whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
-    only = lj.adapters_only(tx)
+    lora, only = lj.lora(apply), lj.adapters_only(tx)
     return {
         "full": step(job, tx, whole(apply), task(job).plain, {}),
-        "split": step(job, tx, *halves(job, lj.lora(apply))),
-        "adapters_only": step(job, only, whole(lj.lora(apply)), adapted(job), {}),
-        "materialised": step(job, tx, *halves(job, materialised(apply))),
+        "split": step(job, tx, *halves(lora, adapted(job))),
+        "adapters_only": step(job, only, whole(lora), adapted(job), {}),
+        "materialised": step(job, tx, *halves(materialised(apply), adapted(job))),
+        "int8 base": step(job, tx, *halves(lora, stored(job, "int8"))),
+        "NF4 base": step(job, tx, *halves(lora, stored(job, "nf4"))),
     }
 
 
@@ -281,10 +301,13 @@ def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contende
 def forwards(job: Job) -> dict[str, Contender]:
     """Returns the forward passes."""
     apply, plain, params = task(job).apply, task(job).plain, adapted(job)
+    lora = lj.lora(apply)
     return {
         "plain": forward(job, apply, plain),
-        "LoRA": forward(job, lj.lora(apply), params),
+        "LoRA": forward(job, lora, params),
         "materialised": forward(job, materialised(apply), params),
+        "int8 base": forward(job, lora, stored(job, "int8")),
+        "NF4 base": forward(job, lora, stored(job, "nf4")),
     }
 
 
@@ -334,28 +357,37 @@ def choose(params: Any, chosen: Any, keep: bool) -> Any:
 # The peers. Each must train exactly as many numbers as lora_jax does.
 
 
-def qwix_contender(job: Job, kind: str) -> dict[str, Contender]:
-    """Returns the job done by qwix, on the same model.
+def qwix_contenders(job: Job, kind: str) -> dict[str, Contender]:
+    """Returns the job done by qwix, on the same model, in floats and in NF4.
 
     Raises:
       ImportError: If qwix is not installed.
     """
+    ready = {}
+    for name, options in (("qwix", {}), ("qwix NF4", QLORA)):
+        apply, *pair = qwix_parts(job, **options)
+        if kind == "forward":
+            ready[name] = forward(job, apply, lj.combine(*pair))
+        else:
+            ready[name] = step(job, optax.adamw(RATE), joined(apply), *pair)
+    return ready
+
+
+def qwix_parts(job: Job, **options: Any) -> tuple[Any, Any, Any]:
+    """Returns `fn(params, *inputs)` by qwix, its adapters and its frozen base."""
     qwix = importlib.import_module("qwix")
     inputs, names = task(job).inputs, "|".join(task(job).targets)
     provider = qwix.LoraProvider(
-        module_path=f"(.*/)?({names})", rank=job.rank, alpha=job.rank
+        module_path=f"(.*/)?({names})", rank=job.rank, alpha=job.rank, **options
     )
     model = qwix.apply_lora_to_model(task(job).model, provider)
     params = model.init(jax.random.key(0), *inputs)["params"]
     apply = lambda params, *inputs: model.apply({"params": params}, *inputs)
-    is_adapter = lambda path, x: "_lora_" in path[-1].key
+    is_adapter = lambda path, x: "_lora_" in jax.tree_util.keystr(path)
     chosen = jax.tree_util.tree_map_with_path(is_adapter, params)
-    found = sum(x.size for x in jax.tree.leaves(choose(params, chosen, True)))
-    check_count("qwix", found, job)
-    if kind == "forward":
-        return {"qwix": forward(job, apply, params)}
-    pair = choose(params, chosen, True), choose(params, chosen, False)
-    return {"qwix": step(job, optax.adamw(RATE), joined(apply), *pair)}
+    adapters, base = (choose(params, chosen, keep) for keep in (True, False))
+    check_count("qwix", sum(x.size for x in jax.tree.leaves(adapters)), job)
+    return apply, adapters, base
 
 
 def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:

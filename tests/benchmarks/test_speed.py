@@ -5,6 +5,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import speed
@@ -15,7 +16,8 @@ SMALL = dataclasses.replace(
     speed.SMALL, layers=1, width=128, heads=2, mlp=256, vocab=512, positions=64
 )
 TINY = speed.Job(SMALL, 2, 64, 4)
-ALWAYS = ["full", "split", "adapters_only", "materialised"]
+FEW = ["int8 base", "NF4 base"]
+ALWAYS = ["full", "split", "adapters_only", "materialised", *FEW]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_p
     assert text in said and "| LoRA step / qwix step | not run | 0.65 | |" in text
     results = json.loads((tmp_path / "speed.json").read_text())["jobs"]["transformer"]
     assert list(results["step"]) == ALWAYS
-    assert list(results["forward"]) == ["plain", "LoRA", "materialised"]
+    assert list(results["forward"]) == ["plain", "LoRA", "materialised", *FEW]
     for kind in ("step", "forward"):
         for found in results[kind].values():
             assert len(found["ms"]) == 2 and min(found["ms"]) > 0
@@ -77,6 +79,8 @@ def test_aims_are_met_or_not():
             "full": times(100, 100),
             "split": times(60, 68),
             "adapters_only": times(63, 68),
+            "NF4 base": times(64, 70),
+            "qwix NF4": times(100, 70),
             "PEFT on torch": times(70, None),
         },
         "forward": {"plain": times(50, 30), "LoRA": times(53, 31)},
@@ -88,6 +92,8 @@ def test_aims_are_met_or_not():
     assert rows["LoRA step / PEFT-on-torch step"] == "0.857 | 0.75 | not met"
     assert rows["adapters_only step / split step"] == "1.050 | 1.03 | not met"
     assert rows["LoRA step / qwix step"].startswith("not run")
+    assert rows["NF4 step / LoRA step"] == "1.067 | 1.10 | met"
+    assert rows["NF4 step / qwix NF4 step"] == "0.640 | 0.80 | met"
     assert rows["LoRA forward / plain forward"] == "1.060 | 1.06 | met"
     assert rows["FLOPs of the step / floor"] == "1.015 | 1.02 | met"
 
@@ -100,8 +106,37 @@ def test_a_peer_that_trains_other_numbers_is_refused():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qwix_trains_the_same_numbers():
     pytest.importorskip("qwix")
-    (ready,) = speed.qwix_contender(TINY, "step").values()
-    ready.run()
+    ready = speed.qwix_contenders(TINY, "step")
+    assert list(ready) == ["qwix", "qwix NF4"]
+    for contender in ready.values():
+        contender.run()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_qwix_stores_the_same_weights_in_four_bits():
+    pytest.importorskip("qwix")
+    sizes = lambda params: sorted(
+        x.size for x in jax.tree.leaves(params) if x.dtype == jnp.uint4
+    )
+    *_, frozen = speed.qwix_parts(TINY, **speed.QLORA)
+    assert sizes(frozen) == sizes(speed.stored(TINY, "nf4"))
+
+
+def test_the_adapted_weights_are_in_few_bits():
+    params = {how: speed.stored(TINY, how) for how in ("int8", "nf4")}
+    shapes = {
+        how: {
+            path[-2].key: leaf.scale.shape
+            for path, leaf in jax.tree.leaves_with_path(
+                tree, is_leaf=lambda x: isinstance(x, lj.Quantized)
+            )
+            if isinstance(leaf, lj.Quantized)
+        }
+        for how, tree in params.items()
+    }
+    assert set(shapes["int8"]) == set(shapes["nf4"]) == set(speed.MATRICES)
+    assert shapes["int8"]["down"] == (1, SMALL.width)
+    assert shapes["nf4"]["down"] == (SMALL.mlp // speed.BLOCK, SMALL.width)
 
 
 @pytest.mark.parametrize("name", ["decoder", "minilm"])
