@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --model llama-3-8b --device tpu-v5e:2x4
     python benchmarks/memory.py --model gpt2-medium --device tpu-v5e --fits 16GB
+    python benchmarks/memory.py --model llama-3-8b --device tpu-v5e --base nf4
 
 From XLA's own compiler: nothing is allocated, and a TPU need not be there. Prints a
 table; writes the numbers and a figure into benchmarks/results. A compilation takes
@@ -11,14 +12,22 @@ On several chips each kernel is split over all of them along its longer side, ea
 of tokens along its features, and gathered where it is used, layer by layer; optimizer
 state is split like its parameters (fully sharded data parallelism). A batch is split
 too, and the figures are those of one chip.
+
+--base and --table put the frozen weights of the methods with adapters into few bits, or
+into other floats. Full fine-tuning trains all weights, and holds them in --dtype; "LoRA
+materialised" makes all plain weights, W + A B, from the stored ones in every step. With
+--chunk the loss of every method is made of the logits of so many tokens of each
+sequence at a time.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +52,7 @@ import lora_jax as lj
 METHODS = {"lora": "LoRA", "merged": "LoRA materialised", "full": "full"}
 LINES = report.LINES | {"merged": "#6b5b95"}
 AXIS = "chips"
+FLOATS, FEW = ["bfloat16", "float32"], ["int8", "int4", "nf4"]
 UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 
 
@@ -53,9 +63,9 @@ class Job(NamedTuple):
     arch: Architecture
     sequence: int  # tokens; of an image model, patches and the class
     mesh: Mesh
-    apply: Callable[[Any, Any], jax.Array]  # parameters and inputs to logits
+    loss: Callable[[Any, Any, Any], jax.Array]  # of parameters, inputs and labels
     params: dict[str, Any]
-    adapted: dict[str, Any] | None  # the same with adapters, if any method has them
+    adapted: dict[str, Any] | None  # as stored, with adapters, if any method has them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +125,8 @@ def compare(job: Job) -> dict[str, dict[str, Any]]:
 
 def about(job: Job) -> dict[str, Any]:
     """Returns what the numbers depend on."""
-    rows = job.args.batch // job.mesh.size * (1 if job.arch.patch else job.sequence)
+    each = 1 if job.arch.patch else job.args.chunk or job.sequence
+    rows = job.args.batch // job.mesh.size * each
     settings = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(job.args).items()
@@ -123,7 +134,7 @@ def about(job: Job) -> dict[str, Any]:
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(job.params)),
         "sequence": job.sequence,
-        "logits": 4 * rows * job.arch.vocab,  # bytes on each chip
+        "logits": 4 * rows * job.arch.vocab,  # bytes on each chip at a time
         "chips": job.mesh.size,
         "settings": settings,
         "versions": training.versions()
@@ -152,10 +163,21 @@ def options() -> argparse.ArgumentParser:
     add("--targets", nargs="+", default=["blocks*/*/kernel"], help="what to adapt")
     add(
         "--dtype",
-        choices=["bfloat16", "float32"],
+        choices=FLOATS,
         default="bfloat16",
         help="of all but the adapters, which are float32",
     )
+    add(
+        "--base",
+        choices=[*FLOATS, *FEW],
+        help="of the blocks' frozen kernels; default: --dtype",
+    )
+    add(
+        "--table",
+        choices=[*FLOATS, *FEW],
+        help="of the table of tokens and the head, likewise",
+    )
+    add("--chunk", type=whole(1), metavar="TOKENS", help="whose logits exist at a time")
     add("--remat", action=switch, default=True, help="keep only each block's input")
     add("--scan", action=switch, default=True, help="stack the layers")
     add(
@@ -201,16 +223,7 @@ def prepare(args: argparse.Namespace) -> Job:
     arch = ARCHITECTURES[args.model]
     if args.layers:
         arch = dataclasses.replace(arch, layers=args.layers)
-    if arch.patch and args.sequence:
-        raise ValueError(f"--sequence is of text: {args.model} takes images.")
-    sequence = args.sequence or min(1024, arch.positions or 1024)
-    if arch.patch:
-        sequence = 1 + (arch.image // arch.patch) ** 2
-    elif arch.positions and sequence > arch.positions:
-        raise ValueError(
-            f"{args.model} has {arch.positions} positions, fewer than --sequence "
-            f"{sequence}."
-        )
+    sequence = tokens(args, arch)
     mesh = Mesh(np.array(devices(args.device)), AXIS)
     args.batch = args.batch or mesh.size
     if args.batch % mesh.size:
@@ -222,19 +235,70 @@ def prepare(args: argparse.Namespace) -> Job:
         *(arch, args.scan, args.remat, jnp.dtype(args.dtype), jnp.dtype(args.dtype)),
         keep=lambda x: jax.lax.with_sharding_constraint(x, split_over(mesh, AXIS)),
     )
-    apply = lambda params, x: model.apply({"params": params}, x)
-    job = Job(args, arch, sequence, mesh, apply, {}, None)
+    run = lambda method, params, x: model.apply({"params": params}, x, method=method)
+    apply = functools.partial(run, None)
+    loss = training.loss(apply)
+    if args.chunk:
+        parts = (functools.partial(run, name) for name in ("hidden", "logits"))
+        loss = training.loss_in_chunks(*parts, args.chunk)
+    job = Job(args, arch, sequence, mesh, loss, {}, None)
     inputs, _ = batch_of(job, mesh.size)
     plain = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     job = job._replace(params=distribute(plain, mesh))
     if {*args.methods} == {"full"}:
         return job
     axes = lj.find_axes(apply, job.params, inputs)
+    stored = store(job.params, args, axes)
     try:
-        adapted = lj.lorafy(job.params, args.rank, targets=args.targets, axes=axes)
+        adapted = lj.lorafy(stored, args.rank, targets=args.targets, axes=axes)
     except ValueError as error:
         raise targets(args, error, "query value") from None
     return job._replace(adapted=adapted)
+
+
+def tokens(args: argparse.Namespace, arch: Architecture) -> int:
+    """Returns how many tokens an input has, once the options are known to fit."""
+    if arch.patch and args.sequence:
+        raise ValueError(f"--sequence is of text: {args.model} takes images.")
+    sequence = args.sequence or min(1024, arch.positions or 1024)
+    if arch.patch:
+        sequence = 1 + (arch.image // arch.patch) ** 2
+    elif arch.positions and sequence > arch.positions:
+        raise ValueError(
+            f"{args.model} has {arch.positions} positions, fewer than --sequence "
+            f"{sequence}."
+        )
+    if args.chunk and arch.patch:
+        raise ValueError(f"--chunk is of tokens: {args.model} takes images.")
+    if args.chunk and sequence % args.chunk:
+        raise ValueError(f"--chunk {args.chunk} does not divide {sequence} tokens.")
+    if (args.base or args.table) and {*args.methods} == {"full"}:
+        raise ValueError(
+            "--base and --table are of frozen weights, and full fine-tuning has none: "
+            "write --methods lora full."
+        )
+    return sequence
+
+
+def store(
+    params: dict[str, Any], args: argparse.Namespace, axes: dict[str, lj.Axes]
+) -> dict[str, Any]:
+    """Puts frozen weights into the formats of --base and --table."""
+    few = {}
+
+    def put(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        how = args.table if name in ("tokens/embedding", "head/kernel") else None
+        if name.startswith("blocks") and path[-1].key == "kernel":
+            how = args.base
+        if how in FEW:
+            few[name] = how
+        elif how:
+            return jax.ShapeDtypeStruct(x.shape, how, sharding=x.sharding)
+        return x
+
+    params = jax.tree_util.tree_map_with_path(put, params)
+    return lj.quantize(params, few, axes=axes) if few else params
 
 
 def devices(name: str) -> list[Any]:
@@ -317,12 +381,12 @@ def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
     """Returns a method's step on a batch of n, lowered, and its arguments' shapes."""
     if name == "full":
         trainable, frozen = job.params, {}
-        run = lambda params, _, x: job.apply(params, x)
+        loss = lambda params, _, *batch: job.loss(params, *batch)
     else:
         trainable, frozen = lj.split(job.adapted)
-        merged = lambda params, x: job.apply(lj.merge(params), x)
-        fn = lj.lora(job.apply) if name == "lora" else merged
-        run = lambda adapters, base, x: fn(lj.combine(adapters, base), x)
+        merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
+        fn = lj.lora(job.loss) if name == "lora" else merged
+        loss = lambda adapters, base, *batch: fn(lj.combine(adapters, base), *batch)
     tx = optax.adamw(1e-3)
     put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     optimizer = optax.tree_map_params(
@@ -333,7 +397,7 @@ def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
         transform_non_params=lambda x: put(x, split_over(job.mesh)),
     )
     state, batch = (trainable, optimizer), batch_of(job, n)
-    step = jax.jit(training.step(run, tx), donate_argnums=0)
+    step = jax.jit(training.update(loss, tx), donate_argnums=0)
     return step.lower(state, frozen, *batch), (state, frozen, batch)
 
 
@@ -421,12 +485,22 @@ def heading(results: dict[str, Any]) -> str:
     """Returns what was compiled, in a line."""
     given = results["settings"]
     layers = f" of {given['layers']} layers" if given["layers"] else ""
-    remat = "remat" if given["remat"] else "no remat"
+    parts = [f"batch {given['batch']} x {results['sequence']}", given["dtype"]]
+    parts += [f"base in {given['base']}"] * bool(given["base"])
+    parts += [f"tables in {given['table']}"] * bool(given["table"])
+    parts += ["remat" if given["remat"] else "no remat", f"rank {given['rank']}"]
+    parts += [f"chunks of {given['chunk']} tokens"] * bool(given["chunk"])
     return (
         f"{given['model']}{layers}, {results['parameters']:,} parameters, on "
-        f"{given['device']}: batch {given['batch']} x {results['sequence']}, "
-        f"{given['dtype']}, {remat}, rank {given['rank']}"
+        f"{given['device']}: {', '.join(parts)}"
     )
+
+
+def labels(results: dict[str, Any]) -> dict[str, str]:
+    """Returns the methods by their names, with what the base of each is in."""
+    base = results["settings"]["base"]
+    on = {name: f" on {base}" if base and name != "full" else "" for name in METHODS}
+    return {name: METHODS[name] + on[name] for name in results["methods"]}
 
 
 def unit_of(results: dict[str, Any]) -> str:
@@ -455,7 +529,7 @@ def table(results: dict[str, Any]) -> str:
         rows[f"largest batch in {limit / UNITS[unit]:.5g} {unit}"] = [
             f"{n}" if n else "not even one" for n in most
         ]
-    lines = [["", *(METHODS[name] for name in found)]]
+    lines = [["", *labels(results).values()]]
     lines += [[label, *cells] for label, cells in rows.items()]
     where = " on each chip" if results["chips"] > 1 else ""
     lines[0][0] = f"one training step{where}"
@@ -479,7 +553,7 @@ def words(results: dict[str, Any]) -> str:
             if parts["peak"]:
                 line = f"it needs at least {told(parts['peak'])} of the chip's "
                 line += told(parts["limit"])
-            text.append(f"{METHODS[name]} does not fit: {line}.")
+            text.append(f"{labels(results)[name]} does not fit: {line}.")
     lora = found.get("lora", {})
     if lora.get("peak"):
         share = activations(lora) / lora["peak"]
@@ -496,7 +570,9 @@ def words(results: dict[str, Any]) -> str:
                 "shorter inputs, not by LoRA"
             )
         text.append(line + ".")
-        text.append(f"The logits alone, in float32, are {told(results['logits'])}.")
+        at_once = " at a time" if results["settings"]["chunk"] else ""
+        logits = told(results["logits"])
+        text.append(f"The logits alone, in float32, are {logits}{at_once}.")
     return "\n".join(text)
 
 
@@ -512,7 +588,8 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     top = max(x["parameters"] + x["optimizer"] + x["temporaries"] for x in bars)
     unit = unit_of(results)
     top /= UNITS[unit]
-    made = Figure(figsize=(4.4 + 1.5 * len(bars), 4.8), dpi=160, layout="constrained")
+    width = 4.4 + 1.5 * len(bars)
+    made = Figure(figsize=(width, 4.8), dpi=160, layout="constrained")
     axes = made.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=report.INK, length=3)
@@ -524,18 +601,19 @@ def figure(path: Path, results: dict[str, Any]) -> None:
         axes.set_ylim(0, 1.08 * max(top, limit))
         axes.axhline(limit, color=report.INK, linestyle="--", zorder=0)
         report.beside(axes, f"{limit:.4g} {unit}", limit, report.INK)
-    labels = [METHODS[name] for name in found]
+    names = list(labels(results).values())
     for i, (name, parts) in enumerate(found.items()):
         if "full" in found and name != "full":
-            labels[i] += f"\n{ratio(parts, found['full'])} of full"
+            names[i] += f"\n{ratio(parts, found['full'])} of full"
         if "largest_batch" in parts:
-            labels[i] += f"\nlargest batch {parts['largest_batch']}"
+            names[i] += f"\nlargest batch {parts['largest_batch']}"
         if parts.get("refused"):
-            labels[i] += "\ndoes not fit"
-    report.below(axes, labels, [LINES[name] for name in found])
+            names[i] += "\ndoes not fit"
+    report.below(axes, names, [LINES[name] for name in found])
     where = ", of each chip" if results["chips"] > 1 else ""
     first, _, second = heading(results).partition(": ")
-    report.title(axes, first, f"memory of one training step{where}: {second}")
+    note = f"memory of one training step{where}: {second}"
+    report.title(axes, first, textwrap.fill(note, int(14 * width)))
     made.savefig(path)
 
 

@@ -144,16 +144,22 @@ def stack(
         middles = ends - np.array(bar) / 2
         axes.bar(x, bar, 0.56, ends - bar, color=colors)
         axes.text(x, ends[-1] + 0.015 * top, f"{ends[-1]:,.{digits}f} {unit}", **TOTAL)
+        outside = []
         for y, size, color in zip(middles, bar, colors, strict=True):
             inside, more = f"{size:,.{digits}f}", f"{size:,.{digits + 1}f}"
             if size > 0.05 * top:
                 axes.text(x, y, inside, **INSIDE, bbox=dict(color=color, pad=1.5))
             else:
-                axes.text(x + 0.31, y, more, color=color, va="center")
+                outside.append((y, more, color))
+        heights = [y for y, *_ in outside]
+        apart = spread(heights, 0.04 * top) if outside else []
+        for y, (_, more, color) in zip(apart, outside, strict=True):
+            axes.text(x + 0.31, y, more, color=color, va="center")
         # Of the temporaries, since XLA tells no more than their sum.
         gradients = min(parts["gradients"] / UNITS[unit], bar[-1])
         axes.bar(x, gradients, 0.56, ends[-2], **HATCH)
-    for (name, color), place in zip(PARTS.values(), middles, strict=True):
+    places = spread(middles, 0.13 * top)  # one name has four lines
+    for (name, color), place in zip(PARTS.values(), places, strict=True):
         beside(axes, name, place, color)
 
 
@@ -182,7 +188,8 @@ def beside(axes: Axes, text: str, y: float, color: str) -> None:
 
 def title(axes: Axes, text: str, note: str) -> None:
     """Writes a title, and below it in grey how to read what it names."""
-    axes.set_title(text + "\n", loc="left", color=INK, fontweight="bold")
+    below = "\n" * (1 + note.count("\n"))
+    axes.set_title(text + below, loc="left", color=INK, fontweight="bold")
     axes.text(0, 1.02, note, color="#777777", transform=axes.transAxes, fontsize=9)
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -24,11 +25,13 @@ def step(
       `step((trainable, optimizer state), frozen, *inputs, labels)`: the new state, and
       the loss. Donate the state, so that the new one takes its place.
     """
+    return update(loss(apply), tx)
 
-    def loss(trainable, frozen, *batch):
-        *inputs, labels = batch
-        logits = apply(trainable, frozen, *inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+def update(
+    loss: Callable[..., jax.Array], tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, jax.Array]]:
+    """Returns the same step for `loss(trainable, frozen, *inputs, labels)`."""
 
     def step(state, frozen, *batch):
         trainable, optimizer = state
@@ -37,6 +40,59 @@ def step(
         return (optax.apply_updates(trainable, updates), optimizer), value
 
     return step
+
+
+def loss(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `loss(*args, labels)`, the mean of all, for logits `apply(*args)`."""
+
+    def loss(*batch):
+        *args, labels = batch
+        return cross_entropy(apply(*args), labels).mean()
+
+    return loss
+
+
+def loss_in_chunks(
+    hidden: Callable[..., jax.Array],
+    head: Callable[[Any, jax.Array], jax.Array],
+    chunk: int,
+) -> Callable[..., jax.Array]:
+    """Returns the loss of a decoder that never has all of its logits at one time.
+
+    They are one number in float32 for each token and each word of the vocabulary, and
+    their gradients are as many. Here those of `chunk` tokens of each sequence exist at
+    a time; the backward pass makes them again. To rounding it is the loss of all.
+
+    Args:
+      hidden: `hidden(params, *inputs)`: what the head reads, (batch, time, width).
+      head: `head(params, states)`: the logits of some of it.
+      chunk: How many tokens. It divides the time.
+
+    Returns:
+      `loss(params, *inputs, labels)`, for labels (batch, time).
+    """
+
+    def loss(params, *batch):
+        *inputs, labels = batch
+        apart = (
+            lambda x: jnp.moveaxis(  # (batch, time, ...) -> (n, batch, chunk, ...)
+                jnp.reshape(x, (len(x), -1, chunk, *x.shape[2:])), 1, 0
+            )
+        )
+
+        def add(total, part):
+            states, labels = part
+            return total + cross_entropy(head(params, states), labels).sum(), None
+
+        add = jax.checkpoint(add, prevent_cse=False)  # in a loop nothing can be joined
+        parts = apart(hidden(params, *inputs)), apart(labels)
+        total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
+        return total / labels.size
+
+    return loss
+
+
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]:
@@ -99,7 +155,10 @@ def nbytes(tree: Any) -> int:
     def held(x: Any) -> int:
         sharding = getattr(x, "sharding", None)
         shape = sharding.shard_shape(x.shape) if sharding else x.shape
-        return math.prod(shape) * x.dtype.itemsize
+        bits = 8 * x.dtype.itemsize
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            bits = jnp.iinfo(x.dtype).bits  # of int4, 4: XLA packs them
+        return -(-math.prod(shape) * bits // 8)
 
     return sum(map(held, jax.tree.leaves(tree)))
 

@@ -89,62 +89,71 @@ class Model(nn.Module):
     param_dtype: Any = jnp.bfloat16
     keep: Callable[[jax.Array], jax.Array] = lambda x: x  # shards activations
 
-    @nn.compact
-    def __call__(self, x):
+    def setup(self):
         arch = self.arch
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        embed = None
         if arch.patch:
-            x = self.embed_image(x, dtypes)
+            window, init = (arch.patch,) * 2, nn.initializers.normal(0.02)
+            self.patches = nn.Conv(arch.width, window, window, **dtypes)
+            shape = 1, 1 + (arch.image // arch.patch) ** 2, arch.width
+            first = 1, 1, arch.width
+            self.first = self.param("class", init, first, self.param_dtype)
+            self.places = self.param("places", init, shape, self.param_dtype)
         else:
-            embed = nn.Embed(arch.vocab, arch.width, name="tokens", **dtypes)
-            x = embed(x)
-        if arch.scaled_embedding:
-            x *= jnp.sqrt(arch.width).astype(x.dtype)
+            self.tokens = nn.Embed(arch.vocab, arch.width, **dtypes)
         if arch.positions:
-            table = nn.Embed(arch.positions, arch.width, name="positions", **dtypes)
-            x += table(jnp.arange(x.shape[1]))[None]
-        x = self.keep(x)
+            self.positions = nn.Embed(arch.positions, arch.width, **dtypes)
         block = nn.remat(Block, prevent_cse=not self.scanned) if self.remat else Block
         args = arch, dtypes, self.keep
         if self.scanned:
             stack = nn.scan(
                 block, {"params": 0}, split_rngs={"params": True}, length=arch.layers
             )
-            x, _ = stack(*args, name="blocks")(x, None)
+            self.blocks = stack(*args)
         else:
-            for i in range(arch.layers):
-                x, _ = block(*args, name=f"blocks_{i}")(x, None)
-        x = norm(arch, dtypes, "norm")(x)
-        if arch.patch:
-            x = x[:, 0]
-        if arch.tied and embed is not None:
-            logits = jnp.einsum(
-                *("btd,vd->btv", x, embed.embedding.astype(x.dtype)),
-                preferred_element_type=jnp.float32,
-            )
-        else:
+            self.blocks = [block(*args) for _ in range(arch.layers)]
+        self.norm = norm(arch, dtypes)
+        if arch.patch or not arch.tied:
             product = functools.partial(
                 jax.lax.dot_general, preferred_element_type=jnp.float32
             )
-            logits = nn.Dense(
-                *(arch.vocab, arch.patch > 0),
-                **dtypes,
-                name="head",
-                dot_general=product,
-            )(x)
-        return cap(self.keep(logits), arch.logit_cap)
+            self.head = nn.Dense(
+                *(arch.vocab, arch.patch > 0), **dtypes, dot_general=product
+            )
 
-    def embed_image(self, images, dtypes):
-        arch, window = self.arch, (self.arch.patch,) * 2
-        x = nn.Conv(arch.width, window, window, name="patches", **dtypes)(images)
-        x = x.reshape(len(x), -1, arch.width)
-        init = nn.initializers.normal(0.02)
-        first = self.param("class", init, (1, 1, arch.width), self.param_dtype)
-        shape = 1, 1 + (arch.image // arch.patch) ** 2, arch.width
-        place = self.param("places", init, shape, self.param_dtype)
-        first = jnp.broadcast_to(first, (len(x), 1, arch.width)).astype(x.dtype)
-        return jnp.concatenate([first, x], 1) + place.astype(x.dtype)
+    def __call__(self, x):
+        return self.logits(self.hidden(x))
+
+    def hidden(self, x):
+        """What the head reads: (batch, time, width), or (batch, width) of images."""
+        arch = self.arch
+        x = self.embed_image(x) if arch.patch else self.tokens(x)
+        if arch.scaled_embedding:
+            x *= jnp.sqrt(arch.width).astype(x.dtype)
+        if arch.positions:
+            x += self.positions(jnp.arange(x.shape[1]))[None]
+        x = self.keep(x)
+        for block in [self.blocks] if self.scanned else self.blocks:
+            x, _ = block(x, None)
+        x = self.norm(x)
+        return x[:, 0] if arch.patch else x
+
+    def logits(self, x):
+        """The head: of all that `hidden` gives, or of some of its tokens."""
+        if self.arch.patch or not self.arch.tied:
+            logits = self.head(x)
+        else:
+            logits = jnp.einsum(
+                *("btd,vd->btv", x, self.tokens.embedding.astype(x.dtype)),
+                preferred_element_type=jnp.float32,
+            )
+        return cap(self.keep(logits), self.arch.logit_cap)
+
+    def embed_image(self, images):
+        x = self.patches(images)
+        x = x.reshape(len(x), -1, self.arch.width)
+        first = jnp.broadcast_to(self.first, (len(x), 1, x.shape[-1])).astype(x.dtype)
+        return jnp.concatenate([first, x], 1) + self.places.astype(x.dtype)
 
 
 class Part(nn.Module):
@@ -211,7 +220,9 @@ class MLP(Part):
         return self.dense(arch.width, "down")(h)
 
 
-def norm(arch: Architecture, dtypes: dict[str, Any], name: str) -> nn.Module:
+def norm(
+    arch: Architecture, dtypes: dict[str, Any], name: str | None = None
+) -> nn.Module:
     """The architecture's normalisation."""
     kind = nn.RMSNorm if arch.norm == "rms" else nn.LayerNorm
     return kind(epsilon=arch.epsilon, name=name, **dtypes)

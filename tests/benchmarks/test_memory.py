@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import speed
 import to_peft
+import training
 from models import architectures
 from models.architectures import ARCHITECTURES, GPT2, Architecture, Model
+
+import lora_jax as lj
 
 SMALL = dict(layers=2, width=16, heads=4, mlp=24, vocab=30)
 KINDS = {
@@ -91,6 +94,76 @@ def test_scanned_and_layer_by_layer_are_one_function(name):
         later = apart({"params": params}, x.at[:, 5:].set(0))
         np.testing.assert_allclose(later[:, :5], want[:, :5], atol=1e-5)
         assert np.abs(later[:, 5:] - want[:, 5:]).max() > 1e-3
+
+
+def drawn(name, *more):
+    """A tiny job, its parameters at random, with adapters or plain, and a batch."""
+    given = f"--model=tiny-{name}", "--sequence=8", "--dtype=float32", "--layers=1"
+    job = memory.prepare(memory.options().parse_args([*given, *more]))
+    rng = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    params = jax.tree.map(draw, job.params)
+    batch = jnp.asarray(rng.integers(30, size=(2, 3, 8)), jnp.int32)
+    if job.args.base:
+        axes = lj.find_axes(lambda p, x: job.loss(p, x, x), params, batch[0])
+        params = memory.store(params, job.args, axes)
+        params = lj.lorafy(params, 2, targets=job.args.targets, axes=axes)
+        adapters, base = lj.split(params)
+        params = lj.combine(jax.tree.map(draw, adapters), base)
+    return job, params, batch
+
+
+def same(got, want):
+    """The same loss and gradients, to rounding."""
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_loss_in_chunks_is_the_loss(name):
+    found = []
+    for chunk in ([], ["--chunk=2"]):
+        job, params, batch = drawn(name, *chunk)
+        found.append(jax.jit(jax.value_and_grad(job.loss))(params, *batch))
+    same(*found)
+
+
+@pytest.mark.parametrize(("name", "table"), [("llama", "nf4"), ("gemma", "int8")])
+def test_a_loss_in_chunks_is_the_loss_of_what_is_stored(name, table):
+    whole = "tokens/embedding" if KINDS[name].tied else "head/kernel"
+    given = "--base=nf4", f"--table={table}", "--targets", "blocks", whole
+    job, params, batch = drawn(name, *given)
+    adapters, base = lj.split(params)
+
+    def found(fn):
+        loss = lambda adapters: fn(lj.combine(adapters, base), *batch)
+        return jax.jit(jax.value_and_grad(loss))(adapters)
+
+    in_chunks = drawn(name, *given, "--chunk=4")[0].loss
+    merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
+    same(found(lj.lora(in_chunks)), found(merged))
+
+
+def test_a_loss_in_chunks_never_has_all_logits():
+    job, params, batch = drawn("llama", "--base=nf4", "--table=int8", "--chunk=2")
+    adapters, base = lj.split(params)
+    loss = lambda *x: lj.lora(job.loss)(lj.combine(*x), *batch)
+    text = str(jax.make_jaxpr(jax.grad(loss))(adapters, base))
+    assert "f32[3,2,30]" in text
+    assert "[3,8,30]" not in text
+
+
+def test_numbers_of_four_bits_take_half_a_byte():
+    x = jax.ShapeDtypeStruct((3, 8), jnp.int4)
+    assert training.nbytes(x) == 12
+    assert training.nbytes(jax.ShapeDtypeStruct((3,), jnp.uint4)) == 2
+    assert training.nbytes(jax.ShapeDtypeStruct((3,), jnp.bool_)) == 3
+    assert training.nbytes(jnp.zeros((3, 8), jnp.bfloat16)) == 48
+    mesh = jax.sharding.Mesh(jax.devices()[:4], "chips")
+    place = memory.split_over(mesh, None, "chips")
+    w = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16, sharding=place)
+    q = lj.quantize({"kernel": w}, "nf4")
+    assert training.nbytes(q) == 64 * 8 // 2 + 8 * 2
 
 
 def test_rotation_knows_distances_alone():
@@ -211,7 +284,7 @@ def test_it_says_where_lora_saves_little():
     full = dict(parameters=100, optimizer=200, gradients=100, temporaries=900)
     lora = dict(parameters=101, optimizer=2, gradients=1, temporaries=801)
     results = {"methods": {"full": full, "lora": lora}, "logits": 0}
-    results["settings"] = {"remat": False}
+    results["settings"] = {"remat": False, "base": None, "chunk": None}
     for parts in (full, lora):
         parts["peak"] = sum(parts.values()) - parts["gradients"]
     text = memory.words(results)
@@ -219,6 +292,21 @@ def test_it_says_where_lora_saves_little():
     assert "what is left to save is there, by --remat, a smaller batch" in text
     lora |= {"temporaries": 1, "peak": 104}
     assert "what is left" not in memory.words(results)
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Has the compiler refuse everything, in those words: nothing is compiled."""
+
+    def refuse(text):
+        class Refused:
+            def compile(self):
+                raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+
+        lower = memory.lower
+        monkeypatch.setattr(memory, "lower", lambda *x: (Refused(), lower(*x)[1]))
+
+    return refuse
 
 
 @pytest.mark.parametrize(
@@ -229,13 +317,8 @@ def test_it_says_where_lora_saves_little():
         ("RESOURCE_EXHAUSTED", None),
     ],
 )
-def test_a_refusal_is_told(text, peak, tmp_path, monkeypatch, capsys):
-    class Refused:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
-
-    lower = memory.lower
-    monkeypatch.setattr(memory, "lower", lambda *x: (Refused(), lower(*x)[1]))
+def test_a_refusal_is_told(text, peak, tmp_path, refused, capsys):
+    refused(text)
     given = "--model=tiny-gpt2", "--sequence=8", "--methods=lora"
     results = run(tmp_path, *given, "--fits=16GB")
     parts = results["methods"]["lora"]
@@ -243,6 +326,47 @@ def test_a_refusal_is_told(text, peak, tmp_path, monkeypatch, capsys):
     assert parts["peak"] == (peak and 1.5 * 2**20)
     assert parts["limit"] == (peak and 2**20)
     assert "LoRA does not fit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("base", "table"),
+    [
+        (None, None),
+        ("int8", "int8"),
+        ("nf4", "int8"),
+        ("int4", "float32"),
+        ("float32", None),
+        (None, "int8"),
+    ],
+)
+def test_what_the_base_is_stored_in_is_counted_and_told(
+    base, table, tmp_path, refused, capsys
+):
+    refused("")
+    given = [f"--base={base}"] * bool(base) + [f"--table={table}"] * bool(table)
+    given += ["--model=tiny-llama", "--sequence=8", "--rank=1", "--chunk=4"]
+    found = run(tmp_path, *given, "--methods", "lora", "full")
+    outputs, tables, layers = 2 * 16 + 2 * 8 + 2 * 24 + 16, 30 * 16, 2
+    kernels = layers * (16 * (outputs - 16) + 24 * 16)
+    # Of 64 and the 24 inputs of one kernel, 8 is the greatest common divisor.
+    few = layers * (outputs + 2 * 16)
+    blocks = {"int8": layers * outputs, "int4": few, "nf4": few}
+    bits = {None: 16, "float32": 32, "int8": 8, "int4": 4, "nf4": 4}
+    plain = 2 * found["parameters"]
+    stored = plain + (bits[base] - 16) * kernels // 8 + 2 * blocks.get(base, 0)
+    stored += 2 * (bits[table] - 16) * tables // 8 + 2 * 60 * (table == "int8")
+    lora, full = found["methods"].values()
+    adapters = lora["gradients"] + 4 * 7 * layers
+    assert lora["parameters"] == stored + adapters
+    assert full["parameters"] == plain
+    assert found["logits"] == 4 * 4 * 30
+    assert found["settings"]["base"] == base
+    shown = capsys.readouterr().out
+    assert (f"bfloat16, base in {base}" in shown) == bool(base)
+    assert (f", tables in {table}, remat" in shown) == bool(table)
+    assert (f"LoRA on {base} " in shown) == bool(base)
+    assert "rank 1, chunks of 4 tokens" in shown
+    assert "full does not fit" in shown
 
 
 def test_another_error_is_no_refusal(monkeypatch):
@@ -272,6 +396,11 @@ def test_another_error_is_no_refusal(monkeypatch):
         ("--batch=0", "0 is not a whole number from 1"),
         ("--sequence=1025", "gpt2-medium has 1024 positions, fewer than"),
         ("--model=vit-h --sequence=8", "--sequence is of text: vit-h takes images"),
+        ("--base=int2", "invalid choice: 'int2'"),
+        ("--table=int8 --methods full", "of frozen weights, and full fine-tuning has"),
+        ("--chunk=0", "0 is not a whole number from 1"),
+        ("--chunk=3", "--chunk 3 does not divide 1024 tokens"),
+        ("--model=vit-h --chunk=1", "--chunk is of tokens: vit-h takes images"),
         ("--targets atn", "--targets atn: No weight matches 'atn'"),
         (f"--output={__file__}", "is not a folder"),
     ],

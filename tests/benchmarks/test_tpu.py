@@ -72,6 +72,24 @@ def test_one_chip(compiled):
 
 
 @pytest.mark.slow
+def test_a_base_in_few_bits_on_one_chip(compiled):
+    options = "--base=nf4", "--table=int8", "--chunk=32"
+    step, shapes = compiled("tpu-v5e", *options)
+    held = training.nbytes(shapes)
+    stats, text = step.memory_analysis(), step.as_text()
+    assert held <= stats.argument_size_in_bytes < 1.1 * held  # packed
+    # Neither all layers of a weight in floats, nor all logits, forward or backward.
+    for _, n_in, n_out, _ in KERNELS:
+        assert f"u4[{LAYERS},{n_in},{n_out}]" in text
+        for dtype in ("bf16", "f32"):
+            assert f"{dtype}[{LAYERS},{n_in},{n_out}]" not in text
+    found = {tuple(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", text)}
+    logits = {x for x in found if VOCAB in x}
+    assert any(32 in x for x in logits)
+    assert not any(TIME in x for x in logits)
+
+
+@pytest.mark.slow
 def test_sharded_over_four_chips(compiled):
     step, (state, frozen, batch) = compiled("tpu-v5e:2x2")
     # A is split where W's inputs are, B where its outputs are; rank and layers are not.
