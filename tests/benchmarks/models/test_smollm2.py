@@ -117,7 +117,7 @@ def test_other_architectures_are_refused(tiny, name, value, message):
 
 def test_the_packages_own_file_must_be_the_published_model(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2, "own", lambda: tmp_path)
-    monkeypatch.setattr(smollm2, "read", lambda path: tiny)
+    monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny)
     with pytest.raises(ValueError, match=r"says Architecture\(layers=2, .* is needed"):
         smollm2.load()
     loaded = smollm2.load(tmp_path, scanned=False, remat=True)
@@ -197,9 +197,13 @@ def test_generation_is_that_of_the_whole_text(tiny):
 
 @pytest.fixture
 def path(tiny, tmp_path):
-    """The tiny model as a GGUF, its tables quantised as SmolLM2's are."""
+    """The tiny model as a GGUF, its kernels quantised as SmolLM2's are."""
+    return write(tmp_path / "tiny.gguf", tiny, lambda name: "Q4_1")
+
+
+def write(path, tiny, kind_of):
+    """Writes a GGUF; `kind_of` gives a matrix's type, or None for float32."""
     gguf = pytest.importorskip("gguf")
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, tiny.fields["general.architecture"])
     for name, value in tiny.fields.items():
         if name == "general.architecture":
@@ -213,8 +217,11 @@ def path(tiny, tmp_path):
         else:
             writer.add_uint32(name, value)
     for name, x in tiny.tensors.items():
-        kind = gguf.GGMLQuantizationType.Q4_1 if x.ndim == 2 else None
-        written = x if kind is None else gguf.quants.quantize(x, kind)
+        kind = kind_of(name) if x.ndim == 2 else None
+        written = x
+        if kind is not None:
+            kind = gguf.GGMLQuantizationType[kind]
+            written = gguf.quants.quantize(x, kind)
         writer.add_tensor(name, written, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -234,6 +241,46 @@ def test_a_file_is_read_and_multiplied_out(tiny, path):
         step = np.ptp(blocks, axis=1, keepdims=True) / np.float32(15)
         assert np.all(abs(found - blocks) <= 0.6 * step if x.ndim == 2 else found == x)
     smollm2.load(path)
+
+
+def bits(tree):
+    """The bytes of each array: equal numbers may differ in the sign of a zero."""
+    return jax.tree.map(lambda x: (x.shape, np.asarray(x).tobytes()), tree)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("scanned", [True, False])
+def test_blocks_stay_as_they_are(tiny, tmp_path, kind, scanned):
+    """Numbers and scales are the file's: the product is gguf's own, bit for bit."""
+    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kind)
+    model, params, _ = smollm2.load(path, scanned=scanned, quantized=True)
+    plain = smollm2.load(path, scanned=scanned).params
+    down = params["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]
+    assert down.values.dtype == {"Q8_0": jnp.int8, "Q4_0": jnp.int4}[kind]
+    assert down.scale.dtype == np.float16
+    assert down.scale.shape == ((2, 2, 32) if scanned else (2, 32))  # of 64 inputs
+    kernels = 7 if scanned else 7 * model.arch.layers
+    stored = lambda x: isinstance(x, lj.Quantized)
+    assert sum(map(stored, jax.tree.leaves(params, is_leaf=stored))) == kernels + 1
+    assert bits(lj.dequantize(params)) == bits(plain)
+
+    fn = lambda params, ids: model.apply({"params": params}, ids)
+    ids = np.random.default_rng(1).integers(0, 200, (2, 9))
+    want = jax.jit(fn)(plain, ids)
+    np.testing.assert_allclose(jax.jit(lj.lora(fn))(params, ids), want, atol=1e-5)
+
+
+def test_types_that_do_not_fit_are_multiplied_out(tiny, tmp_path):
+    """An offset for each block; or one type in one layer, another in the next."""
+    kinds = {"token_embd.weight": "Q8_0", DOWN: "Q8_0", "blk.0.attn_q.weight": "Q4_0"}
+    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kinds.get(name, "Q4_1"))
+    for scanned, few in ((True, 1), (False, 3)):
+        params = smollm2.load(path, scanned=scanned, quantized=True).params
+        stored = lambda x: isinstance(x, lj.Quantized)
+        assert sum(map(stored, jax.tree.leaves(params, is_leaf=stored))) == few
+        assert isinstance(params["tokens"]["embedding"], lj.Quantized)
+        plain = smollm2.load(path, scanned=scanned).params
+        assert bits(lj.dequantize(params)) == bits(plain)
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing of the kind", 5000, -64])
