@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     with files.stoppable(parser, args.output):
         try:
             with files.during("before training"):
+                check_place(args.output / "adapter")
                 job = prepare(args)
                 plain = function(job.model)
                 params = adapt(plain, job.params, args)
@@ -125,6 +126,17 @@ def options() -> argparse.ArgumentParser:
         description="Fine-tunes SmolLM2 with LoRA, and hands the adapter to PEFT.",
         formatter_class=Defaults,
     )
+    add_training(parser)
+    add = parser.add_argument
+    check = dict(action=argparse.BooleanOptionalAction, default=True)
+    add("--check", **check, help="load the adapter with PEFT, which needs torch")
+    place = Path(__file__).parent / "results" / "to_peft"
+    add("--output", type=folder, default=place, help="where the files are written")
+    return parser
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of any job that trains SmolLM2."""
     add = parser.add_argument
     add("--rank", type=whole(1), default=8, help="of every adapter")
     add("--alpha", type=positive, default=16.0, help="adapters weigh alpha / rank")
@@ -139,13 +151,8 @@ def options() -> argparse.ArgumentParser:
     add("--tokens", type=whole(1), default=24, help="that the sample adds")
     add("--remat", action="store_true", help="compute activations twice, keep fewer")
     add("--unrolled", action="store_true", help="layer by layer, instead of a scan")
-    check = dict(action=argparse.BooleanOptionalAction, default=True)
-    add("--check", **check, help="load the adapter with PEFT, which needs torch")
-    place = Path(__file__).parent / "results" / "to_peft"
-    add("--output", type=folder, default=place, help="where the files are written")
     add("--weights", type=existing, help="a GGUF, instead of the download")
     add("--data", type=existing, help="csv of text,label, instead of the download")
-    return parser
 
 
 # What there is before training. What the options get wrong is found before a download.
@@ -169,7 +176,6 @@ def prepare(args: argparse.Namespace) -> Job:
         raise ValueError("--prompt is empty: write a word or more.")
     if args.weights is None:
         check_adapters(smollm2.build(smollm2.ARCH, not args.unrolled), args)
-    check_place(args.output / "adapter")
     args.output.mkdir(parents=True, exist_ok=True)
     texts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
     model, params, tokenizer = smollm2.load(

