@@ -15,6 +15,7 @@ from lora_jax._tree import (
 
 FACTORS = ("lora_a", "lora_b", "lora_scale")
 COPY = "lora_w"
+FROZEN = "frozen"
 
 
 class Adapter(NamedTuple):
@@ -65,6 +66,14 @@ def copy_of(leaf: Path) -> Copy:
 
 def is_adapter(path: Path) -> bool:
     return _stem(path[-1]) is not None
+
+
+def label_of(path: Path) -> str:
+    """The part of an adapter that a leaf is and trains as, or "frozen"."""
+    for part in (*FACTORS[:2], COPY):
+        if path[-1] == part or str(path[-1]).endswith(f"_{part}"):
+            return part
+    return FROZEN
 
 
 def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:

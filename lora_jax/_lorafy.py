@@ -132,9 +132,9 @@ def lorafy(
         kept = jnp.float32 if is_quantized(w) else wider(w.dtype)
         factor_dtype = kept if dtype is None else dtype
         scale = weight_alpha / (math.sqrt(r) if rslora else r)
-        path_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+        own_key = path_key(key, path)
         fills = (
-            functools.partial(_draw, w.shape, dims, r, init, factor_dtype, path_key),
+            functools.partial(_draw, w.shape, dims, r, init, factor_dtype, own_key),
             functools.partial(jnp.zeros, dtype=factor_dtype),
             functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32),
         )
@@ -153,6 +153,11 @@ def lorafy(
             trains = part in adapter_of(path).trained
             new[part] = box(value, own, leaves[path], trains=trains)
     return unflatten(params, leaves | new)
+
+
+def path_key(key: jax.Array, path: Path) -> jax.Array:
+    """A key of a leaf's own, whatever stands beside it."""
+    return jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
 
 
 def trained_copy(leaf: Any, value: Any = None) -> Any:

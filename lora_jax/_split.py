@@ -2,7 +2,13 @@
 
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import adapters_if_any, find_adapters, without_adapters
+from lora_jax._adapters import (
+    FROZEN,
+    adapters_if_any,
+    find_adapters,
+    label_of,
+    without_adapters,
+)
 from lora_jax._engine.quantized import nbytes
 from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
 
@@ -119,6 +125,46 @@ def mask(params: Any) -> Any:
     leaves = flatten(params)
     trains = trainable(leaves)
     return unflatten(params, {path: path in trains for path in leaves})
+
+
+def labels(params: Any) -> Any:
+    """What each leaf is: "lora_a", "lora_b", "lora_w", or "frozen".
+
+    For `optax.partition`, to train factors at different rates. LoRA+ has a larger rate
+    for B than for A. LoRA-FA keeps A as it is drawn: under one `jit` its gradient is
+    never computed, nor is x kept for it.
+
+    Args:
+      params: A tree from `lorafy`, or the half of `split` that trains.
+
+    Returns:
+      A tree with the same containers and a string for each leaf, boxed or not; `None`
+      in the holes of a half.
+
+    Raises:
+      ValueError: If `params` has no adapters.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj, optax
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> sorted(lj.labels(params).items())[:2]
+      [('kernel', 'frozen'), ('lora_a', 'lora_a')]
+      >>> rates = {"lora_a": optax.adam(1e-4), "lora_b": optax.adam(16e-4)}
+      >>> plus = lj.adapters_only(optax.partition(rates, lj.labels))
+      >>> rates = {"lora_a": optax.set_to_zero(), "lora_b": optax.adam(1e-3)}
+      >>> frozen_a = lj.adapters_only(optax.partition(rates, lj.labels))
+
+    Reference:
+      Hayou et al., "LoRA+", 2024. https://arxiv.org/abs/2402.12354
+      Zhang et al., "LoRA-FA", 2023. https://arxiv.org/abs/2308.03303
+    """
+    leaves = flatten(params)
+    found = {p: None if x is None else label_of(p) for p, x in leaves.items()}
+    if not {*found.values()} - {None, FROZEN}:
+        raise ValueError(
+            "These parameters have no adapters. Write params = lorafy(params, rank)."
+        )
+    return unflatten(params, found)
 
 
 def count(params: Any) -> Count:

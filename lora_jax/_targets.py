@@ -56,13 +56,13 @@ def plan(
       ValueError: If a pattern matches nothing, a number is out of range, the dimensions
         of a weight cannot be told, or there is nothing to adapt.
     """
-    ranks, alphas = _check_rank(rank), _check_alpha(alpha)
+    ranks, alphas = check_rank(rank), _check_alpha(alpha)
     axes = check_axes(axes or {}, leaves)
     quantized_leaves(leaves)  # raises if one is broken
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     ranks = choose(leaves, weights, ranks, targets, exclude, "rank")
     if isinstance(alphas, Mapping):
-        alphas = _assign(alphas, [*ranks], "alpha")
+        alphas = by_pattern(alphas, [*ranks], "alpha")
     else:
         alphas = {} if alphas is None else dict.fromkeys(ranks, alphas)
 
@@ -240,7 +240,7 @@ def choose(
         )
     if not isinstance(values, Mapping):
         return dict.fromkeys(chosen, values)
-    values = _assign(values, chosen, name)
+    values = by_pattern(values, chosen, name)
     for path in chosen:
         if path not in values:
             raise ValueError(
@@ -258,7 +258,7 @@ def _select(
     return match_each(as_patterns(selector, name), weights, name, leaves)
 
 
-def _assign(
+def by_pattern(
     values: Mapping[str, Any], chosen: list[Path], name: str
 ) -> dict[Path, Any]:
     """The value of the first pattern that matches each path; each must decide one."""
@@ -277,7 +277,7 @@ def _assign(
     return {path: numbers[pattern] for path, pattern in first.items()}
 
 
-def _check_rank(rank: Any) -> int | dict[str, int]:
+def check_rank(rank: Any) -> int | dict[str, int]:
     if isinstance(rank, Mapping):
         if not rank:
             raise ValueError("rank is an empty mapping. Write rank={pattern: number}.")

@@ -17,7 +17,8 @@ PEFT = "names modules layouts plan config folder checks export parts import_".sp
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
     "_engine _tree _adapters _arguments _targets _lorafy _quantize _axes _lora "
-    "_explain _layers _split _optimizer _merge _detach _sample _write _save _peft"
+    "_explain _layers _split _optimizer _merge _arithmetic _svd _detach "
+    "_sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [
@@ -27,7 +28,7 @@ ORDER = [
 ]
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
-FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Quantized", "Report"}
+FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Kept", "Quantized", "Report"}
 
 
 def source(name):
@@ -136,7 +137,7 @@ def test_options_are_keyword_only(name):
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstrings_have_an_example(name):
     doc = inspect.getdoc(PUBLIC[name])
-    assert name in ("Axes", "Count", "Report") or ">>> " in doc
+    assert name in ("Axes", "Count", "Kept", "Report") or ">>> " in doc
     assert doc.splitlines()[0].endswith(".")
 
 

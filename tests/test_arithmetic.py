@@ -1,0 +1,188 @@
+"""Sums and multiples of adapters equal those of their updates, written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+
+Axes = lj.Axes
+# A kernel, a table, a stack, heads, one stored (out, in), a fused one with heads.
+SHAPES = {
+    "m/kernel": ((6, 5), Axes((), (0,), (1,))),
+    "t/embedding": ((7, 4), Axes((), (0,), (1,))),
+    "s/kernel": ((3, 4, 5), Axes((0,), (1,), (2,))),
+    "h/kernel": ((4, 2, 3), Axes((), (0,), (1, 2))),
+    "o/kernel": ((5, 6), Axes((), (1,), (0,))),
+    "f/kernel": ((3, 2, 4, 5), Axes((0,), (2,), (1, 3))),
+}
+
+
+def base(seed=0):
+    rng = np.random.default_rng(seed)
+    tree = {}
+    for name, (shape, _) in SHAPES.items():
+        module, leaf = name.split("/")
+        tree[module] = {leaf: jnp.asarray(rng.standard_normal(shape), np.float32)}
+    return tree | {"b": {"bias": jnp.ones(3)}}
+
+
+def adapted(plain, seed, rank=2, alpha=3.0, names=SHAPES, **options):
+    """Random factors, of the dimensions above."""
+    axes = {name: SHAPES[name][1] for name in names}
+    params = lj.lorafy(plain, rank, alpha=alpha, targets=[*names], axes=axes, **options)
+    adapters, rest = lj.split(params)
+    leaves, treedef = jax.tree.flatten(adapters)
+    rng = np.random.default_rng(seed)
+    drawn = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in leaves]
+    return lj.combine(treedef.unflatten(drawn), rest)
+
+
+def update(params, name):
+    """Scale * A B in float64, from the leaves and the axes alone."""
+    shape, axes = SHAPES[name]
+    leaves = params[name.split("/")[0]]
+    a, b, scale = (
+        np.asarray(leaves[n], np.float64) for n in ("lora_a", "lora_b", "lora_scale")
+    )
+    letters = "abcd"[: len(shape)]
+    pick = lambda *groups: "".join(letters[d] for g in groups for d in g)
+    if a.ndim == len(shape) + 1:
+        wide = np.sum(a * b, -1) * scale.reshape(
+            [n if d in axes.batch else 1 for d, n in enumerate(shape)]
+        )
+        return np.broadcast_to(wide, shape)
+    rule = f"{pick(axes.batch, axes.inputs)}r,{pick(axes.batch)}r{pick(axes.outputs)}"
+    return np.einsum(f"{rule},{pick(axes.batch)}->{letters}", a, b, scale)
+
+
+def merged(params, name):
+    module, leaf = name.split("/")
+    return np.asarray(lj.merge(params)[module][leaf], np.float64)
+
+
+def weight(tree, name):
+    module, leaf = name.split("/")
+    return np.asarray(tree[module][leaf], np.float64)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_sum_is_that_of_the_updates(name):
+    plain = base()
+    trees = [adapted(plain, i, rank=1 + i, alpha=2.0 + i) for i in range(3)]
+    got = lj.add(*trees, weights=[0.5, -2, 1.5])
+    terms = [c * update(t, name) for c, t in zip([0.5, -2, 1.5], trees, strict=True)]
+    np.testing.assert_allclose(update(got, name), sum(terms), atol=1e-5)
+    want = weight(plain, name) + sum(terms)
+    np.testing.assert_allclose(merged(got, name), want, atol=1e-5)
+
+
+def test_the_mean_of_factors_is_another():
+    plain = base()
+    one, two = adapted(plain, 1), adapted(plain, 2)
+    mean = lj.add(one, two, weights=[0.5, 0.5])
+    wrong = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
+    name = "m/kernel"
+    want = (update(one, name) + update(two, name)) / 2
+    np.testing.assert_allclose(update(mean, name), want, atol=1e-5)
+    assert np.abs(update(wrong, name) - want).max() > 0.1
+
+
+def test_different_targets_are_united_and_share_their_factors():
+    plain = base()
+    one, two = (adapted(plain, i, names=[n]) for i, n in enumerate([*SHAPES][:2]))
+    got = lj.add(one, two, weights=[1, 3])
+    assert got["m"]["lora_a"] is one["m"]["lora_a"]
+    for tree, name, c in ((one, "m/kernel", 1), (two, "t/embedding", 3)):
+        np.testing.assert_allclose(update(got, name), c * update(tree, name), atol=1e-5)
+    assert got["b"]["bias"] is plain["b"]["bias"]
+
+
+def test_trained_copies_add_their_changes_and_take_updates_in():
+    plain = base()
+    one = adapted(plain, 0, names=["m/kernel"], also="bias")
+    two = adapted(plain, 1, names=["t/embedding"], also=["bias", "m/kernel"])
+    got = lj.add(one, two, weights=[2, 3])
+    w, bias = weight(plain, "m/kernel"), np.ones(3)
+    change = np.asarray(two["m"]["lora_w"], np.float64) - w
+    want = w + 2 * update(one, "m/kernel") + 3 * change
+    np.testing.assert_allclose(got["m"]["lora_w"], want, atol=1e-5)
+    moved = [np.asarray(t["b"]["bias_lora_w"], np.float64) - bias for t in (one, two)]
+    np.testing.assert_allclose(
+        got["b"]["bias_lora_w"], bias + 2 * moved[0] + 3 * moved[1], atol=1e-5
+    )
+    assert "lora_a" not in got["m"]
+
+
+def test_over_a_base_in_few_bits_and_under_jit():
+    plain = lj.quantize(base(), "int8", targets="m")
+    one, two = adapted(plain, 1), adapted(plain, 2)
+    got = jax.jit(lambda x, y, c: lj.add(x, y, weights=[c, 1.0]))(one, two, 0.5)
+    want = 0.5 * update(one, "m/kernel") + update(two, "m/kernel")
+    np.testing.assert_allclose(update(got, "m/kernel"), want, atol=1e-5)
+    assert isinstance(got["m"]["kernel"], lj.Quantized)
+
+
+@pytest.mark.parametrize("factor", [-1, 0, 2.5])
+def test_a_multiple(factor):
+    params = adapted(base(), 0, also="bias")
+    got = lj.rescale(params, factor)
+    for name in SHAPES:
+        want = factor * update(params, name)
+        np.testing.assert_allclose(update(got, name), want, atol=1e-5)
+    change = np.asarray(params["b"]["bias_lora_w"]) - 1
+    np.testing.assert_allclose(got["b"]["bias_lora_w"], 1 + factor * change, atol=1e-5)
+    assert got["m"]["lora_b"] is params["m"]["lora_b"]
+
+
+def test_multiples_by_pattern_and_traced():
+    params = adapted(base(), 0)
+    got = jax.jit(lambda p, c: lj.rescale(p, {"m": c, "t": 0}))(params, 3.0)
+    for name, factor in (("m/kernel", 3), ("t/embedding", 0), ("s/kernel", 1)):
+        want = factor * update(params, name)
+        np.testing.assert_allclose(update(got, name), want, atol=1e-5)
+
+
+def broken(**leaves):
+    params = adapted(base(), 0, names=["m/kernel"])
+    return params | {"m": params["m"] | leaves}
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: lj.add(), "nothing to add"),
+        (lambda: lj.add(broken(), weights=[1, 2]), "each of its 1 trees, found 2"),
+        (lambda: lj.add(broken(), weights=[np.nan]), "weights must be finite"),
+        (lambda: lj.add(broken(), base()), "no adapters"),
+        (
+            lambda: lj.add(broken(), adapted(base(1), 0)),
+            "different bases: 'm/kernel' of tree 1",
+        ),
+        (
+            lambda: lj.add(broken(), broken(kernel=jnp.zeros((6, 5)))),
+            "different bases: 'm/kernel'",
+        ),
+        (
+            lambda: lj.add(broken(lora_a=jnp.full((6, 2), np.nan))),
+            "'m/lora_a' is not finite",
+        ),
+        (lambda: lj.add(broken(lora_a=jnp.ones((6, 3)))), "does not fit"),
+        (lambda: lj.rescale(broken(), np.inf), "factor must be finite"),
+        (lambda: lj.rescale(broken(), "2"), "factor must be finite"),
+        (lambda: lj.rescale(broken(), {"n": 2}), "No weight matches 'n' of factor"),
+        (lambda: lj.rescale(base(), 2), "no adapters"),
+    ],
+)
+def test_bad_input(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_adapters_of_other_dimensions_are_refused():
+    plain = {"kernel": jnp.ones((4, 4))}
+    turned = {"kernel": Axes((), (1,), (0,))}
+    one, two = lj.lorafy(plain, 2), lj.lorafy(plain, 2, axes=turned)
+    with pytest.raises(ValueError, match="'kernel' have different inputs and outputs"):
+        lj.add(one, two)
