@@ -14,6 +14,7 @@ from lora_jax._tree import (
 )
 
 FACTORS = ("lora_a", "lora_b", "lora_scale")
+MAGNITUDE = "lora_magnitude"
 COPY = "lora_w"
 FROZEN = "frozen"
 
@@ -30,6 +31,19 @@ class Adapter(NamedTuple):
         return self.a, self.b
 
 
+class Dora(NamedTuple):
+    """An adapter, and the magnitudes of the outputs of the sum: DoRA."""
+
+    a: Path
+    b: Path
+    scale: Path
+    magnitude: Path
+
+    @property
+    def trained(self) -> tuple[Path, ...]:
+        return self.a, self.b, self.magnitude
+
+
 class Copy(NamedTuple):
     """The path of the leaf beside another that trains in its place."""
 
@@ -38,6 +52,9 @@ class Copy(NamedTuple):
     @property
     def trained(self) -> tuple[Path, ...]:
         return (self.w,)
+
+
+Ranked = Adapter | Dora
 
 
 class Axes(NamedTuple):
@@ -59,6 +76,11 @@ def adapter_of(weight: Path) -> Adapter:
     return Adapter(*(_beside(weight, part) for part in FACTORS))
 
 
+def dora_of(weight: Path) -> Dora:
+    """The paths beside a weight where its adapter with magnitudes lives."""
+    return Dora(*adapter_of(weight), _beside(weight, MAGNITUDE))
+
+
 def copy_of(leaf: Path) -> Copy:
     """The path beside a leaf where its trained copy lives."""
     return Copy(_beside(leaf, COPY))
@@ -70,23 +92,25 @@ def is_adapter(path: Path) -> bool:
 
 def label_of(path: Path) -> str:
     """The part of an adapter that a leaf is and trains as, or "frozen"."""
-    for part in (*FACTORS[:2], COPY):
+    for part in (*FACTORS[:2], MAGNITUDE, COPY):
         if path[-1] == part or str(path[-1]).endswith(f"_{part}"):
             return part
     return FROZEN
 
 
-def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
+def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Ranked | Copy]:
     """Every adapted leaf and what adapts it, checked from names and shapes alone.
 
     Raises:
       ValueError: If there is no adapter, or a broken one.
     """
-    found: dict[Path, Adapter | Copy] = {}
+    found: dict[Path, Ranked | Copy] = {}
     for path in leaves:
         if is_adapter(path):
             weight = _weight_of(path, leaves)
-            factored, copied = adapter_of(weight), copy_of(weight)
+            factored, copied = dora_of(weight), copy_of(weight)
+            if factored.magnitude not in leaves:
+                factored = adapter_of(weight)
             own = factored if path in factored else copied
             if path not in own:
                 raise ValueError(
@@ -108,7 +132,7 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
     return found
 
 
-def adapters_if_any(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
+def adapters_if_any(leaves: dict[Path, Any]) -> dict[Path, Ranked | Copy]:
     """Those of `find_adapters`; none where there are weights in few bits instead.
 
     Raises:
@@ -120,18 +144,18 @@ def adapters_if_any(leaves: dict[Path, Any]) -> dict[Path, Adapter | Copy]:
     )
 
 
-def of_rank(adapters: dict[Path, Adapter | Copy]) -> dict[Path, Adapter]:
-    """Those that are low-rank updates."""
-    return {p: own for p, own in adapters.items() if isinstance(own, Adapter)}
+def of_rank(adapters: dict[Path, Ranked | Copy]) -> dict[Path, Ranked]:
+    """Those that are low-rank updates, with magnitudes or without."""
+    return {p: own for p, own in adapters.items() if isinstance(own, Ranked)}
 
 
-def of_copies(adapters: dict[Path, Adapter | Copy]) -> dict[Path, Copy]:
+def of_copies(adapters: dict[Path, Ranked | Copy]) -> dict[Path, Copy]:
     """Those that are trained copies."""
     return {p: own for p, own in adapters.items() if isinstance(own, Copy)}
 
 
 def without_adapters(
-    leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]
+    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
 ) -> dict[Path, Any]:
     """The plain tree's leaves: all but those that `find_adapters` found."""
     gone = {part for adapter in adapters.values() for part in adapter}
@@ -139,7 +163,7 @@ def without_adapters(
 
 
 def check_adapter(
-    leaves: dict[Path, Any], weight: Path, adapter: Adapter | Copy
+    leaves: dict[Path, Any], weight: Path, adapter: Ranked | Copy
 ) -> None:
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
@@ -152,11 +176,12 @@ def check_adapter(
     if isinstance(adapter, Copy):
         check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight])
     elif not fits(*shapes):
-        w, a, b, scale = shapes
+        w, a, b, scale, *magnitude = shapes
+        more = f", with {MAGNITUDE} {magnitude[0]}," if magnitude else ""
         raise ValueError(
             f"The adapter of {path_name(weight)!r} does not fit: lora_a {a}, lora_b "
-            f"{b} and lora_scale {scale} make no update of a weight {w}. Build the "
-            "adapter with lorafy on these very parameters."
+            f"{b} and lora_scale {scale}{more} make no update of a weight {w}. Build "
+            "the adapter with lorafy on these very parameters."
         )
 
 
@@ -172,10 +197,14 @@ def check_copy(name: str, copy: Any, leaf: Any) -> None:
         )
 
 
-def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
+def fits(
+    w: tuple, a: tuple, b: tuple, scale: tuple, magnitude: tuple | None = None
+) -> bool:
     """Whether factors of these shapes update a weight of shape `w`, in some layout."""
     if not a or not b:
         return False
+    if magnitude is not None:
+        return fits(w, a, b, scale) and magnitude == _magnitude_shape(w, a, b)
     if len(a) == len(b) == len(w) + 1:  # aligned
         pairs = list(zip(w, a[:-1], b[:-1], strict=True))
         batch = [n for n, i, o in pairs if i == o == n and n != 1]
@@ -194,7 +223,14 @@ def fits(w: tuple, a: tuple, b: tuple, scale: tuple) -> bool:
     )
 
 
-def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple) -> Axes:
+def _magnitude_shape(w: tuple, a: tuple, b: tuple) -> tuple:
+    if len(a) == len(w) + 1:
+        return tuple(n for n, o in zip(w, b[:-1], strict=True) if n == o != 1)
+    batch = len(a) + len(b) - 2 - len(w)
+    return (*b[:batch], *b[batch + 1 :])
+
+
+def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple, *_: tuple) -> Axes:
     """The dimensions that factors of fitting shapes say a weight has."""
     if len(a) == len(w) + 1:
         batch: tuple[int, ...] = ()
@@ -218,7 +254,7 @@ def _beside(weight: Path, part: str) -> Path:
 
 def _stem(name: Any) -> str | None:
     """What stands before `lora_a`, `lora_b`, ... in a leaf's name."""
-    for part in (*FACTORS, COPY):
+    for part in (*FACTORS, MAGNITUDE, COPY):
         if name == part:
             return ""
         if isinstance(name, str) and name.endswith(f"_{part}"):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
-    Adapter,
     Axes,
     Copy,
+    Dora,
+    Ranked,
     adapter_of,
     axes_of_shapes,
     copy_of,
@@ -80,6 +81,8 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     weights = [_number(c, "weights") for c in weights]
     trees = [flatten(tree) for tree in params]
     adapters = [find_adapters(leaves) for leaves in trees]
+    for own in adapters:
+        _check_linear(own, "add")
     base = without_adapters(trees[0], adapters[0])
     for i, (leaves, own) in enumerate(zip(trees, adapters, strict=True)):
         _check_base(base, without_adapters(leaves, own), i)
@@ -126,6 +129,7 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     leaves = flatten(params)
     adapters = find_adapters(leaves)
     check_values(leaves, adapters)
+    _check_linear(adapters, "rescale")
     if isinstance(factor, Mapping):
         factors = {name: _number(x, "factor") for name, x in factor.items()}
         factors = by_pattern(factors, [*adapters], "factor")
@@ -134,7 +138,7 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     new = {}
     for path, c in factors.items():
         own = adapters[path]
-        if isinstance(own, Adapter):
+        if isinstance(own, Ranked):
             scale = unbox(leaves[own.scale])
             new[own.scale] = rebox(leaves[own.scale], _times(scale, c))
         else:
@@ -144,7 +148,7 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     return unflatten(params, leaves | new)
 
 
-def check_values(leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]) -> None:
+def check_values(leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]) -> None:
     """Raises if a leaf of an adapter has no values, or one that is not finite."""
     for own in adapters.values():
         for path in own:
@@ -159,6 +163,17 @@ def check_values(leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]) 
                     f"{path_name(path)!r} is not finite: training has diverged before "
                     "it. Restore an earlier one."
                 )
+
+
+def _check_linear(adapters: dict[Path, Ranked | Copy], verb: str) -> None:
+    """Raises for DoRA: of weights with norms neither sums nor multiples are such."""
+    for path, own in adapters.items():
+        if isinstance(own, Dora):
+            raise ValueError(
+                f"{verb} cannot be exact for {path_name(path)!r}, which has DoRA's "
+                "magnitudes: no adapter is that. Take extract(merge(params), base, "
+                "rank) for the nearest one without them."
+            )
 
 
 def _number(x: Any, name: str) -> Any:

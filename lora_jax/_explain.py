@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax._adapters import (
-    Adapter,
+    Ranked,
     adapters_if_any,
     axes_of_shapes,
     without_adapters,
@@ -181,7 +181,7 @@ def _row(
     w, rank, full = unbox(leaves[path]), None, None
     if own is w:
         rank, full = 0, 0
-    elif isinstance(own, Adapter):
+    elif isinstance(own, Ranked):
         shapes = [unbox(leaves[part]).shape for part in own]
         rank, axes = shapes[0][-1], axes_of_shapes(w.shape, *shapes)
         full = min(math.prod(w.shape[d] for d in dims) for dims in axes[1:])

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lora_jax._adapters import FACTORS, Axes, is_adapter
+from lora_jax._adapters import FACTORS, MAGNITUDE, Axes, is_adapter
 from lora_jax._engine.quantized import is_quantized
 from lora_jax._lora import lora
 from lora_jax._lorafy import lorafy
@@ -31,6 +31,8 @@ class Dense(nn.Dense):
         zero at the start, and `lora_scale` () beside the kernel.
       alpha: The update is scaled by alpha / rank. Default: the rank.
       rslora: Scale by alpha / sqrt(rank) instead.
+      dora: Give the outputs magnitudes of their own, `lora_magnitude` (features,), as
+        in `lorafy`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -46,6 +48,7 @@ class Dense(nn.Dense):
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -72,6 +75,7 @@ class DenseGeneral(nn.DenseGeneral):
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -103,6 +107,7 @@ class Embed(nn.Embed):
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
 
     def setup(self) -> None:
         super().setup()
@@ -135,6 +140,7 @@ class Conv(nn.Conv):
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -162,6 +168,7 @@ class Einsum(nn.Einsum):
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
@@ -201,9 +208,10 @@ def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
         targets=name,
         axes={name: axes},
         rslora=layer.rslora,
+        dora=layer.dora,
         key=layer.make_rng("params"),
     )
-    for part in FACTORS:
+    for part in (*FACTORS, MAGNITUDE)[: 3 + layer.dora]:
         layer.param(part, lambda _, part=part: adapted[part])
 
 

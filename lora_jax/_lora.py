@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import Adapter, adapters_if_any
+from lora_jax._adapters import Ranked, adapters_if_any
 from lora_jax._arguments import (
     Where,
     check_elsewhere,
@@ -19,7 +19,8 @@ from lora_jax._arguments import (
     place,
     replaced,
 )
-from lora_jax._engine.factors import Factors, align, bare
+from lora_jax._engine.dora import weight
+from lora_jax._engine.factors import Factors, bare
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.rules import run_jaxpr
 from lora_jax._engine.run import Run, by_weight, noting, plain, warn
@@ -140,9 +141,9 @@ def call(
             own, name = adapters[key].get(path), named(key, path, given)
             if own is not None:
                 names[i] = name
-            if isinstance(own, Adapter):
+            if isinstance(own, Ranked):
                 parts = (unbox(leaves[key][part]) for part in (path, *own))
-                factors[i] = align(*parts, name=name)
+                factors[i] = weight(*parts, name=name)
             elif is_quantized(operands[i]):
                 factors[i] = bare(operands[i], name)
 

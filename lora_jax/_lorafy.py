@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,16 +15,18 @@ from flax.core.meta import AxisMetadata
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._adapters import (
-    Adapter,
     Axes,
     Copy,
+    Dora,
+    Ranked,
     adapter_of,
     copy_of,
+    dora_of,
     of_copies,
     without_adapters,
 )
 from lora_jax._engine.factors import wider
-from lora_jax._engine.quantized import is_quantized, values_of
+from lora_jax._engine.quantized import dequantize, is_quantized, values_of
 from lora_jax._targets import Patterns, Selector, also_trained, plan
 from lora_jax._tree import (
     Path,
@@ -59,6 +62,7 @@ def lorafy(
     axes: Mapping[str, Axes] | None = None,
     init: Callable[..., jax.Array] = gaussian,
     rslora: bool = False,
+    dora: bool = False,
     dtype: Any = None,
     key: jax.Array | None = None,
 ) -> Any:
@@ -91,6 +95,11 @@ def lorafy(
         function, where Flax's names do not tell which dimensions of a weight are which.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
       rslora: Scale by alpha / sqrt(rank) instead.
+      dora: Decompose each weight into magnitudes and directions: it becomes
+        m (W + scale A B) / |W + scale A B|, the norm over the inputs, a constant for
+        derivatives. `lora_magnitude`, m, of shape (batch..., out...) in float32 or
+        wider, starts as |W| and trains. An output whose weights are all zero has
+        nothing to divide, stays zero, and is warned of.
       dtype: Of A and B. Default: float32 beside a narrower weight or one in few bits,
         else the weight's.
       key: Random key for A; each weight folds its own path into it. Default:
@@ -115,6 +124,8 @@ def lorafy(
 
     Reference:
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
+      Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
+      https://arxiv.org/abs/2402.09353
       Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
       2023. https://arxiv.org/abs/2312.03732
     """
@@ -123,7 +134,8 @@ def lorafy(
     copied = also_trained(leaves, also, plans)
     key = jax.random.key(0) if key is None else key
     # Each new leaf must find its place before any array is made.
-    trial = {part: leaves[path] for path in plans for part in adapter_of(path)}
+    parts_of = dora_of if dora else adapter_of
+    trial = {part: leaves[path] for path in plans for part in parts_of(path)}
     trial |= {copy_of(path).w: leaves[path] for path in copied}
     unflatten(params, leaves | trial)
     new: dict[Path, Any] = {copy_of(p).w: trained_copy(leaves[p]) for p in copied}
@@ -137,20 +149,21 @@ def lorafy(
             functools.partial(_draw, w.shape, dims, r, init, factor_dtype, own_key),
             functools.partial(jnp.zeros, dtype=factor_dtype),
             functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32),
+            functools.partial(_magnitude, path, w, dims),
         )
-        dtypes = (factor_dtype, factor_dtype, jnp.float32)
+        dtypes = (factor_dtype, factor_dtype, jnp.float32, kept)
         sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
         all_dims = factor_dims(dims, w.shape, aligned=not dims.standard)
-        for part, own, fill, kind in zip(
-            adapter_of(path), all_dims, fills, dtypes, strict=True
-        ):
+        parts = parts_of(path)
+        # The magnitudes are the last of four, and not of all adapters.
+        for part, own, fill, kind in zip(parts, all_dims, fills, dtypes, strict=False):
             shape = tuple(sizes[d] for d in own)
             if is_abstract(w):
                 sharding = _sharding(w, own)
                 value = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
             else:
                 value = place(fill(shape), own, w)
-            trains = part in adapter_of(path).trained
+            trains = part in parts.trained
             new[part] = box(value, own, leaves[path], trains=trains)
     return unflatten(params, leaves | new)
 
@@ -174,7 +187,7 @@ def trained_copy(leaf: Any, value: Any = None) -> Any:
 
 
 def with_copies(
-    leaves: dict[Path, Any], adapters: dict[Path, Adapter | Copy]
+    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
 ) -> dict[Path, Any]:
     """The plain tree's leaves, the trained copies in their places, in their dtypes."""
     plain = without_adapters(leaves, adapters)
@@ -188,8 +201,8 @@ def with_copies(
     return plain
 
 
-def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter:
-    """Which of the weight's dimensions each dimension of A, B and the scale is."""
+def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Dora:
+    """Which of the weight's dimensions each dimension of an adapter's leaves is."""
     if aligned:
         # A dimension of size 1 is in neither factor: their shapes could not say which.
         in_a, in_b = (
@@ -200,20 +213,21 @@ def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Adapter
             for others in (axes.outputs, axes.inputs)
         )
         batch = tuple(n if shape[n] > 1 else ABSENT for n in axes.batch)
-        return Adapter((*in_a, RANK), (*in_b, RANK), batch)
-    a = (*axes.batch, *axes.inputs, RANK)
-    return Adapter(a, (*axes.batch, RANK, *axes.outputs), axes.batch)
+        lengths = tuple(d for d in in_b if d != ABSENT)
+        return Dora((*in_a, RANK), (*in_b, RANK), batch, lengths)
+    a, b = (*axes.batch, *axes.inputs, RANK), (*axes.batch, RANK, *axes.outputs)
+    return Dora(a, b, axes.batch, (*axes.batch, *axes.outputs))
 
 
 def beside(
-    leaf: Any, parts: Adapter, values: Sequence[Any], axes: Axes
+    leaf: Any, parts: Ranked, values: Sequence[Any], axes: Axes
 ) -> dict[Path, Any]:
     """An adapter's leaves for a tree: in the weight's box, where the weight is."""
     w = unbox(leaf)
     aligned = len(values[0].shape) == len(w.shape) + 1
     all_dims = factor_dims(axes, w.shape, aligned=aligned)
     new = {}
-    for part, dims, value in zip(parts, all_dims, values, strict=True):
+    for part, dims, value in zip(parts, all_dims[: len(parts)], values, strict=True):
         x = place(jnp.asarray(value), dims, w)
         new[part] = box(x, dims, leaf, trains=part in parts.trained)
     return new
@@ -271,6 +285,25 @@ def _draw(
     a = jnp.reshape(a, (*(w_shape[d] for d in stored), r))
     a = jnp.transpose(a, (*np.argsort(stored), len(stored)))
     return jnp.reshape(a, shape)
+
+
+def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+    """|W|, the norm over the inputs, for each output."""
+    norm = _norm(w, axes.inputs)
+    if not is_traced(norm) and (zero := int(jnp.sum(norm == 0))):
+        warnings.warn(
+            f"{zero} outputs of {path_name(path)!r} have weights of zero alone: they "
+            "have no direction, so that DoRA leaves them zero. Write dora=False, or "
+            f"exclude=[{path_name(path)!r}].",
+            stacklevel=3,
+        )
+    return jnp.reshape(norm, shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _norm(w: Any, axes: tuple[int, ...]) -> jax.Array:
+    w = dequantize(w)
+    return jnp.sqrt(jnp.sum(w.astype(wider(w.dtype)) ** 2, axes))
 
 
 def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:

@@ -10,7 +10,8 @@ from lora_jax._adapters import (
     of_rank,
     without_adapters,
 )
-from lora_jax._engine.factors import align, materialize
+from lora_jax._engine.dora import weight
+from lora_jax._engine.factors import materialize
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import (
@@ -50,14 +51,14 @@ def merge(params: Any) -> Any:
     adapters = adapters_if_any(leaves)
     plain = with_copies(leaves, adapters)
     stored = {path: () for path in quantized_leaves(plain)}
-    for weight, adapter in (stored | of_rank(adapters)).items():
-        parts = (unbox(leaves[path]) for path in (weight, *adapter))
-        plain[weight] = rebox(leaves[weight], _merged(*parts))
+    for path, own in (stored | of_rank(adapters)).items():
+        parts = (unbox(leaves[part]) for part in (path, *own))
+        plain[path] = rebox(leaves[path], _merged(*parts))
     return unflatten(params, plain)
 
 
 def _merged(w: Any, *adapter: Any) -> Any:
-    whole = lambda w, *parts: materialize(align(w, *parts)) if parts else dequantize(w)
+    whole = lambda w, *parts: materialize(weight(w, *parts)) if parts else dequantize(w)
     abstract = any(map(is_abstract, (w, *adapter)))
     return jax.eval_shape(whole, w, *adapter) if abstract else whole(w, *adapter)
 

@@ -22,6 +22,7 @@ from lora_jax._adapters import (
     axes_of_shapes,
     check_copy,
     copy_of,
+    dora_of,
     find_adapters,
     fits,
     of_copies,
@@ -133,7 +134,8 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
     paths = {path_name(p): p for p in leaves}
     new: dict[Path, Any] = {}
     for name, adapter in header["adapters"].items():
-        weight = _find(path, name, paths, leaves, adapter, adapter_of)
+        parts_of = adapter_of if len(adapter["tensors"]) == 3 else dora_of
+        weight = _find(path, name, paths, leaves, adapter, parts_of)
         values = [tensors[part] for part in adapter["tensors"]]
         w, shapes = unbox(leaves[weight]), [value.shape for value in values]
         if not fits(w.shape, *shapes):
@@ -144,7 +146,7 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         if same_base:
             _check_base(path, name, w, header["samples"].get(name))
         axes = axes_of_shapes(w.shape, *shapes)
-        new |= beside(leaves[weight], adapter_of(weight), values, axes)
+        new |= beside(leaves[weight], parts_of(weight), values, axes)
     for name, copy in header["copies"].items():
         (part,) = copy["tensors"]
         leaf = _find(path, name, paths, leaves, copy, copy_of)
@@ -179,7 +181,7 @@ def _find(
             f"{path} was tampered with: {said['tensors']} are not the adapter's "
             f"leaves of {name!r}."
         )
-    if any(p in leaves for p in (*adapter_of(paths[name]), *copy_of(paths[name]))):
+    if any(p in leaves for p in (*dora_of(paths[name]), *copy_of(paths[name]))):
         raise ValueError(
             f"{path}: {name!r} has an adapter in base already. Pass the plain "
             "parameters: load(path, strip(params))."
@@ -233,7 +235,7 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 "Write jax.config.update('jax_enable_x64', True)."
             )
     for name, adapter in header["adapters"].items():
-        parts = Adapter(*adapter["tensors"])
+        parts = Adapter(*adapter["tensors"][:3])
         rank, scale = tensors[parts.a].shape[-1:], tensors[parts.scale].tolist()
         if rank != (adapter["rank"],) or scale != adapter["scale"]:
             raise ValueError(
@@ -258,12 +260,12 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         sound = type(version) is int and version > 0
         if sound and version <= VERSION:
             fields = ("tensors", "rank", "scale", "shape")
-            adapters = _entries(said["adapters"], fields, 3)
+            adapters = _entries(said["adapters"], fields, (3, 4))
             if version == 1:
                 copies = {str(name): {"tensors": [str(name)]} for name in said["also"]}
                 samples = {}
             else:
-                copies = _entries(said["copies"], ("tensors", "shape"), 1)
+                copies = _entries(said["copies"], ("tensors", "shape"), (1,))
                 samples = _samples(said)
                 sound = samples is not None
             sound = sound and bool(adapters or copies)
@@ -288,12 +290,13 @@ def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _entries(
-    said: dict[str, Any], fields: tuple[str, ...], n_tensors: int
+    said: dict[str, Any], fields: tuple[str, ...], counts: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
     """The header's word on each adapter, or copy; raises if it is none."""
     entries = {str(n): {field: x[field] for field in fields} for n, x in said.items()}
     for entry in entries.values():
-        if [type(part) for part in entry["tensors"]] != [str] * n_tensors:
+        names = entry["tensors"]
+        if len(names) not in counts or any(type(part) is not str for part in names):
             raise TypeError(entry["tensors"])
         if any(type(n) is not int for n in entry["shape"]):
             raise TypeError(entry["shape"])

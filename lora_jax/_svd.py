@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
-    Adapter,
     Axes,
+    Ranked,
     adapter_of,
     axes_of_shapes,
     find_adapters,
@@ -62,7 +62,7 @@ def resize(
     are drawn as `lorafy` draws them, so that they learn. A smaller one has the nearest
     update in the Frobenius norm, that of the largest singular values (Eckart and Young,
     1936), by QR and SVD of the thin factors: nothing of the weight's size is made.
-    Scales stay as they are, and trained copies.
+    Scales stay as they are, DoRA's magnitudes, and trained copies.
 
     Args:
       params: A tree from `lorafy`, trained or not.
@@ -106,7 +106,7 @@ def resize(
             )
     new: dict[Path, Any] = {}
     for path, r in ranks.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *adapters[path]))
+        w, a, b, scale = (unbox(leaves[p]) for p in (path, *adapters[path][:3]))
         axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
         if r < a.shape[-1]:
             thin = _truncated(_thin(w.shape, axes, a, b), r)
@@ -115,7 +115,7 @@ def resize(
         else:
             continue
         values = [*_leaves(thin, w.shape, axes, a, b), scale]
-        new |= beside(leaves[path], adapters[path], values, axes)
+        new |= beside(leaves[path], adapter_of(path), values, axes)
     return unflatten(params, leaves | new)
 
 
@@ -182,17 +182,17 @@ def extract(
         )
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        if not isinstance(own, Adapter):
+        if not isinstance(own, Ranked):
             new[own.w] = trained_copy(before[path], unbox(after[path]))
             continue
-        w, a, b, scale = (unbox(start[p]) for p in (path, *own))
+        w, a, b, scale = (unbox(start[p]) for p in (path, *own[:3]))
         dims = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
         change = _change(unbox(after[path]), w)
         if not (is_traced(change) or jnp.isfinite(change).all()):
             raise ValueError(f"The change of {path_name(path)!r} is not finite.")
         thin = _nearest(_matrices(change, dims), _thin(w.shape, dims, a, b))
         values = [*_leaves(thin, w.shape, dims, a, b), jnp.ones_like(scale)]
-        new |= beside(start[path], own, values, dims)
+        new |= beside(start[path], adapter_of(path), values, dims)
     return unflatten(base, start | new)
 
 
@@ -304,7 +304,7 @@ def principal(params: Any) -> Any:
             raise ValueError(f"{path_name(path)!r} is not finite. Restore it.")
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *own))
+        w, a, b, scale = (unbox(leaves[p]) for p in (path, *own[:3]))
         axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
         wide = jnp.asarray(w, wider(w.dtype))
         start = _thin(w.shape, axes, a, b)
@@ -315,7 +315,7 @@ def principal(params: Any) -> Any:
         rest = wide - delta(align(w, *values)).astype(wide.dtype)
         rest = place(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= beside(leaves[path], own, values, axes)
+        new |= beside(leaves[path], adapter_of(path), values, axes)
     return unflatten(params, leaves | new)
 
 
@@ -387,15 +387,21 @@ def _highest(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _truncated(thin: Thin, r: int) -> Thin:
-    """The nearest product of rank r, from the thin factors alone."""
+    """The nearest product of rank r, from the thin factors alone.
+
+    With A = Q R and B^T = P T, and U S V^T of R T^T, the nearest A B is the product of
+    Q U S^1/2 = A T^T V S^-1/2 and S^1/2 V^T P^T = S^-1/2 U^T R B: neither Q nor P is
+    made.
+    """
 
     @_highest
     def one(a, b):
-        q_a, r_a = jnp.linalg.qr(a)  # (in, k) (k, r)
-        q_b, r_b = jnp.linalg.qr(b.T)
+        r_a, r_b = (jnp.linalg.qr(x, mode="r") for x in (a, b.T))
         u, s, v = jnp.linalg.svd(r_a @ r_b.T, full_matrices=False)
-        root = jnp.sqrt(s[:r])
-        return q_a @ (u[:, :r] * root[None]), (root[:, None] * v[:r]) @ q_b.T
+        u, s, v = u[:, :r], s[:r], v[:r]
+        live = s > s[0] * jnp.finfo(s.dtype).eps
+        root = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, s, 1)), 0)
+        return a @ (r_b.T @ v.T * root[None]), (root[:, None] * (u.T @ r_a)) @ b
 
     a, b = jax.vmap(one)(*thin)
     missing = r - a.shape[-1]  # above the full rank: no direction is left

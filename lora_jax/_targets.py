@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Axes, adapter_of, copy_of, is_adapter
+from lora_jax._adapters import Axes, copy_of, dora_of, is_adapter
 from lora_jax._tree import (
     Path,
     is_array,
@@ -349,7 +349,7 @@ def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Ax
 
 def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
     """The mapping of a leaf has room for an adapter, or a copy, beside it."""
-    if any(part in leaves for part in (*adapter_of(path), *copy_of(path))):
+    if any(part in leaves for part in (*dora_of(path), *copy_of(path))):
         raise ValueError(
             f"{path_name(path)!r} already has an adapter. Start from "
             "strip(params) or merge(params), or leave it out: exclude=[...]."

@@ -1317,7 +1317,7 @@ FEW_BITS = [
     *("tied head", "chosen layer", "expert of each example", "fused projections"),
     *("read in another order", "two weights summed", "ragged experts", "convolution"),
     *("jit", "remat", "scan over layers", "carried", "swapped each time", "loop"),
-    *("carried by a loop", "scaled by inputs", "branch", "on devices", "stopped"),
+    *("carried by a loop", "scaled by inputs", "branch", "on devices", "stop_gradient"),
     *CUSTOM,
     *("elementwise", "squared", "returned", "scanned out"),
 ]

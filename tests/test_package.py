@@ -12,7 +12,7 @@ import pytest
 import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
-ENGINE = "shapes quantized factors ops jaxpr run products views rules uses".split()
+ENGINE = "shapes quantized factors ops dora jaxpr run products views rules uses".split()
 PEFT = "names modules layouts plan config folder checks export parts import_".split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (

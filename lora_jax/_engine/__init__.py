@@ -11,6 +11,7 @@ Read in this order:
   quantized.py a weight in few bits: its views, and the plain array
   factors.py   a weight and its adapter as one array, and the views of it
   ops.py       the factored products, as namesakes of those of `jax.lax`
+  dora.py      the magnitudes of DoRA, and the norms that divide them
   jaxpr.py     JAX's jaxprs: the only file that knows how a release writes them
   run.py       one evaluation: what it is told, and what it has to tell
   products.py  a rule for each product that meets a weight

@@ -6,7 +6,8 @@ dimensions of `w`, then the rank, and size 1 where a dimension of `w` is not the
 each dimension says itself what it is (an input: only in `a`; an output: only in `b`; a
 batch: in both), and every view of `w` is the same view of `a` and `b`.
 
-`w` may be stored in few bits, `Quantized`; without an adapter it has rank 0.
+`w` may be stored in few bits, `Quantized`; without an adapter it has rank 0. With DoRA
+the sum has a gain, along its outputs.
 """
 
 import dataclasses
@@ -56,13 +57,14 @@ class Label(str):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """The array `w + scale * sum_r a * b`, in parts. Shapes: see the module."""
+    """The array `(w + scale * sum_r a * b) * gain`, in parts. Shapes: as above."""
 
     w: Any  # an array, or `Quantized`
     a: jax.Array
     b: jax.Array
     scale: jax.Array
     name: Label = dataclasses.field(default=Label(), metadata={"static": True})
+    gain: jax.Array | None = None  # of DoRA: of size 1 along the inputs
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,7 +160,10 @@ def materialize(f: Factors) -> jax.Array:
         update = delta(f)
         wide = wider(f.dtype, update.dtype)
         dtype = jax.dtypes.canonicalize_dtype(f.dtype)
-        return (f.w.astype(wide) + update.astype(wide)).astype(dtype)
+        total = f.w.astype(wide) + update.astype(wide)
+        if f.gain is not None:
+            total = total * on_device(f.gain).astype(wide)
+        return total.astype(dtype)
 
 
 def on_device(tree: Any) -> Any:
@@ -188,12 +193,17 @@ def present(factor: jax.Array) -> list[int]:
 
 def varying(f: Factors) -> set[int]:
     """The dimensions along which the update is not the same number again and again."""
-    return {*present(f.a)} | {*present(f.b)}
+    return {*present(f.a)} | {*present(f.b)} | {*gained(f)}
+
+
+def gained(f: Factors) -> list[int]:
+    """The dimensions along which the gain differs."""
+    return [] if f.gain is None else [d for d, n in enumerate(f.gain.shape) if n != 1]
 
 
 def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
     """The factors of a weight that `jax.device_put(weight, to)` has made `w`."""
-    thin = f.a, f.b, f.scale
+    thin = thin_parts(f)
     if isinstance(to, jax.sharding.NamedSharding):
         to = to.with_memory_kind(None)  # that of the device
         places = [to.update(spec=spec) for spec in thin_specs(f, to.spec)]
@@ -202,7 +212,18 @@ def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
         thin = jax.device_put(thin, to.with_memory_kind(None))
     elif isinstance(to, jax.Device):
         thin = jax.device_put(thin, to)
-    return Factors(w, *on_device(tuple(thin)), f.name)
+    return with_thin(f, w, on_device(tuple(thin)))
+
+
+def thin_parts(f: Factors) -> tuple[jax.Array, ...]:
+    """All of a weight but `w`, in the order in which `jax.tree` has them."""
+    return f.a, f.b, f.scale, *([] if f.gain is None else [f.gain])
+
+
+def with_thin(f: Factors, w: Any, parts: Iterable[Any]) -> Factors:
+    """Another weight `w` with these parts, in that order."""
+    a, b, scale, *gain = parts
+    return Factors(w, a, b, scale, f.name, *gain)
 
 
 def thin_specs(f: Factors, spec: PartitionSpec) -> list[PartitionSpec]:
@@ -210,7 +231,7 @@ def thin_specs(f: Factors, spec: PartitionSpec) -> list[PartitionSpec]:
     names = (*spec, *(None,) * (f.ndim - len(spec)))
     return [
         PartitionSpec(*(n if x.shape[d] != 1 else None for d, n in enumerate(names)))
-        for x in (f.a, f.b, f.scale)
+        for x in thin_parts(f)
     ]
 
 
@@ -241,9 +262,9 @@ def squeeze_absent(factor: jax.Array) -> jax.Array:
 
 
 def view(f: Factors, w: jax.Array, fn: Callable[[jax.Array], jax.Array]) -> Factors:
-    """The view whose factors, and scale, are `fn` of those, the rank last."""
-    scale = fn(f.scale[..., None])[..., 0]
-    return Factors(w, fn(f.a), fn(f.b), scale, f.name)
+    """The view whose factors, scale and gain are `fn` of those, the rank last."""
+    scale, *gain = (fn(x[..., None])[..., 0] for x in thin_parts(f)[2:])
+    return Factors(w, fn(f.a), fn(f.b), scale, f.name, *gain)
 
 
 def transpose(f: Factors, w: jax.Array, permutation: tuple[int, ...]) -> Factors:
@@ -294,7 +315,7 @@ def reshape(f: Factors, w: jax.Array) -> Factors | None:
         whole = jnp.broadcast_to(x, (*long(x)[: f.ndim], x.shape[-1]))
         return jnp.reshape(whole, (*sizes(whole), x.shape[-1]))
 
-    if None in map(sizes, (f.a, f.b, f.scale)):
+    if None in map(sizes, thin_parts(f)):
         return None
     return view(f, w, repeat)
 
@@ -325,6 +346,8 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
     stack = in_a == in_b
     if 0 in w.shape or len(roles) > 1 or (stack and any(i != o for i, o in owned)):
         return None
+    if any(f.gain is not None and axis not in gained(f) for f in weights):
+        return None  # side by side along the inputs, each output would have two gains
     owner, other = ("a", "b") if in_a and not in_b else ("b", "a")
     dtype = wider(*(getattr(f, n).dtype for f in weights for n in "ab"))
     others = [getattr(f, other) for f in weights]
@@ -354,11 +377,30 @@ def concatenate(parts: list[Any], w: jax.Array, axis: int) -> Factors | None:
         new[other] = others[0]
     else:
         new[other] = lax.concatenate([x.astype(dtype) for x in others], w.ndim)
-    return Factors(w, **new, scale=_one(w), name=joined(weights))
+    gain = _gains(parts, w, axis)
+    return Factors(w, **new, scale=_one(w), name=joined(weights), gain=gain)
+
+
+def _gains(parts: list[Any], w: jax.Array, axis: int) -> jax.Array | None:
+    """The gains of weights and plain arrays side by side, 1 where there is none."""
+    own = {d for x in parts if isinstance(x, Factors) for d in gained(x)}
+    if not own:
+        return None
+    pieces = []
+    for x in parts:
+        sizes = [n if d in own else 1 for d, n in enumerate(w.shape)]
+        sizes[axis] = x.shape[axis]
+        gain = x.gain if isinstance(x, Factors) else None
+        gain = jnp.ones((1,) * w.ndim) if gain is None else gain
+        pieces.append(jnp.broadcast_to(gain, sizes))
+    dtype = wider(*(x.dtype for x in pieces))
+    return lax.concatenate([x.astype(dtype) for x in pieces], axis)
 
 
 def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
     """The sum `w` of two weights: their ranks add up, unless they share a factor."""
+    if f.gain is not None or g.gain is not None:
+        return None
     if not (f.rank and g.rank):
         return dataclasses.replace(f if f.rank else g, w=w)
     for own, shared in (("a", "b"), ("b", "a")):

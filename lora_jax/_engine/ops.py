@@ -13,6 +13,7 @@ as its derivative is the full one's, and a batch of adapters would hold a weight
 A weight in few bits is made whole for its product alone, forward and again backward.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from lora_jax._engine import quantized
 from lora_jax._engine.factors import (
     Factors,
     bare,
+    gained,
     materialize,
     present,
     squeeze_absent,
@@ -52,7 +54,9 @@ def dot_general(
     looped: bool = False,
     **params: Any,
 ) -> jax.Array:
-    """`lax.dot_general(x, w + scale * a b)`, any dimensions contracted.
+    """`lax.dot_general(x, (w + scale * a b) * gain)`, any dimensions contracted.
+
+    The gain is of outputs, or of what is summed over, and not of both.
 
     Args:
       x: The plain operand.
@@ -88,10 +92,6 @@ def _dot_general(
         operands = (w, x) if swap else (x, w)
         return lax.dot_general(*operands, dimension_numbers, **params)
 
-    y = through(product, x, f.w, looped=looped)
-    if not f.rank:
-        return y
-
     (x_sum, f_sum), (x_batch, f_batch) = (
         (pair[::-1] if swap else pair) for pair in dimension_numbers
     )
@@ -103,6 +103,16 @@ def _dot_general(
     x_free = [n for n in x_labels if n not in paired]
     f_free = [n for n in f_labels if n not in paired]
     out = [*f_batch, *f_free, *x_free] if swap else [*f_batch, *x_free, *f_free]
+
+    if {*gained(f)}.intersection(f_sum):
+        # In the digits of the product: those of x may be fewer.
+        dtype = _compute_dtype(x, f, x)
+        both = (None if z is None else z.astype(dtype) for z in (x, dropped))
+        x, dropped = (None if z is None else _gained(z, f, x_labels) for z in both)
+        f = dataclasses.replace(f, gain=None)
+    y = through(product, x, f.w, looped=looped)
+    if not f.rank:
+        return y
 
     dtype = _compute_dtype(x, f, y)
     parts = []
@@ -120,9 +130,22 @@ def _dot_general(
     rows, columns = [*x_free, RANK], [*f_free, RANK]
     in_order = [*x_free, *f_free] == out and (kept, second[2]) == (rows, columns)
     if in_order and not _is_explicit(y):
-        return _add_product(y, h, second[1], precision)
-    product = einsum(h, kept, *second[1:], out, precision, y.dtype)
-    return y + _like(y, product.astype(y.dtype))
+        y = _add_product(y, h, second[1], precision)
+    else:
+        product = einsum(h, kept, *second[1:], out, precision, y.dtype)
+        y = y + _like(y, product.astype(y.dtype))
+    return _gained(y, f, out)
+
+
+def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
+    """An array times a weight's gain, which has some of its dimensions."""
+    if f.gain is None:
+        return x
+    own = [d for d in labels if d in gained(f)]
+    gain = jnp.transpose(f.gain, [*own, *(d for d in range(f.ndim) if d not in own)])
+    gain = jnp.reshape(gain, [f.gain.shape[d] if d in own else 1 for d in labels])
+    wide = wider(x.dtype, gain.dtype)
+    return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -225,6 +248,8 @@ def conv_general_dilated(
     before = not {*window}.isdisjoint(present(second))
     if before and (groups > 1 or not {*window}.isdisjoint(present(first))):
         return None
+    if gained(f) not in ([], [out_channel]):
+        return None
 
     out, r = f.shape[out_channel], first.shape[-1]
     if drop is None and groups * r > size([out]):
@@ -235,6 +260,8 @@ def conv_general_dilated(
     dtype = _compute_dtype(x, f, y)
     precision = params.get("precision")
     x = (x if drop is None else drop(x)).astype(dtype)
+    at = dimension_numbers.out_spec[1]
+    labels = [out_channel if d == at else f.ndim + d for d in range(y.ndim)]
     if before:
         channel = dimension_numbers.lhs_spec[1]
         matrix = _matrix(first, f.shape[in_channel])
@@ -244,9 +271,10 @@ def conv_general_dilated(
         h = convolve(x, _window(f, first, out_channel, groups, dtype))
         channel, matrix = dimension_numbers.out_spec[1], _matrix(second, out)
         if groups == 1 and channel == y.ndim - 1 and not _is_explicit(y):
-            return _add_product(y, h, matrix.astype(dtype), precision)
+            y = _add_product(y, h, matrix.astype(dtype), precision)
+            return _gained(y, f, labels)
         product = _mix(h, matrix, channel, groups, precision)
-    return y + product.astype(y.dtype)
+    return _gained(y + product.astype(y.dtype), f, labels)
 
 
 def _window(
@@ -318,7 +346,7 @@ def ragged_dot_general(
     (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
     order = _in_order(f, f_sum, free)
-    if order is None or not groups or row in (*x_sum, *x_batch):
+    if order is None or not groups or row in (*x_sum, *x_batch) or gained(f):
         return None
     first, second = order
 

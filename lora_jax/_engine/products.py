@@ -28,7 +28,10 @@ def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
             rhs = plain_one(run, rhs, "dot_general")
     swap = isinstance(lhs, Factors)
     x, f = (rhs, lhs) if swap else (lhs, rhs)
-    drop, (sums, _) = _dropout(run), eqn.params["dimension_numbers"]
+    drop, (sums, batches) = _dropout(run), eqn.params["dimension_numbers"]
+    own = {*factors.gained(f)} - {*batches[not swap]}
+    if own.intersection(sums[not swap]) and not own.issubset(sums[not swap]):
+        return None  # a gain of what is summed and of what is not: on neither side
     if drop is None and factors.varying(f).isdisjoint(sums[not swap]):
         # An outer product: the plain one forms as many numbers as the weight has, times
         # those of x, and the factors would form them once for each rank.

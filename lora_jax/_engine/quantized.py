@@ -153,9 +153,12 @@ def quantize_array(w: Any, how: str, sizes: Sequence[int]) -> Quantized:
 
 
 def _make(w: jax.Array, how: str, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    split = [k for n, m in zip(w.shape, sizes, strict=True) for k in (m, n // m)]
-    x, bound = jnp.reshape(w, split).astype(jnp.float32), BOUNDS[how]
-    most = jnp.max(jnp.abs(x), range(1, 2 * w.ndim, 2), keepdims=True)
+    split, shared, bound = [], [], BOUNDS[how]
+    for n, m in zip(w.shape, sizes, strict=True):
+        split += [n] if m in (1, n) else [m, n // m]
+        shared += [len(split) - 1] if m < n else []
+    x = jnp.reshape(w, split).astype(jnp.float32)
+    most = jnp.max(jnp.abs(x), shared, keepdims=True)
     scale = (most / bound).astype(jnp.bfloat16)
     scale = jnp.where(scale != 0, scale, jnp.ones_like(scale))
     x = x / scale.astype(jnp.float32)  # as it is rounded

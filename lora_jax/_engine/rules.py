@@ -571,6 +571,8 @@ def _slices(f: Factors):
     """The parts of `f` that differ from slice to slice, and how to join one slice."""
     w = spread(f.w, 0) if is_quantized(f.w) else f.w
     parts = {"a": f.a, "b": f.b, "scale": f.scale[..., None]}
+    if f.gain is not None:
+        parts["gain"] = f.gain[..., None]
     same = {
         k: jnp.squeeze(x, 0) for k, x in parts.items() if 0 not in factors.present(x)
     }
@@ -579,7 +581,8 @@ def _slices(f: Factors):
     def join(slices):
         w, varying = slices
         parts = same | varying
-        return Factors(w, parts["a"], parts["b"], parts["scale"][..., 0], f.name)
+        numbers = [parts[name][..., 0] for name in ("scale", "gain") if name in parts]
+        return factors.with_thin(f, w, (parts["a"], parts["b"], *numbers))
 
     return (w, varying), join
 

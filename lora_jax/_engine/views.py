@@ -104,8 +104,8 @@ def _reshard(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     (f,), to = operands, eqn.params["dst_sharding"]
     (w,) = bind(eqn, [f.w])
     move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(to.mesh, spec))
-    thin = zip((f.a, f.b, f.scale), factors.thin_specs(f, to.spec), strict=True)
-    return [Factors(w, *itertools.starmap(move, thin), f.name)]
+    thin = zip(factors.thin_parts(f), factors.thin_specs(f, to.spec), strict=True)
+    return [factors.with_thin(f, w, itertools.starmap(move, thin))]
 
 
 def _on_each(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -224,8 +224,8 @@ def _pad(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None
     config = eqn.params["padding_config"]
     changed = [d for d, edges in enumerate(config) if any(edges)]
-    if not factors.varying(f).issuperset(changed):
-        return None  # what a weight repeats, it does not repeat in its padding
+    if not factors.varying(f).issuperset(changed) or f.gain is not None:
+        return None  # what a weight repeats, or multiplies, it does not in its padding
     (w,) = bind(eqn, [f.w, padding])
 
     def pad(x):
@@ -341,6 +341,8 @@ def _reduce_sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     axes = eqn.params["axes"]
     if factors.stacked(f).intersection(axes):
         return None  # a sum over layers or experts is no product of two factors
+    if {*factors.gained(f)}.intersection(axes):
+        return None
     (w,) = bind(eqn, [f.w])
     repeats = math.prod(f.shape[d] for d in axes if d not in factors.varying(f))
     summed = factors.view(f, w, lambda x: jnp.sum(x, axes))
@@ -353,6 +355,8 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     minus = eqn.primitive.name == "sub"
     if not _is_weight(run, operands):
         return None
+    if any(isinstance(x, Factors) and x.gain is not None for x in operands):
+        return None  # what is added has no gain
     (w,) = bind(eqn, weights(operands))
     both = isinstance(f, Factors) and isinstance(g, Factors)
     if minus and not both and run.leads_to(eqn, *_coarser(_digits(w.dtype))):

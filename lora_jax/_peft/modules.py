@@ -200,7 +200,7 @@ def factors_of(weight: Weight, modules: Mapping[str, Module]) -> Adapter:
         scale[index] = module.scale
     dims = factor_dims(weight.axes, weight.shape, aligned=not weight.axes.standard)
     orders = _orders(weight.axes)
-    values = zip((a, b, scale), orders, dims, strict=True)
+    values = zip((a, b, scale), orders, dims[:3], strict=True)
     return Adapter(
         *(_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
     )

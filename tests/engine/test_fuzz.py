@@ -724,7 +724,7 @@ class Program(NamedTuple):
     moving: Any = (("adapters", "x"),)
 
 
-def program(seed):
+def program(seed, dora=False):
     """The program of a seed, and which of its derivatives to take."""
     rng = np.random.default_rng([seed, 1])
     base, ranks, axes, shape, like = {}, {}, {}, (), None
@@ -748,7 +748,7 @@ def program(seed):
     # Of shapes alone, and filled here: a tenth of the time of compiling each.
     params = {
         name: jnp.asarray(rng.standard_normal(leaf.shape) / 2, np.float32)
-        for name, leaf in lj.lorafy(base, ranks, axes=axes).items()
+        for name, leaf in lj.lorafy(base, ranks, axes=axes, dora=dora).items()
     }
     # Every other program is straight, the others begin with one call after another.
     first = None if seed % 2 else list(CALLS)[seed // 2 % len(CALLS)]
@@ -817,8 +817,11 @@ DERIVATIVES = {"grad": grad, "vjp": vjp, "jvp": jvp, "linearize": linearize}
 
 
 def in_few_bits(seed):
-    """The program of a seed on quantised weights, a format and blocks for each."""
-    plain, rng = program(seed), np.random.default_rng([seed, 2])
+    """The program of a seed on quantised weights, a format and blocks for each.
+
+    Every other one has DoRA's magnitudes too.
+    """
+    plain, rng = program(seed, seed % 2 == 1), np.random.default_rng([seed, 2])
     params = dict(plain.params)
     for name in ("w", "v", "u"):
         if name in params:
@@ -880,6 +883,13 @@ def worst_gap(fn, params, inputs, how="grad", moving=(("adapters", "x"),)):
 def test_random_program(seed):
     assert worst_gap(*program(seed)) < 1e-4
     if seed % 50 == 49:  # thousands of compiled programs would fill the memory
+        jax.clear_caches()
+
+
+@pytest.mark.parametrize("seed", range(-(-PROGRAMS // 4)))
+def test_random_program_of_dora(seed):
+    assert worst_gap(*program(2 * 10**6 + seed, dora=True)) < 1e-4
+    if seed % 50 == 49:
         jax.clear_caches()
 
 

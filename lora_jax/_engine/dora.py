@@ -1,0 +1,85 @@
+"""Weights with magnitudes: m (W + s A B) / |W + s A B|, the norm over the inputs.
+
+The quotient m / |W + s A B| is the gain of `Factors`, a number for each output. The
+norm is a constant for derivatives (Liu et al., 2024, section 4.3), and found from |W|,
+W^T A and B alone: the sum is not formed.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax._engine.factors import (
+    Factors,
+    align,
+    on_device,
+    present,
+    squeeze_absent,
+    stacked,
+    wider,
+)
+from lora_jax._engine.ops import einsum
+from lora_jax._engine.quantized import dequantize, is_quantized, spread
+
+
+def weight(
+    w: Any, a: Any, b: Any, scale: Any, magnitude: Any = None, *, name: str = ""
+) -> Factors:
+    """`Factors` from the leaves of a tree, those of DoRA or of LoRA.
+
+    Where the norm is zero there is nothing to divide, and the weight is zero.
+    """
+    f = align(w, a, b, scale, name)
+    if magnitude is None:
+        return f
+    outputs = [d for d in range(f.ndim) if f.b.shape[d] != 1]
+    sizes = [n if d in outputs else 1 for d, n in enumerate(f.shape)]
+    norm = norms(lax.stop_gradient(f))
+    gain = jnp.reshape(magnitude, sizes).astype(norm.dtype)
+    return dataclasses.replace(f, gain=gain / jnp.where(norm > 0, norm, 1))
+
+
+def norms(f: Factors) -> jax.Array:
+    """|W + s A B| over the inputs, in float32 or wider, of size 1 along them.
+
+    Of a stack in few bits one layer at a time is made of floats.
+    """
+    if not (is_quantized(f.w) and stacked(f)):
+        return _norms(f)
+    layer = min(stacked(f))
+    parts = {"w": spread(f.w, layer), "a": f.a, "b": f.b, "scale": f.scale}
+    front = lambda x: jnp.moveaxis(x, layer, 0)
+    back = lambda x: jnp.expand_dims(x, layer)
+    one = lambda parts: _norms(dataclasses.replace(f, **jax.tree.map(back, parts)))
+    each = lax.map(one, jax.tree.map(front, parts))
+    return jnp.moveaxis(jnp.squeeze(each, layer + 1), 0, layer)
+
+
+# Jitted, so that JAX traces those of equal layers once.
+@functools.partial(jax.jit, inline=True)
+def _norms(f: Factors) -> jax.Array:
+    dtype = wider(f.dtype, f.a.dtype, f.b.dtype)
+    w, a, b = (dequantize(on_device(x)).astype(dtype) for x in (f.w, f.a, f.b))
+    scale = on_device(f.scale).astype(dtype)
+    product = functools.partial(einsum, precision=lax.Precision.HIGHEST)
+    dims, r, q = list(range(f.ndim)), f.ndim, f.ndim + 1
+    in_a, in_b = present(a), present(b)
+    inputs = [d for d in dims if b.shape[d] == 1]
+    outputs = [d for d in dims if d not in inputs]
+    layers = [d for d in in_a if d in in_b]
+    a, b = squeeze_absent(a), squeeze_absent(b)
+    # |W + s A B|^2 = |W|^2 + 2 s (W^T A) B + s^2 B^T (A^T A) B, for each output.
+    met = product(w, dims, a, [*in_a, r], [*outputs, r])
+    met = product(met, [*outputs, r], b, [*in_b, r], outputs)
+    gram = product(a, [*in_a, r], a, [*in_a, q], [*layers, r, q])
+    own = product(gram, [*layers, r, q], b, [*in_b, q], [*in_b, r])
+    own = product(own, [*in_b, r], b, [*in_b, r], in_b)
+    sizes = [n if d in in_b else 1 for d, n in enumerate(f.shape)]
+    total = jnp.sum(w * w, axis=tuple(inputs), keepdims=True)
+    total += 2 * scale * jnp.expand_dims(met, inputs)
+    total += scale**2 * jnp.reshape(own, sizes)
+    return jnp.sqrt(jnp.maximum(total, 0))

@@ -1,0 +1,254 @@
+"""DoRA: the weight is m (W + s A B) / |W + s A B|, written out in NumPy."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lora_jax as lj
+
+Axes = lj.Axes
+SHAPES = {
+    "m/kernel": ((6, 5), Axes((), (0,), (1,))),
+    "t/embedding": ((7, 4), Axes((), (0,), (1,))),
+    "s/kernel": ((3, 4, 5), Axes((0,), (1,), (2,))),
+    "h/kernel": ((4, 2, 3), Axes((), (0,), (1, 2))),
+    "o/kernel": ((5, 6), Axes((), (1,), (0,))),
+    "f/kernel": ((3, 2, 4, 5), Axes((0,), (2,), (1, 3))),
+}
+AXES = {name: axes for name, (_, axes) in SHAPES.items()}
+
+
+def adapted(how=None, seed=0, **options):
+    """Random weights and trained adapters, over a base in few bits perhaps."""
+    rng = np.random.default_rng(seed)
+    base = {}
+    for name, (shape, _) in SHAPES.items():
+        module, leaf = name.split("/")
+        base[module] = {leaf: jnp.asarray(rng.standard_normal(shape), np.float32)}
+    if how:
+        base = lj.quantize(base, how, targets="*", axes=AXES, block=2)
+    options = {"targets": "*", "axes": AXES, "alpha": 3.0, "dora": True} | options
+    params = lj.lorafy(base, 2, **options)
+    adapters, rest = lj.split(params)
+    leaves, treedef = jax.tree.flatten(adapters)
+    moved = [x + jnp.asarray(rng.standard_normal(x.shape) / 2, x.dtype) for x in leaves]
+    return lj.combine(treedef.unflatten(moved), rest)
+
+
+def written_out(params, name, m=None):
+    """The weight in float64, and |W + s A B| beside it."""
+    shape, axes = SHAPES[name]
+    module, leaf = name.split("/")
+    leaves = params[module]
+    w = leaves[leaf]
+    if isinstance(w, lj.Quantized):
+        w = lj.dequantize({"w": w})["w"]
+    w, a, b, scale = (
+        np.asarray(x, np.float64)
+        for x in (w, *(leaves[n] for n in ("lora_a", "lora_b", "lora_scale")))
+    )
+    letters = "abcd"[: len(shape)]
+    pick = lambda *groups: "".join(letters[d] for g in groups for d in g)
+    if a.ndim == len(shape) + 1:
+        sizes = [n if d in axes.batch else 1 for d, n in enumerate(shape)]
+        delta = np.sum(a * b, -1) * scale.reshape(sizes)
+    else:
+        left = (
+            f"{pick(axes.batch, axes.inputs)}r,{pick(axes.batch)}r{pick(axes.outputs)}"
+        )
+        delta = np.einsum(f"{left},{pick(axes.batch)}->{letters}", a, b, scale)
+    total = w + delta
+    norm = np.sqrt(np.sum(total**2, axis=axes.inputs, keepdims=True))
+    m = leaves["lora_magnitude"] if m is None else m
+    return np.asarray(m, np.float64).reshape(norm.shape) * total / norm, norm
+
+
+@pytest.mark.parametrize("how", [None, "int8", "nf4"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_merged_weight_is_the_formula(name, how):
+    params = adapted(how)
+    module, leaf = name.split("/")
+    want, _ = written_out(params, name)
+    np.testing.assert_allclose(lj.merge(params)[module][leaf], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [None, "nf4"])
+def test_nothing_changes_at_the_start(how):
+    base = {"m": {"kernel": jax.random.normal(jax.random.key(0), (6, 5))}}
+    base = lj.quantize(base, how, block=2) if how else base
+    params = lj.lorafy(base, 2, dora=True)
+    assert params["m"]["lora_magnitude"].shape == (5,)
+    plain = lj.dequantize(base) if how else base
+    want = plain["m"]["kernel"]
+    np.testing.assert_allclose(lj.merge(params)["m"]["kernel"], want, atol=1e-6)
+
+
+def model(params, x):
+    """Products with each weight, both ways of a table, a scan, and views."""
+    h = x @ params["m"]["kernel"]  # (2, 5)
+    h = h @ params["o"]["kernel"] + h @ jnp.reshape(params["o"]["kernel"], (5, 6))
+    rows = params["t"]["embedding"][jnp.array([1, 6])]  # (2, 4)
+    logits = rows @ params["t"]["embedding"].T  # (2, 7)
+    heads = jnp.einsum("bi,inh->bnh", rows, params["h"]["kernel"])
+    out = jnp.einsum("bnh,inh->bi", heads, params["h"]["kernel"])
+    step = lambda c, w: (c, jnp.sin(c @ w))
+    _, layers = lax.scan(step, rows, params["s"]["kernel"])
+    fused = jnp.einsum("bi,knif->kbnf", rows, params["f"]["kernel"])
+    both = jnp.concatenate([params["m"]["kernel"], params["m"]["kernel"] * 2], 1)
+    parts = (h, logits, out, layers, fused, x @ both)
+    return sum(jnp.sum(jnp.sin(part)) for part in parts)
+
+
+def formula(params, constants):
+    """The merged tree by the formula, in JAX: the norm a constant for derivatives."""
+    merged = {}
+    for name, (_, axes) in SHAPES.items():
+        module, leaf = name.split("/")
+        plain = {n: x for n, x in params[module].items() if n != "lora_magnitude"}
+        total = lj.merge({"x": plain})["x"][leaf]
+        norm = constants[name].astype(np.float32)
+        m = jnp.reshape(params[module]["lora_magnitude"], norm.shape)
+        merged[module] = {leaf: m * total / norm}
+        assert norm.shape == tuple(
+            1 if d in axes.inputs else n for d, n in enumerate(total.shape)
+        )
+    return merged
+
+
+@pytest.mark.parametrize("how", [None, "int8"])
+def test_values_and_gradients_are_those_of_the_formula(how):
+    params, x = adapted(how), jnp.asarray([[1.0] * 6, [0.5] * 6])
+    norms = {name: written_out(params, name)[1] for name in SHAPES}
+    adapters, base = lj.split(params)
+    chex.clear_trace_counter()
+    fn = chex.assert_max_traces(lj.lora(model, materialize="error"), n=1)
+    got = lambda a: fn(lj.combine(a, base), x)
+    want = lambda a: model(formula(lj.combine(a, base), norms), x)
+    values, grads = jax.jit(jax.value_and_grad(got))(adapters)
+    want_values, want_grads = jax.jit(jax.value_and_grad(want))(adapters)
+    np.testing.assert_allclose(values, want_values, atol=1e-4)
+    for got, want in zip(*map(jax.tree.leaves, (grads, want_grads)), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_what_cannot_carry_a_gain_is_formed_and_said():
+    params, x = adapted(), jnp.ones((2, 6))
+    fn = lambda params, x: x @ (params["m"]["kernel"] + 1)
+    own = {"m": params["m"]}
+    with pytest.warns(UserWarning, match="'m/kernel' meets 'add'"):
+        got = lj.lora(fn)(own, x)
+    want = x @ (lj.merge(own)["m"]["kernel"] + 1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lj.Dense(5, rank=2, dora=True), jnp.ones((2, 6))),
+        (lj.DenseGeneral((2, 3), rank=2, dora=True), jnp.ones((2, 6))),
+        (lj.Embed(7, 4, rank=2, dora=True), jnp.array([1, 6])),
+        (lj.Conv(5, (3,), rank=2, dora=True), jnp.ones((1, 6, 4))),
+        (lj.Einsum((3, 4, 5), "btd,ndh->btnh", rank=2, dora=True), jnp.ones((1, 2, 4))),
+    ],
+)
+def test_layers(layer, x):
+    params = layer.init(jax.random.key(0), x)["params"]
+    params = dict(params) | {
+        name: params[name] + 0.3 for name in ("lora_a", "lora_b", "lora_magnitude")
+    }
+    got = layer.apply({"params": params}, x)
+    kinds = {lj.Dense: nn.Dense, lj.DenseGeneral: nn.DenseGeneral, lj.Embed: nn.Embed}
+    plain = kinds | {lj.Conv: nn.Conv, lj.Einsum: nn.Einsum}
+    own = {
+        f: getattr(layer, f)
+        for f in ("features", "kernel_size", "num_embeddings", "shape", "einsum_str")
+        if hasattr(layer, f)
+    }
+    want = plain[type(layer)](**own).apply({"params": lj.merge(params)}, x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_zero_column_stays_zero_without_nan_and_is_said():
+    w = jnp.ones((4, 3)).at[:, 1].set(0)
+    with pytest.warns(UserWarning, match="1 outputs of 'kernel' have weights of zero"):
+        params = lj.lorafy({"kernel": w}, 2, dora=True)
+    adapters, base = lj.split(params)
+    fn = lj.lora(lambda params, x: x @ params["kernel"])
+    loss = lambda a: jnp.sum(fn(lj.combine(a, base), jnp.ones((2, 4))) ** 2)
+    grads = jax.grad(loss)(adapters)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert not lj.merge(params)["kernel"][:, 1].any()
+
+
+def test_everything_knows_the_magnitudes(tmp_path):
+    params = adapted()
+    base = lj.strip(params)
+    assert "lora_magnitude" not in base["m"]
+    lj.save(tmp_path / "a.safetensors", params)
+    back = lj.load(tmp_path / "a.safetensors", base)
+    chex.assert_trees_all_equal(back, params)
+    chex.assert_trees_all_equal(lj.attach(lj.detach(params), base), params)
+    assert lj.mask(params)["m"]["lora_magnitude"]
+    assert lj.labels(params)["m"]["lora_magnitude"] == "lora_magnitude"
+    trained = sum(x.size for x in jax.tree.leaves(lj.split(params)[0]))
+    assert lj.count(params).trainable == trained
+    shapes = jax.eval_shape(
+        lambda: lj.lorafy(base, 2, targets="*", axes=AXES, dora=True)
+    )
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+
+
+def test_shardings_of_magnitudes_are_those_of_the_outputs():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    w = jax.device_put(jnp.ones((4, 6)), place)
+    params = lj.lorafy({"kernel": w}, 2, dora=True)
+    assert params["lora_magnitude"].sharding.spec == jax.sharding.PartitionSpec("x")
+
+
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")])
+def test_on_a_mesh_of_explicit_axes(spec):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    at = lambda *spec: jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*spec)
+    )
+    w = jax.random.normal(jax.random.key(0), (8, 6))
+    params = lj.lorafy({"kernel": jax.device_put(w, at(*spec))}, 2, dora=True)
+    params |= {name: params[name] + 1 for name in ("lora_b", "lora_magnitude")}
+    x = jax.device_put(jnp.ones((4, 8)), at(None, None))
+    fn = lambda p, x: jnp.matmul(x, p["kernel"], out_sharding=at(None, spec[1]))
+    got = jax.jit(lj.lora(fn))(params, x)
+    alone = jax.tree.map(np.asarray, params)
+    want = np.ones((4, 8)) @ np.asarray(
+        lj.merge(jax.tree.map(jnp.asarray, alone))["kernel"]
+    )
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_sums_and_multiples_are_refused_and_other_ranks_are_not():
+    params = adapted()
+    for call in (lambda: lj.add(params, params), lambda: lj.rescale(params, 2)):
+        with pytest.raises(ValueError, match=r"cannot be exact for 'm/kernel'.*DoRA"):
+            call()
+    got = lj.resize(params, 3)
+    want, _ = written_out(params, "m/kernel")
+    np.testing.assert_allclose(lj.merge(got)["m"]["kernel"], want, atol=1e-5)
+    start = lj.principal(
+        lj.lorafy(lj.strip(params), 2, targets="*", axes=AXES, dora=True)
+    )
+    np.testing.assert_allclose(
+        lj.merge(start)["m"]["kernel"], params["m"]["kernel"], atol=1e-5
+    )
+
+
+def test_a_broken_magnitude_is_named():
+    params = adapted()
+    broken = params | {"m": params["m"] | {"lora_magnitude": jnp.ones(4)}}
+    with pytest.raises(
+        ValueError, match=r"'m/kernel' does not fit.*lora_magnitude \(4,\)"
+    ):
+        lj.merge(broken)
