@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._adapters import adapter_of, is_adapter
+from lora_jax._adapters import adapter_of, dora_of, is_adapter
 from lora_jax._peft.config import within
 from lora_jax._peft.folder import DTYPES
 from lora_jax._peft.layouts import stems_of, tensor_name
@@ -56,7 +56,26 @@ def check_loads(
     _check_own(plan)
     _check_beside(plan, leaves)
     _check_below(plan, saved, names, leaves)
+    _check_magnitudes(plan, leaves)
     stems_of(orders_of(plan))  # raises if the parameters of one module are in no order
+
+
+def _check_magnitudes(plan: Plan, leaves: dict[Path, Any]) -> None:
+    """PEFT has DoRA for all modules or for none, and one norm for each update."""
+    own = {path for path in plan.adapted if dora_of(path).magnitude in leaves}
+    if own and (plain := [path for path in plan.adapted if path not in own]):
+        raise ValueError(
+            f"{listed(sorted(own))} have DoRA's magnitudes, and {listed(plain)} have "
+            "not: PEFT has use_dora for all or for none. Build them alike."
+        )
+    for path in own:
+        for name, slot in plan.adapted[path].slots.items():
+            if slot.kind in ("head", "experts"):
+                raise ValueError(
+                    f"{path_name(path)!r} has DoRA's magnitudes, and is {slot.kind} "
+                    f"{name!r} too: PEFT has no such norm. Leave it out of "
+                    "lorafy(..., dora=True)."
+                )
 
 
 def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
@@ -67,6 +86,11 @@ def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
             "Leave it out of also= in lorafy, or write portable=False."
         )
     for path, weight in plan.adapted.items():
+        if dora_of(path).magnitude in leaves:
+            raise ValueError(
+                f"{path_name(path)!r} cannot be portable: vLLM takes no DoRA. Write "
+                "portable=False."
+            )
         if why := _not_portable(weight, unbox(leaves[adapter_of(path).a]), dtype):
             raise ValueError(
                 f"{path_name(path)!r} cannot be portable: {why}. Leave it out with "

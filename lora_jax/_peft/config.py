@@ -22,6 +22,7 @@ UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
+    "use_dora",
 }
 # These ways to start leave the base as it is; the others change it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")

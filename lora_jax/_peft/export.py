@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
-    Adapter,
     Axes,
+    Ranked,
     adapter_of,
     axes_of_shapes,
     copy_of,
@@ -20,10 +20,11 @@ from lora_jax._adapters import (
 from lora_jax._peft.checks import VLLM_RANKS, check_loads, check_portable
 from lora_jax._peft.config import new_config
 from lora_jax._peft.folder import DTYPES, as_dtype, free_folder, write_folder
-from lora_jax._peft.layouts import PREFIX, stems_of, suffixes, tensor_name
+from lora_jax._peft.layouts import MAGNITUDE, PREFIX, stems_of, suffixes, tensor_name
 from lora_jax._peft.modules import (
     Module,
     leaf_to_torch,
+    magnitude_shape,
     modules_of,
     to_torch,
     turned,
@@ -121,6 +122,7 @@ def export_peft(
         fan_in_fan_out=fan_in_fan_out,
         modules_to_save=sorted(copied_modules(plan, leaves)) or None,
         task_type=task_type,
+        use_dora=any(module.magnitude is not None for module in found.values()),
     )
     write_folder(target, config, tensors)
 
@@ -168,13 +170,13 @@ def _placed(names: Names, path: Path) -> Naming:
 
 
 def _own_axes(
-    leaves: dict[Path, Any], adapters: Mapping[Path, Adapter]
+    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
 ) -> tuple[dict[Path, Axes], set[Path]]:
     """The dimensions for which each adapter was made, and which are aligned."""
     own, aligned = {}, set()
     for path, adapter in adapters.items():
-        w, a, b, scale = (unbox(leaves[p]).shape for p in (path, *adapter))
-        own[path] = axes_of_shapes(w, a, b, scale)
+        w, a, *others = (unbox(leaves[p]).shape for p in (path, *adapter))
+        own[path] = axes_of_shapes(w, a, *others)
         if len(a) == len(w) + 1:
             aligned.add(path)
     return own, aligned
@@ -183,8 +185,9 @@ def _own_axes(
 def _modules(plan: Plan, leaves: dict[Path, Any], portable: bool) -> dict[str, Module]:
     """The adapter of each module that has one: no rank is left to some."""
     found: dict[str, Module] = {}
+    adapters = of_rank(find_adapters(leaves))
     for path, weight in plan.adapted.items():
-        parts = [concrete(part, leaves[part]) for part in adapter_of(path)]
+        parts = [concrete(part, leaves[part]) for part in adapters[path]]
         found |= modules_of(weight, *parts, fold=portable)
     return _of_one_rank(found) if portable else found
 
@@ -194,7 +197,7 @@ def _of_one_rank(found: Mapping[str, Module]) -> dict[str, Module]:
     most = max(module.a.shape[-1] for module in found.values())
     r = next(n for n in VLLM_RANKS if n >= most)
     padded = {}
-    for name, (a, b, scale) in found.items():
+    for name, (a, b, scale, _) in found.items():
         more = r - a.shape[-1]
         padded[name] = Module(
             np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), scale
@@ -218,6 +221,10 @@ def _factors(
             for suffix, x in zip(suffixes(slot.kind), both, strict=True):
                 key = PREFIX + stems.get(name, name) + suffix
                 tensors[key] = as_dtype(key, x, kept)
+            if (m := found[name].magnitude) is not None:
+                key = PREFIX + stems.get(name, name) + MAGNITUDE
+                shape = magnitude_shape(slot.kind, m, found[name].a)
+                tensors[key] = as_dtype(key, m.reshape(shape), dtype)
     return tensors
 
 

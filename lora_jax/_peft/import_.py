@@ -7,19 +7,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Axes, adapter_of, copy_of, is_adapter
+from lora_jax._adapters import Axes, adapter_of, copy_of, dora_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, trained_copy
 from lora_jax._peft.config import rank_and_scale, read_config
 from lora_jax._peft.folder import read_tensors
-from lora_jax._peft.layouts import suffixes, tensor_name
+from lora_jax._peft.layouts import MAGNITUDE, suffixes, tensor_name
 from lora_jax._peft.modules import (
     Module,
     Weight,
     factors_of,
     from_torch,
     leaf_from_torch,
+    magnitude_shape,
     shapes_of,
     tensor_shapes,
     to_torch,
@@ -71,8 +72,8 @@ def import_peft(
 
     Raises:
       FileNotFoundError: If a file is missing.
-      ValueError: If the folder is no plain LoRA (DoRA, aLoRA, biases and other methods
-        are refused), is truncated, or does not fit `base` and `names` exactly.
+      ValueError: If the folder is no LoRA or DoRA (aLoRA, biases and other methods are
+        refused), is truncated, or does not fit `base` and `names` exactly.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -153,6 +154,13 @@ def _checked(
     """One module's adapter, whose tensors must be those of its kind and rank."""
     kind = weight.slots[name].kind
     ends = suffixes(kind)
+    if config.get("use_dora"):
+        ends = (*ends, MAGNITUDE)
+        if kind in ("head", "experts"):
+            raise ValueError(
+                f"{source}: DoRA of {path_name(weight.path)!r}, {kind} {name!r}, "
+                "cannot be imported: there one update would have two norms."
+            )
     if parts.keys() != {*ends}:
         raise ValueError(
             f"{source}: {name!r}, of the weight {path_name(weight.path)!r}, has the "
@@ -160,9 +168,10 @@ def _checked(
         )
     r, scale = rank_and_scale(config, name)
     shapes = shapes_of(weight, name, r)
-    blank = (np.broadcast_to(np.int8(0), shape) for shape in shapes)
-    wanted = [x.shape for x in to_torch(kind, Module(*blank, scale))]
-    for end, shape in zip(ends, wanted, strict=True):
+    a, b = (np.broadcast_to(np.int8(0), shape) for shape in shapes)
+    wanted = [x.shape for x in to_torch(kind, Module(a, b, scale))]
+    wanted.append(magnitude_shape(kind, b[0], a))
+    for end, shape in zip(ends, wanted, strict=False):  # the last is of DoRA alone
         found = parts[end].shape
         if found != shape:
             hint = " It looks transposed." if found == shape[::-1] else ""
@@ -171,8 +180,11 @@ def _checked(
                 f"the config and the weight {path_name(weight.path)!r} {weight.shape}; "
                 f"found {found}.{hint}"
             )
-    a, b = (parts[end] for end in ends)
-    return from_torch(kind, a, b, scale, shapes)
+    a, b = (parts[end] for end in ends[:2])
+    module = from_torch(kind, a, b, scale, shapes)
+    if MAGNITUDE in parts:
+        return module._replace(magnitude=parts[MAGNITUDE].reshape(-1))
+    return module
 
 
 def _values(
@@ -221,13 +233,20 @@ def _adapters(
     for path, weight in plan.adapted.items():
         kept = wider(unbox(leaves[path]).dtype) if dtype is None else dtype
         own = {
-            name: Module(_cast(name, x, kept), _cast(name, y, kept), scale)
-            for name, (x, y, scale) in modules.items()
+            name: Module(
+                _cast(name, x, kept), _cast(name, y, kept), scale, _magnitude(name, m)
+            )
+            for name, (x, y, scale, m) in modules.items()
             if name in weight.slots
         }
         factors = factors_of(weight, own)
-        new |= beside(leaves[path], adapter_of(path), factors, weight.axes)
+        parts = adapter_of(path) if len(factors) == 3 else dora_of(path)
+        new |= beside(leaves[path], parts, factors, weight.axes)
     return new
+
+
+def _magnitude(name: str, m: np.ndarray | None) -> np.ndarray | None:
+    return None if m is None else _cast(name, m, np.float32)
 
 
 def _copies(

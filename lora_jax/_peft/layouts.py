@@ -101,6 +101,9 @@ def _unknown(path: Path, why: str) -> ValueError:
     )
 
 
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, beside both
+
+
 def suffixes(kind: str) -> tuple[str, str]:
     return TABLE if kind == "embedding" else LINEAR
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax._adapters import Adapter, Axes, axes_of_shapes
+from lora_jax._adapters import Axes, axes_of_shapes
 from lora_jax._lorafy import ABSENT, RANK, factor_dims
 from lora_jax._peft.names import Naming, numbered
 from lora_jax._targets import axes_of, is_adaptable
@@ -24,6 +24,7 @@ class Module(NamedTuple):
     a: np.ndarray  # (in, r); of a convolution (window..., in, r), of experts with each
     b: np.ndarray  # (r, out); of experts (experts, r, out)
     scale: float
+    magnitude: np.ndarray | None = None  # (out,): of DoRA
 
 
 class Slot(NamedTuple):
@@ -137,16 +138,26 @@ def turned(path: Path, shape: tuple[int, ...], own: Axes, axes: Axes) -> bool:
 
 
 def modules_of(
-    weight: Weight, a: np.ndarray, b: np.ndarray, scale: np.ndarray, *, fold: bool
+    weight: Weight,
+    a: np.ndarray,
+    b: np.ndarray,
+    scale: np.ndarray,
+    magnitude: np.ndarray | None = None,
+    *,
+    fold: bool,
 ) -> dict[str, Module]:
     """The adapter of each of a weight's modules, from the leaves of ours.
 
     A rank with which a module does nothing, and cannot learn to, is left out: one of a
     stack's padding, or one that only another module of a fused weight uses. So is a
-    module to which no rank is left. `fold` multiplies the scale into b.
+    module to which no rank is left. `fold` multiplies the scale into b. With magnitudes
+    all are kept: they change a module whose ranks do nothing.
     """
+    m = None
+    if magnitude is not None:
+        m = _magnitudes(weight, a, b, scale, magnitude)
     a, b, scale = _matrices(weight, a, b, scale)
-    unused = not (a.any() or b.any())
+    unused = not (a.any() or b.any()) or m is not None
     modules = {}
     for name, slot in weight.slots.items():
         x, whole, s = a[slot.index], b[slot.index], scale[slot.index]
@@ -167,15 +178,17 @@ def modules_of(
             x, y = y.T, x.T
         elif slot.kind == "conv":
             x = x.reshape(*weight.sizes(weight.axes.inputs), -1)
-        modules[name] = Module(x, y, float(s.flat[0]))
+        own = None if m is None else m[slot.index][slot.outputs]
+        modules[name] = Module(x, y, float(s.flat[0]), own)
     return modules
 
 
-def factors_of(weight: Weight, modules: Mapping[str, Module]) -> Adapter:
+def factors_of(weight: Weight, modules: Mapping[str, Module]) -> tuple[Any, ...]:
     """The leaves of a weight's adapter, from those of its modules that have one.
 
     Raises:
-      ValueError: If a table and its tied head have different updates.
+      ValueError: If a table and its tied head have different updates, or only some of
+        the modules have magnitudes.
     """
     batch, inputs, outputs = map(weight.sizes, weight.axes)
     n_in, n_out = math.prod(inputs), math.prod(outputs)
@@ -201,9 +214,25 @@ def factors_of(weight: Weight, modules: Mapping[str, Module]) -> Adapter:
     dims = factor_dims(weight.axes, weight.shape, aligned=not weight.axes.standard)
     orders = _orders(weight.axes)
     values = zip((a, b, scale), orders, dims[:3], strict=True)
-    return Adapter(
-        *(_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
-    )
+    leaves = tuple(_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
+    if all(module.magnitude is None for module in modules.values()):
+        return leaves
+    m = np.zeros((*batch, n_out), np.float32)
+    for name, slot in weight.slots.items():
+        if name not in modules:
+            raise ValueError(
+                f"{path_name(weight.path)!r} has DoRA's magnitudes for a part of it, "
+                f"and not for {name!r}. Adapt all of its modules, or none of them."
+            )
+        m[slot.index][..., slot.outputs] = modules[name].magnitude
+    order = (*weight.axes.batch, *weight.axes.outputs)
+    return (*leaves, _to_leaf(m, order, dims.magnitude, weight.shape, r))
+
+
+def magnitude_shape(kind: str, magnitude: Any, a: Any) -> tuple[int, ...]:
+    """The shape in which PEFT stores magnitudes, beside a module's own `a`."""
+    ones = (1,) * (a.ndim - 2)
+    return (1, *magnitude.shape, *ones) if kind == "conv" else magnitude.shape
 
 
 def shapes_of(weight: Weight, name: str, r: int) -> tuple[tuple[int, ...], ...]:
@@ -329,6 +358,22 @@ def _matrices(
     return a, b, scale.reshape(batch)
 
 
+def _magnitudes(
+    weight: Weight, a: np.ndarray, b: np.ndarray, scale: np.ndarray, m: np.ndarray
+) -> np.ndarray:
+    """The leaf of magnitudes as (batch..., out)."""
+    own = axes_of_shapes(weight.shape, a.shape, b.shape, scale.shape)
+    if turned(weight.path, weight.shape, own, weight.axes):
+        raise ValueError(
+            f"The magnitudes of {path_name(weight.path)!r} are of what PyTorch's layer "
+            "has for inputs. Build them with lorafy(..., dora=True, axes=...)."
+        )
+    dims = factor_dims(own, weight.shape, aligned=a.ndim == len(weight.shape) + 1)
+    order = (*own.batch, *own.outputs)
+    m = _from_leaf(m, dims.magnitude, order)
+    return m.reshape(*weight.sizes(own.batch), -1)
+
+
 def _orders(axes: Axes) -> tuple[tuple[int, ...], ...]:
     batch, inputs, outputs = axes
     return (*batch, *inputs, RANK), (*batch, RANK, *outputs), batch
@@ -372,7 +417,7 @@ def _joined(
     ]
     scales = {module.scale for module in modules}
     if len(scales) > 1:
-        modules = [Module(x, y * np.asarray(s, y.dtype), 1.0) for x, y, s in modules]
+        modules = [Module(x, y * np.asarray(s, y.dtype), 1.0) for x, y, s, _ in modules]
     first = modules[0].a
     shared = all(np.array_equal(module.a, first) for module in modules)
     ranks = [0 if shared else module.a.shape[-1] for module in modules]

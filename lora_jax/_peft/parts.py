@@ -8,7 +8,14 @@ import numpy as np
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
 from lora_jax._peft.config import saves, targets, targets_parameter, unfilled
-from lora_jax._peft.layouts import LINEAR, PREFIX, TABLE, stems_of, tensor_name
+from lora_jax._peft.layouts import (
+    LINEAR,
+    MAGNITUDE,
+    PREFIX,
+    TABLE,
+    stems_of,
+    tensor_name,
+)
 from lora_jax._peft.modules import leaf_to_torch, tensor_shapes
 from lora_jax._peft.names import Names, Naming, check_names, naming_of, near, numbered
 from lora_jax._peft.plan import Plan
@@ -24,6 +31,7 @@ from lora_jax._tree import (
     unbox,
 )
 
+ENDS = (*LINEAR, *TABLE, MAGNITUDE)
 ORIGINAL = ".base_layer.weight"  # ends the key of a module's own weight
 
 
@@ -201,14 +209,14 @@ def _parted(
                 f"{source}: the tensor {key!r} does not begin with {PREFIX!r}: "
                 "PEFT would ignore it."
             )
-        suffix = next((end for end in (*LINEAR, *TABLE) if name.endswith(end)), None)
+        suffix = next((end for end in ENDS if name.endswith(end)), None)
         if suffix is not None:
             stem = name.removesuffix(suffix)
             factors.setdefault(by_stem.get(stem, stem), {})[suffix] = x
         elif ".lora_" in name.lower():
             raise ValueError(
                 f"{source}: the tensor {key!r} is no part of a plain LoRA. Only "
-                f"{', '.join(end[1:] for end in (*LINEAR, *TABLE))} are."
+                f"{', '.join(end[1:] for end in ENDS)} are."
             )
         else:
             others[name] = x

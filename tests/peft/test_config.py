@@ -113,7 +113,7 @@ def test_a_plain_lora_is_read(tmp_path, more):
         ({"target_modules": "("}, "target_modules that is no pattern"),
         ({"target_modules": "all-linear"}, "which only the PyTorch model can resolve"),
         ({"layers_to_transform": "1"}, "layers_to_transform '1'"),
-        ({"use_dora": True}, "use_dora True.*no plain LoRA"),
+        ({"use_qalora": True}, "use_qalora True.*no plain LoRA"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens \[1\]"),
         ({"bias": "all"}, "bias 'all'. Only 'none'"),
         ({"lora_bias": True}, "lora_bias True"),

@@ -445,3 +445,57 @@ def test_sharded_and_boxed(tmp_path, randomized):
     for name in ("lora_a", "lora_b"):
         assert back["a"][name].sharding == lj.lorafy(base, 2)["a"][name].sharding
         np.testing.assert_array_equal(back["a"][name], params["a"][name])
+
+
+def stacked_dora(randomized):
+    base = {
+        "blocks": {"qkv": {"kernel": jnp.ones((2, 4, 6))}},
+        "table": {"embedding": jnp.ones((5, 4))},
+    }
+    axes = {"blocks/qkv/kernel": lj.Axes((0,), (1,), (2,))}
+    params = lj.lorafy(base, 2, targets="*", axes=axes, dora=True)
+    return base, randomized(params)
+
+
+def test_magnitudes_go_out_and_come_back(tmp_path, randomized, close):
+    base, params = stacked_dora(randomized)
+    names = {
+        "blocks/qkv": ("layers.{layer}.q", "layers.{layer}.k", "layers.{layer}.v"),
+        "table": "tokens",
+    }
+    lj.export_peft(tmp_path, params, names)
+    config, tensors = read(tmp_path)
+    assert config["use_dora"] is True
+    key = "base_model.model.layers.1.k.lora_magnitude_vector"
+    want = params["blocks"]["qkv"]["lora_magnitude"][1, 2:4]
+    np.testing.assert_array_equal(tensors[key], want)
+    back = lj.import_peft(tmp_path, base, names)
+    close(lj.merge(back), lj.merge(params))
+    np.testing.assert_array_equal(
+        back["table"]["lora_magnitude"], params["table"]["lora_magnitude"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "options", "match"),
+    [
+        (
+            {},
+            {"table": "t"},
+            {"portable": True},
+            "cannot be portable: vLLM takes no DoRA",
+        ),
+        ({"lora_magnitude": None}, {"table": "t"}, {}, "have not: PEFT has use_dora"),
+        ({}, {"table": ("t", "head")}, {}, "is head 'head' too: PEFT has no such norm"),
+    ],
+)
+def test_magnitudes_that_peft_cannot_hold(
+    tmp_path, randomized, change, names, options, match
+):
+    _, params = stacked_dora(randomized)
+    qkv = {n: x for n, x in (params["blocks"]["qkv"] | change).items() if x is not None}
+    params = params | {"blocks": {"qkv": qkv}}
+    with pytest.raises(ValueError, match=match):
+        lj.export_peft(
+            tmp_path / "a", params, {"blocks/qkv": "l.{layer}"} | names, **options
+        )

@@ -210,7 +210,7 @@ ones = lambda *shape: np.ones(shape, np.float32)
         (dict(tensors={"m.0.q.lora_a.weight": ones(2, 4)}), "no part of a plain LoRA"),
         (
             dict(tensors={"m.0.q.lora_magnitude_vector": ones(6)}),
-            "no part of a plain LoRA",
+            r"'m.0.q'.*'.lora_magnitude_vector'\], and",
         ),
         (dict(tensors={"m.0.q.lora_B.bias": ones(6)}), "no part of a plain LoRA"),
         (dict(tensors={"raw:m.0.q.lora_A.weight": ones(2)}), "does not begin with"),
@@ -219,7 +219,7 @@ ones = lambda *shape: np.ones(shape, np.float32)
         (dict(tensors={"m.tokens.base_layer.weight": ones(7, 4)}), "not the weight of"),
         (dict(tensors={"m.tokens.base_layer.weight": ones(8, 4)}), "not the weight of"),
         (dict(tensors={"m.0.q.lora_A.weight": np.full((2, 4), np.inf, "f")}), "finite"),
-        (dict(config={"use_dora": True}), "use_dora"),
+        (dict(config={"use_dora": True}), "'.lora_magnitude_vector'] are needed"),
     ],
 )
 def test_what_does_not_fit(tmp_path, change, match):

@@ -160,8 +160,10 @@ def compare(model, params, module, folder):
     return np.asarray(want)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_every_layer_with_its_own_rank_and_scale(tmp_path, randomized, scanned):
+@pytest.mark.parametrize(
+    ("scanned", "dora"), [(False, False), (True, False), (True, True)]
+)
+def test_every_layer_with_its_own_rank_and_scale(tmp_path, randomized, scanned, dora):
     model, base, module = flax_and_torch(scanned)
     plain = run(module, inputs()[0], inputs()[1].transpose(0, 3, 1, 2))
     first = "blocks" if scanned else "blocks_0"
@@ -169,7 +171,9 @@ def test_every_layer_with_its_own_rank_and_scale(tmp_path, randomized, scanned):
     axes = lj.find_axes(
         lambda p, *args: model.apply({"params": p}, *args), base, *inputs()
     )
-    params = lj.lorafy(base, ranks, alpha={"conv1": 5, "*/value": 0.3}, axes=axes)
+    params = lj.lorafy(
+        base, ranks, alpha={"conv1": 5, "*/value": 0.3}, axes=axes, dora=dora
+    )
     params = randomized(params)
     names = SCANNED if scanned else NAMES
     lj.export_peft(tmp_path / "a", params, names, modules=dict(module.named_modules()))
@@ -192,7 +196,7 @@ def peft_saved(module, folder, **config):
         adapted = peft.get_peft_model(copy.deepcopy(module), config).eval()
         with torch.no_grad():
             for name, x in adapted.named_parameters():
-                if "modules_to_save" in name:
+                if "modules_to_save" in name or "magnitude" in name:
                     x += torch.randn_like(x)
         adapted.save_pretrained(folder)
     return adapted
@@ -226,6 +230,7 @@ MIXED = dict(
             layers_pattern="blocks",
         ),
         dict(r=2, target_modules=["out", "value"], exclude_modules=["blocks.1.out"]),
+        MIXED | {"use_dora": True, "target_modules": [*MIXED["target_modules"][:5]]},
     ],
 )
 def test_what_peft_saved(tmp_path, config):
