@@ -76,6 +76,7 @@ TARGETS = {
     "LoRA step / PEFT-on-torch step": ("step", "split", "PEFT on torch", 0.75),
     "adapters_only step / split step": ("step", "adapters_only", "split", 1.03),
     "LoRA forward / plain forward": ("forward", "LoRA", "plain", 1.06),
+    "DoRA step / LoRA step": ("step", "DoRA", "split", 1.25),
     "NF4 step / LoRA step": ("step", "NF4 base", "split", 1.10),
     "NF4 step / qwix NF4 step": ("step", "NF4 base", "qwix NF4", 0.80),
     "FLOPs of the step / full": ("flops", "split", "full", 0.69),
@@ -86,6 +87,8 @@ COLOURS = {
     "split": "#0b6e8f",
     "adapters_only": "#5aa9c4",
     "materialised": "#6b5b95",
+    "A frozen": "#8c9a3c",
+    "DoRA": "#a0527a",
     "int8 base": "#4d8f80",
     "NF4 base": "#9cc5ba",
     "qwix": "#e0a030",
@@ -231,11 +234,12 @@ def task(job: Job) -> Task:
     return Task(model, apply, plain, inputs, jnp.asarray(labels), targets)
 
 
-@functools.lru_cache(maxsize=1)
-def adapted(job: Job) -> dict[str, Any]:
+@functools.lru_cache(maxsize=2)
+def adapted(job: Job, **options: Any) -> dict[str, Any]:
     """Returns the parameters with adapters that are not zero."""
     key = jax.random.key(1)
-    params = lj.lorafy(task(job).plain, job.rank, targets=task(job).targets, key=key)
+    options = {"targets": task(job).targets, "key": key} | options
+    params = lj.lorafy(task(job).plain, job.rank, **options)
     noisy = lambda b: 0.01 * jax.random.normal(key, b.shape, b.dtype)
     is_b = lambda path: path[-1].key == "lora_b"
     return jax.tree_util.tree_map_with_path(
@@ -273,11 +277,14 @@ def steps(job: Job) -> dict[str, Contender]:
     apply, tx = task(job).apply, optax.adamw(RATE)
     whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
     lora, only = lj.lora(apply), lj.adapters_only(tx)
+    only_b = optax.partition({"lora_a": optax.set_to_zero(), "lora_b": tx}, lj.labels)
     return {
         "full": step(job, tx, whole(apply), task(job).plain, {}),
         "split": step(job, tx, *halves(lora, adapted(job))),
         "adapters_only": step(job, only, whole(lora), adapted(job), {}),
         "materialised": step(job, tx, *halves(materialised(apply), adapted(job))),
+        "A frozen": step(job, only_b, *halves(lora, adapted(job))),
+        "DoRA": step(job, tx, *halves(lora, adapted(job, dora=True))),
         "int8 base": step(job, tx, *halves(lora, stored(job, "int8"))),
         "NF4 base": step(job, tx, *halves(lora, stored(job, "nf4"))),
     }

@@ -17,7 +17,8 @@ SMALL = dataclasses.replace(
 )
 TINY = speed.Job(SMALL, 2, 64, 4)
 FEW = ["int8 base", "NF4 base"]
-ALWAYS = ["full", "split", "adapters_only", "materialised", *FEW]
+KINDS = ["A frozen", "DoRA"]
+ALWAYS = ["full", "split", "adapters_only", "materialised", *KINDS, *FEW]
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,7 @@ def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_p
     over = lambda name: results["step"][name]["flops"] / results["floor"]["step"]
     assert 0.98 < over("split") < 1.02 and over("adapters_only") == over("split")
     assert over("full") > 1.3 and over("materialised") > 1.3
+    assert over("A frozen") < over("split") < over("DoRA") < 1.3
     forward = {
         k: v["flops"] / results["floor"]["forward"]
         for k, v in results["forward"].items()
@@ -79,6 +81,7 @@ def test_aims_are_met_or_not():
             "full": times(100, 100),
             "split": times(60, 68),
             "adapters_only": times(63, 68),
+            "DoRA": times(76, 70),
             "NF4 base": times(64, 70),
             "qwix NF4": times(100, 70),
             "PEFT on torch": times(70, None),
@@ -92,6 +95,7 @@ def test_aims_are_met_or_not():
     assert rows["LoRA step / PEFT-on-torch step"] == "0.857 | 0.75 | not met"
     assert rows["adapters_only step / split step"] == "1.050 | 1.03 | not met"
     assert rows["LoRA step / qwix step"].startswith("not run")
+    assert rows["DoRA step / LoRA step"] == "1.267 | 1.25 | not met"
     assert rows["NF4 step / LoRA step"] == "1.067 | 1.10 | met"
     assert rows["NF4 step / qwix NF4 step"] == "0.640 | 0.80 | met"
     assert rows["LoRA forward / plain forward"] == "1.060 | 1.06 | met"
