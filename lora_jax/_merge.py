@@ -28,7 +28,8 @@ def merge(params: Any) -> Any:
     """The plain parameters with the updates in them: W + scale * A B.
 
     Each sum is made in float32 (float64 for a float64 weight) and cast once to the
-    weight's dtype. Trained copies take the places of their leaves, cast likewise.
+    weight's dtype; with DoRA's magnitudes m (W + scale * A B) / |W + scale * A B|, the
+    norm over the inputs. Trained copies take the places of their leaves, cast likewise.
     Weights in few bits become floats, also those without an adapter. The result has the
     tree, boxes and dtypes from before `lorafy` and `quantize`.
 

@@ -46,7 +46,8 @@ def split(params: Any) -> tuple[Any, Any]:
       params: A tree from `lorafy`.
 
     Returns:
-      `(adapters, base)`: what trains, A and B of each adapter and each trained copy;
+      `(adapters, base)`: what trains, A, B and magnitudes of each adapter and each
+      trained copy;
       and all the rest, scales too. To keep the adapters, use `detach`.
 
     Raises:
@@ -128,7 +129,7 @@ def mask(params: Any) -> Any:
 
 
 def labels(params: Any) -> Any:
-    """What each leaf is: "lora_a", "lora_b", "lora_w", or "frozen".
+    """What each leaf is: "lora_a", "lora_b", "lora_magnitude", "lora_w", or "frozen".
 
     For `optax.partition`, to train factors at different rates. LoRA+ has a larger rate
     for B than for A. LoRA-FA keeps A as it is drawn: under one `jit` its gradient is
