@@ -47,8 +47,7 @@ def split(params: Any) -> tuple[Any, Any]:
 
     Returns:
       `(adapters, base)`: what trains, A, B and magnitudes of each adapter and each
-      trained copy;
-      and all the rest, scales too. To keep the adapters, use `detach`.
+      trained copy; and all the rest, scales too. To keep the adapters, use `detach`.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.
