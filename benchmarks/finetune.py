@@ -1,9 +1,10 @@
 """Fine-tunes a real encoder for sentiment twice: with LoRA, and in full.
 
     python benchmarks/finetune.py
+    python benchmarks/finetune.py --method lora dora pissa lora+ full
 
-Both start from the same all-MiniLM-L6-v2 and see the same batches of Rotten Tomatoes
-sentences. Prints a table; writes the adapter, the numbers and a figure into
+All start from the same all-MiniLM-L6-v2 and see the same batches of Rotten Tomatoes
+sentences. Prints a table; writes the adapters, the numbers and a figure into
 benchmarks/results. Takes a few minutes on two CPU cores.
 """
 
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     state: Any  # trainable parameters and optimizer state; the first step donates them
     frozen: Any
     memory: dict[str, int]
+    start: Any = None  # of adapters: the whole tree before the first step
 
 
 class Fitted(NamedTuple):
@@ -83,22 +85,26 @@ def run(
 ) -> None:
     """Trains, tests, and writes the files, all of them or none."""
     with files.during("before training"):
-        methods = {}
-        if args.method != "full":
-            methods["lora"] = start_lora(model, pretrained, train, args)
-        if args.method != "lora":
-            methods["full"] = start_full(model, pretrained, train, args)
+        methods = {
+            name: start_full(model, pretrained, train, args)
+            if name == "full"
+            else start_lora(model, pretrained, train, args, name)
+            for name in args.method
+        }
     fitted = fit(methods, train, args)
     done = f"after all {args.steps} steps, before the tests were done"
     with files.during(done), files.written(args.output) as new:
         found: dict[str, Any] = {}
-        if "lora" in methods:
-            params = lj.combine(fitted["lora"].trainable, methods["lora"].frozen)
-            path = new / "adapter.safetensors"
-            found |= judge_lora(model, params, pretrained, held, path)
-        if "full" in methods:
-            found["full"] = judge_full(model, fitted["full"].trainable, held)
         for name, method in methods.items():
+            trained = fitted[name].trainable
+            if name == "full":
+                found[name] = judge_full(model, trained, held)
+            else:
+                params = lj.combine(trained, method.frozen)
+                start = method.start if name == "pissa" else None
+                end = "" if name == "lora" else f"_{name}"
+                path = new / f"adapter{end}.safetensors"
+                found[name] = judge_lora(model, params, pretrained, held, path, start)
             step_ms = 1000 * statistics.median(fitted[name].seconds)
             found[name] |= {"step_ms": step_ms, "memory": method.memory}
         found["settings"] = settings(args)
@@ -121,7 +127,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes MiniLM for sentiment, with LoRA and in full.",
+        description="Fine-tunes MiniLM for sentiment, with adapters and in full.",
         formatter_class=Defaults,
     )
     add = parser.add_argument
@@ -131,9 +137,11 @@ def options() -> argparse.ArgumentParser:
     add("--steps", type=whole(1), default=240, help="of each method")
     add("--batch", type=whole(1), default=32, help="sentences of a step")
     add("--seed", type=whole(0), default=1, help="of the data and of the new weights")
-    add("--lora-lr", type=positive, default=2e-3, help="peak learning rate of LoRA")
+    add("--lora-lr", type=positive, default=2e-3, help="peak learning rate of adapters")
+    add("--lora-plus-ratio", type=positive, default=16.0, help="LoRA+: B's rate by A's")
     add("--full-lr", type=positive, default=5e-5, help="peak learning rate in full")
-    add("--method", choices=["both", "lora", "full"], default="both", help="to run")
+    names, default = [*report.NAMES], ["lora", "full"]
+    add("--method", nargs="+", choices=names, default=default, help="what to run")
     add("--held-out", type=whole(1), default=1000, help="sentences to test on")
     place = Path(__file__).parent / "results"
     add("--output", type=folder, default=place, help="where the files are written")
@@ -143,7 +151,7 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-# What both methods start from. What the options get wrong is found before a download.
+# What all methods start from. What the options get wrong is found before a download.
 
 
 def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, Batch]:
@@ -161,7 +169,7 @@ def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, B
     if args.tokenizer is not None:
         check_local(sizes, args.tokenizer)
     model = minilm.Classifier(sizes)
-    if args.method != "full":
+    if {*args.method} != {"full"}:
         adapt(shapes(model), args)  # refuses the targets by shapes alone
     args.output.mkdir(parents=True, exist_ok=True)
     parts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
@@ -203,34 +211,44 @@ def shapes(model: minilm.Classifier) -> dict:
     return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
 
 
-def adapt(params: dict, args: argparse.Namespace) -> dict:
+def adapt(params: dict, args: argparse.Namespace, method: str = "lora") -> dict:
     """Adds the adapters, which draw from another key than the head, and its copy.
 
     Raises:
       ValueError: If the targets are no weights; the head has its copy already.
     """
-    given = dict(alpha=args.alpha, exclude=HEAD, also=HEAD)
+    given = dict(alpha=args.alpha, exclude=HEAD, also=HEAD, dora=method == "dora")
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
     try:
-        return lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
+        new = lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
     except ValueError as error:
         raise targets(args, error, "query value") from None
+    return lj.principal(new) if method == "pissa" else new
 
 
-# Training: the two methods differ in what they train and in the function they call.
+# Training: methods differ in what they train, in its rates and in the function called.
 
 
 def start_lora(
-    model: minilm.Classifier, pretrained: dict, data: Batch, args: argparse.Namespace
+    model: minilm.Classifier,
+    pretrained: dict,
+    data: Batch,
+    args: argparse.Namespace,
+    method: str = "lora",
 ) -> Method:
-    """Compiles LoRA: the adapters and the head train, all else is frozen."""
+    """Compiles LoRA or its like: adapters and the head train, all else is frozen."""
 
     def apply(adapters, base, ids, mask):
         params = lj.combine(adapters, base)
         return lj.lora(model.apply)({"params": params}, ids, mask)
 
-    adapters, base = lj.split(adapt(on_device(pretrained), args))
-    return start(apply, adapters, base, args.lora_lr, data, args)
+    params = adapt(on_device(pretrained), args, method)
+    adapters, base = lj.split(params)
+    rate = {"lora_a": args.lora_lr, "lora_b": args.lora_lr, "lora_w": args.lora_lr}
+    rate["lora_b"] *= args.lora_plus_ratio
+    rate = rate if method == "lora+" else args.lora_lr
+    made = start(apply, on_device(adapters), base, rate, data, args)
+    return made._replace(start=params)
 
 
 def start_full(
@@ -253,16 +271,26 @@ def start(
     apply: Callable[..., jax.Array],
     trainable: Any,
     frozen: Any,
-    rate: float,
+    rate: float | Mapping[str, float],
     data: Batch,
     args: argparse.Namespace,
 ) -> Method:
-    """Compiles one training step, with its state donated, and reads what it takes."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, rate, warmup_steps=args.steps // 10, decay_steps=args.steps
-    )
-    tx = optax.adamw(schedule)
+    """Compiles one training step, with its state donated, and reads what it takes.
 
+    `rate` is the peak learning rate, or that of each label of `lj.labels`.
+    """
+
+    def adamw(rate: float) -> optax.GradientTransformation:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, rate, warmup_steps=args.steps // 10, decay_steps=args.steps
+        )
+        return optax.adamw(schedule)
+
+    if isinstance(rate, Mapping):
+        each = {label: adamw(own) for label, own in rate.items()}
+        tx = optax.partition(each, lj.labels)
+    else:
+        tx = adamw(rate)
     state = trainable, tx.init(trainable)
     batch = tuple(x[: args.batch] for x in data)
     step = jax.jit(training.step(apply, tx), donate_argnums=0)
@@ -306,7 +334,8 @@ def fit(
 def check_loss(name: str, step: int, loss: Any, args: argparse.Namespace) -> None:
     """Ends the job if the loss is no number."""
     if not math.isfinite(loss):
-        option = f"--{name}-lr" if hasattr(args, f"{name}_lr") else "--lr"
+        own = "full" if name == "full" else "lora"
+        option = f"--{own}-lr" if hasattr(args, f"{own}_lr") else "--lr"
         sys.exit(
             f"The loss of {name} became {loss} in step {step}: write a smaller "
             f"{option}."
@@ -344,10 +373,11 @@ def progress(
         yield lines
         return
     form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
+    width = max(map(len, names))
     with contextlib.ExitStack() as stack:
         made = {
             name: stack.enter_context(
-                tqdm(total=steps, desc=name, position=i, bar_format=form)
+                tqdm(total=steps, desc=name.ljust(width), position=i, bar_format=form)
             )
             for i, name in enumerate(names)
         }
@@ -364,24 +394,33 @@ def progress(
 
 
 def judge_lora(
-    model: minilm.Classifier, params: dict, pretrained: dict, held: Batch, path: Path
+    model: minilm.Classifier,
+    params: dict,
+    pretrained: dict,
+    held: Batch,
+    path: Path,
+    start: dict | None = None,
 ) -> dict[str, Any]:
-    """Saves the adapter, tests it, and tests it again merged, and again reloaded."""
+    """Saves the adapter, tests it, and tests it again merged, and again reloaded.
+
+    With `start`, where PiSSA began, adapters of the pretrained weights are made first.
+    """
     adapted = lj.lora(model.apply)
-    lj.save(path, params)
     logits = predict(adapted, params, held)
+    trainable, total, _ = lj.count(params)
+    if start is not None:
+        moved = lj.add(params, lj.rescale(start, -1))
+        params = lj.attach(lj.detach(moved), pretrained)
+    lj.save(path, params)
     merged = predict(model.apply, lj.merge(params), held)
     reloaded = predict(adapted, lj.load(path, pretrained), held)
     agree("The merged model", merged, logits, held)
     agree("The reloaded adapter", reloaded, logits, held)
-    trainable, total, _ = lj.count(params)
     return {
-        "lora": {
-            "accuracy": accuracy(logits, held),
-            "trainable": trainable,
-            "total": total,
-            "adapter_bytes": os.path.getsize(path),
-        },
+        "accuracy": accuracy(logits, held),
+        "trainable": trainable,
+        "total": total,
+        "adapter_bytes": os.path.getsize(path),
         "merged_accuracy": accuracy(merged, held),
         "reloaded_accuracy": accuracy(reloaded, held),
     }

@@ -8,8 +8,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-NAMES = {"lora": "LoRA", "full": "full"}
-LINES = {"lora": "#0b6e8f", "full": "#c8553d"}
+NAMES = {
+    "lora": "LoRA",
+    "full": "full",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "lora+": "LoRA+",
+}
+LINES = {
+    "lora": "#0b6e8f",
+    "full": "#c8553d",
+    "dora": "#7b5aa6",
+    "pissa": "#3c9a5f",
+    "lora+": "#c08a1e",
+}
 PARTS = {
     "parameters": ("parameters", "#7f8c99"),
     "optimizer": ("optimizer state", "#e0a030"),
@@ -27,8 +39,8 @@ TOTAL = dict(color=INK, ha="center", fontweight="bold")
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Returns the methods side by side, and how LoRA compares where there are two."""
-    found = {name: results[name] for name in NAMES if name in results}
+    """Returns the methods side by side, and how they compare where there are two."""
+    found = {name: x for name, x in results.items() if name in NAMES}
     megabytes = {
         "parameters": "parameters, MB",
         "optimizer": "optimizer state, MB",
@@ -54,19 +66,27 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [["", *(NAMES[name] for name in found)]]
     lines += [[label, *map(form.format, values)] for label, form, values in rows]
     if len(found) == 2:
-        lines[0].append("LoRA / full")
-        for line, (_, _, (lora, full)) in zip(lines[1:], rows, strict=True):
-            line.append(f"{lora / full:.3f}" if full else "")
+        lines[0].append(" / ".join(lines[0][1:]))
+        for line, (_, _, (one, other)) in zip(lines[1:], rows, strict=True):
+            line.append(f"{one / other:.3f}" if other else "")
     text = aligned(lines)
-    if "merged_accuracy" in results:
+    adapted = {name: x for name, x in found.items() if "merged_accuracy" in x}
+    if adapted:
         text += [
             "",
             f"held-out accuracy merged into the plain model: "
-            f"{results['merged_accuracy']:.3f}",
+            f"{each(adapted, 'merged_accuracy')}",
             f"held-out accuracy reloaded from the saved file: "
-            f"{results['reloaded_accuracy']:.3f}",
+            f"{each(adapted, 'reloaded_accuracy')}",
         ]
     return "\n".join(text)
+
+
+def each(found: Mapping[str, Mapping[str, Any]], what: str) -> str:
+    """Returns a number of every method, with its name where there are several."""
+    names = [f"{NAMES[name]} " if len(found) > 1 else "" for name in found]
+    numbers = [f"{x[what]:.3f}" for x in found.values()]
+    return ", ".join(map(str.__add__, names, numbers))
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -87,8 +107,10 @@ def figure(
     path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
 ) -> None:
     """Draws the losses, and the memory that one training step takes, into a PNG."""
-    made = Figure(figsize=(10.5, 4.6), dpi=160, layout="constrained")
-    left, right = made.subplots(1, 2, width_ratios=[1.25, 1])
+    more = max(0, len(losses) - 2)  # bars, which take their own width
+    size = (10.5 + 1.7 * more, 4.6)
+    made = Figure(figsize=size, dpi=160, layout="constrained")
+    left, right = made.subplots(1, 2, width_ratios=[1.25, 1 + 0.3 * more])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, length=3)
@@ -101,22 +123,32 @@ def figure(
 def draw_losses(
     axes: Axes, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
 ) -> None:
-    """Draws every step's loss faintly and its running mean boldly, named at its end."""
+    """Draws every step's loss faintly and its running mean boldly, named at its end.
+
+    Of more than two methods only the means, since their batches are the same.
+    """
+    many = len(losses) > 2
     ends = {}
     for name, raw in losses.items():
         steps = np.arange(1, len(raw) + 1)
         mean = smooth(np.asarray(raw))
-        axes.plot(steps, raw, color=LINES[name], alpha=0.22, linewidth=0.8)
+        if not many:
+            axes.plot(steps, raw, color=LINES[name], alpha=0.22, linewidth=0.8)
         axes.plot(steps, mean, color=LINES[name], linewidth=2.2)
         ends[name] = mean[-1]
     bottom, top = axes.get_ylim()
-    places = spread(list(ends.values()), 0.18 * (top - bottom))
+    gap = 0.07 if many else 0.18
+    places = spread(list(ends.values()), gap * (top - bottom))
     for name, y in zip(ends, places, strict=True):
-        text = f"{NAMES[name]}\n{results[name]['accuracy']:.1%} right\non held-out"
-        beside(axes, text, y, LINES[name])
+        right = f"{results[name]['accuracy']:.1%}"
+        text = f"{right} {NAMES[name]}" if many else f"{NAMES[name]}\n{right} right"
+        beside(axes, text if many else f"{text}\non held-out", y, LINES[name])
     axes.set_xlim(0, max(map(len, losses.values())))
     axes.set_xlabel("step", color=INK)
-    note = f"thin: every step; thick: the mean of the {WIDTH} steps around it"
+    around = f"the mean of the {WIDTH} steps around it"
+    note = f"thin: every step; thick: {around}"
+    if many:
+        note = f"at every step {around}; beside the names: right on held-out"
     title(axes, "Training loss", note)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
