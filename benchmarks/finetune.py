@@ -1,6 +1,6 @@
-"""Fine-tunes a real encoder for sentiment twice: with LoRA, and in full.
+"""Fine-tunes a real encoder for sentiment: with LoRA or its relatives, and in full.
 
-    python benchmarks/finetune.py
+    python benchmarks/finetune.py  # with LoRA, and in full
     python benchmarks/finetune.py --method lora dora pissa lora+ full
 
 All start from the same all-MiniLM-L6-v2 and see the same batches of Rotten Tomatoes
@@ -244,9 +244,9 @@ def start_lora(
 
     params = adapt(on_device(pretrained), args, method)
     adapters, base = lj.split(params)
-    rate = {"lora_a": args.lora_lr, "lora_b": args.lora_lr, "lora_w": args.lora_lr}
-    rate["lora_b"] *= args.lora_plus_ratio
-    rate = rate if method == "lora+" else args.lora_lr
+    rate = args.lora_lr
+    if method == "lora+":
+        rate = dict(lora_a=rate, lora_b=args.lora_plus_ratio * rate, lora_w=rate)
     made = start(apply, on_device(adapters), base, rate, data, args)
     return made._replace(start=params)
 
@@ -403,7 +403,8 @@ def judge_lora(
 ) -> dict[str, Any]:
     """Saves the adapter, tests it, and tests it again merged, and again reloaded.
 
-    With `start`, where PiSSA began, adapters of the pretrained weights are made first.
+    With `start`, the tree that PiSSA began with, what is saved and merged are adapters
+    of the pretrained weights: what trained less what was there at the start.
     """
     adapted = lj.lora(model.apply)
     logits = predict(adapted, params, held)

@@ -137,8 +137,10 @@ def draw_losses(
         axes.plot(steps, mean, color=LINES[name], linewidth=2.2)
         ends[name] = mean[-1]
     bottom, top = axes.get_ylim()
-    gap = 0.07 if many else 0.18
-    places = spread(list(ends.values()), gap * (top - bottom))
+    gap = (0.07 if many else 0.18) * (top - bottom)
+    places = spread(list(ends.values()), gap)
+    if many:  # above the numbers of the steps
+        places += max(0, bottom + gap / 2 - min(places))
     for name, y in zip(ends, places, strict=True):
         right = f"{results[name]['accuracy']:.1%}"
         text = f"{right} {NAMES[name]}" if many else f"{NAMES[name]}\n{right} right"
