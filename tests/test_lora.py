@@ -618,6 +618,9 @@ ROUNDED = {
     "one step in a call": lambda p, x: (
         100 * x @ (p["w"] - jax.jit(lambda w: w.astype("float16"))(p["w"]).astype("f4"))
     ),
+    "what is left out of some": lambda p, x: (
+        100 * x @ (p["w"] - jnp.where(x[0] < 9, HALF(p["w"]), 0.0))
+    ),
     "what is left out, rounded": lambda p, x: 100 * x @ HALF(p["w"] - HALF(p["w"])),
 }
 

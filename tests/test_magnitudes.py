@@ -135,6 +135,32 @@ def test_values_and_gradients_are_those_of_the_formula(how):
         np.testing.assert_allclose(got, want, atol=2e-4)
 
 
+def fill(params, ids):
+    """What is out of bounds is 7, or masked: neither has a slope, nor a magnitude."""
+    table = params["t"]["embedding"]
+    sevens = table.at[ids].get(mode="fill", fill_value=7.0)
+    columns = table.T.at[:, ids].get(mode="fill", fill_value=7.0)
+    masked = jnp.where((ids < 7)[:, None], jnp.take(table, ids, axis=0), 0.0)
+    return jnp.sin(sevens).sum() + jnp.sin(columns).sum() + jnp.sin(masked).sum()
+
+
+def one_output(params, ids):
+    stack = params["s"]["kernel"][:1, :, 2:3]
+    return jnp.sin(lax.ragged_dot(jnp.ones((2, 4)), stack, ids[:1])).sum()
+
+
+@pytest.mark.parametrize("fn", [fill, one_output])
+def test_a_gain_is_there_alone_and_always_where_a_weight_is(fn):
+    params, ids = adapted(), jnp.array([2, 9, 6])
+    adapters, base = lj.split(params)
+    lora = lj.lora(fn, unused="ignore", materialize="allow")
+    got = jax.value_and_grad(lambda a: lora(lj.combine(a, base), ids))(adapters)
+    merged = lambda a: fn(lj.merge(lj.combine(a, base)), ids)
+    want = jax.value_and_grad(merged)(adapters)
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
 def test_what_cannot_carry_a_gain_is_formed_and_said():
     params, x = adapted(), jnp.ones((2, 6))
     fn = lambda params, x: x @ (params["m"]["kernel"] + 1)

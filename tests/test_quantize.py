@@ -617,3 +617,17 @@ def test_explain_of_weights_in_few_bits_alone_and_one_that_is_formed():
     assert "never used" in str(report) and "NEVER" not in str(report)
     plain = lj.explain(fn, lj.lorafy({"kernel": weight(16, 4)}, 2), X)
     assert "stored" not in str(plain)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_what_is_cut_off_may_be_nothing(wrap, randomized, close):
+    """As `jnp.roll` by 0 has it, with an adapter or without."""
+    base = {name: {"kernel": jnp.ones((16, 16))} for name in "ab"}
+    params = randomized(lj.lorafy(lj.quantize(base, "nf4", block=8), 2, targets="a"))
+
+    def fn(p, x):
+        a, b = p["a"]["kernel"], p["b"]["kernel"]
+        return x @ jnp.roll(a, 0, 0) @ jnp.roll(b, 0, 1), a[:0], b[8:8].reshape(0, 2, 8)
+
+    x = jnp.ones((2, 16))
+    close(wrap(lj.lora(fn))(params, x), fn(lj.merge(params), x))

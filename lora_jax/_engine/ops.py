@@ -346,7 +346,9 @@ def ragged_dot_general(
     (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
     order = _in_order(f, f_sum, free)
-    if order is None or not groups or row in (*x_sum, *x_batch) or gained(f):
+    if order is None or not groups or row in (*x_sum, *x_batch):
+        return None
+    if f.gain is not None:
         return None
     first, second = order
 
@@ -445,7 +447,14 @@ def gather(
             **params | {"fill_value": 0} | hints,
         )
 
-    return view(f, w, look_up)
+    found = view(f, w, look_up)
+    if f.gain is None or params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return found
+    # What is filled in is multiplied by nothing, nor is the slope of what is not there.
+    sizes = [n if d in dnums.start_index_map else 1 for d, n in enumerate(f.shape)]
+    inside = look_up(jnp.ones((*sizes, 1)))[..., 0] > 0
+    gain = jnp.where(inside, found.gain, jnp.ones_like(found.gain))
+    return dataclasses.replace(found, gain=gain)
 
 
 def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:

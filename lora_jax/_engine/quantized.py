@@ -252,7 +252,7 @@ def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
 
 def wide_scaled(x: Quantized) -> Quantized:
     """The same array, with scales as `dequantize` of it times a number has them."""
-    dtype = _wider(x.scale.dtype, jnp.float32)
+    dtype = _wider(x.scale.dtype, jnp.float32, x.dtype)
     return dataclasses.replace(x, scale=x.scale.astype(dtype))
 
 
@@ -305,14 +305,22 @@ def bind(
 ) -> list[Any]:
     """An equation on quantised operands: a view of them, or what it is of plain ones.
 
-    The operands of a rule's `*others` are plain, but for those that take several.
+    The operands of a rule's `*others` are plain, but for those that take several. What
+    is empty has no blocks, and is plain.
     """
     rule = VIEWS.get(primitive)
+    args = [_plain_if_empty(x) for x in args]
     first = is_quantized(args[0]) and not any(map(is_quantized, args[1:]))
     results = None
-    if rule and (first or primitive in SEVERAL):
+    if rule and (first or (primitive in SEVERAL and any(map(is_quantized, args)))):
         results = rule(params, *args, plain=plain)
-    return plain([dequantize(x) for x in args]) if results is None else results
+    if results is None:
+        results = plain([dequantize(x) for x in args])
+    return [_plain_if_empty(x) for x in results]
+
+
+def _plain_if_empty(x: Any) -> Any:
+    return dequantize(x) if is_quantized(x) and 0 in x.shape else x
 
 
 def _blocks(x: Quantized) -> list[int]:
@@ -504,8 +512,7 @@ def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
     x, *others = sorted(args, key=lambda y: not is_quantized(y))
     if x is not args[0] and by is jnp.divide:
         return None
-    digits = [jnp.finfo(dtype).nmant for dtype in x.dtypes]
-    if digits != sorted(digits):
+    if others and len({jnp.finfo(dtype).nmant for dtype in x.dtypes}) > 1:
         return None  # it was rounded before: another number would round elsewhere
 
     def fits(y):
@@ -515,7 +522,7 @@ def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
 
     if not all(map(fits, others)):
         return None
-    dtype = _wider(x.scale.dtype, *[jnp.float32] * len(others))
+    dtype = _wider(x.scale.dtype, *[jnp.float32, x.dtype] * len(others))
     others = [jnp.asarray(y, dtype) for y in others]
     return _with(x, x.values, by(x.scale.astype(dtype), *others))
 

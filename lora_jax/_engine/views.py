@@ -68,7 +68,7 @@ def _finer(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
         named = eqn.primitive.name in ("add", "sub")
         return named and _digits(result_dtypes(eqn)[0]) > digits
 
-    return is_sum, is_view, True
+    return is_sum, _is_no_product, True
 
 
 @functools.cache
@@ -296,6 +296,11 @@ def _is_weight(run: Run, operands: list[Any]) -> bool:
 
 def _is_product(eqn: Any) -> bool:
     return eqn.primitive.name in PRODUCTS
+
+
+def _is_no_product(eqn: Any) -> bool:
+    """Whether a weight that goes through an equation is one, or formed there anyway."""
+    return not _is_product(eqn)
 
 
 def is_view(eqn: Any) -> bool:

@@ -345,9 +345,24 @@ WHOLE = {  # what blocks cannot follow
     "one over it": (lambda w: 2 / (w + 100), M, BLOCKS),
     "padded": (lambda w: jnp.pad(w, 1), M, BLOCKS),
     "a sum": (lambda w: w + 1, M, BLOCKS),
+    "no rows": (lambda w: w[8:8].reshape(0, 2, 3), M, BLOCKS),
+    "no copies": (lambda w: jnp.broadcast_to(w, (0, 32, 6))[:, 1:], M, BLOCKS),
+    "rounded, then twice": (
+        lambda w: 0.7 * w.astype("bfloat16").astype("f4"),
+        M,
+        BLOCKS,
+    ),
     "whole numbers of it": (lambda w: w.astype(jnp.int32), M, BLOCKS),
     "complex": (lambda w: lax.mul(w.astype(jnp.complex64), jnp.full(M, 1j)), M, BLOCKS),
 }
+
+
+def test_a_number_of_64_bits_keeps_them():
+    with jax.enable_x64(True):
+        q = drawn("int8", M, BLOCKS, ("float64",))
+        got = on(lambda w: w * np.pi, q)
+        assert is_quantized(got)
+        np.testing.assert_allclose(dequantize(got), in_numpy(q) * np.pi, rtol=1e-15)
 
 
 def viewed(how, case):
