@@ -76,11 +76,11 @@ def quantize(
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
-      >>> params = {"kernel": jnp.ones((128, 3)), "bias": jnp.zeros(3)}
+      >>> params = {"kernel": jnp.ones((128, 3))}
       >>> params = lj.lorafy(lj.quantize(params, "nf4"), rank=2)
       >>> params["kernel"].values.dtype.name, params["kernel"].scale.shape
       ('uint4', (2, 3))
-      >>> fn = lambda params, x: x @ params["kernel"] + params["bias"]
+      >>> fn = lambda params, x: x @ params["kernel"]
       >>> lj.lora(fn)(params, jnp.ones((5, 128))).shape
       (5, 3)
 

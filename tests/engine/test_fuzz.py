@@ -330,7 +330,7 @@ def einsum(at, w):
 
 def pair(at, w):
     """A product of two weights."""
-    v = viewed(at)
+    w, v = (z if z.ndim else z[None] for z in (w, viewed(at)))
     v = lax.slice(v, [0] * v.ndim, [min(3, n) for n in v.shape])
     n = v.shape[0]
     w = jnp.pad(w, [(0, max(0, n - w.shape[0]))] + [(0, 0)] * (w.ndim - 1))[:n]
