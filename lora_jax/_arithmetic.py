@@ -255,12 +255,11 @@ def _ranks(
     at = len(w.shape) if aligned else len(axes[0].batch)
     folded = []
     for c, (_, b, scale) in terms:
-        ones = b.ndim - (0 if aligned else scale.ndim)
         if aligned:  # of a batch, each dimension stands where the weight has it
             batch = {*axes[0].batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
-            sizes = [*scale.shape, *[1] * ones]
+            sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
         scale = jnp.reshape(_times(scale, c).astype(dtype), sizes)
         folded.append(b.astype(dtype) * scale)
     a = jnp.concatenate([a.astype(dtype) for _, (a, _, _) in terms], -1)

@@ -18,7 +18,8 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._arithmetic import check_values
-from lora_jax._engine.factors import align, delta, wider
+from lora_jax._engine.dora import weight
+from lora_jax._engine.factors import align, delta, materialize, wider
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import beside, gaussian, lorafy, path_key, place, trained_copy
 from lora_jax._targets import (
@@ -243,7 +244,11 @@ def kept(tuned: Any, params: Any) -> Kept:
     for path, own in of_rank(found).items():
         parts = [unbox(leaves[p]) for p in (path, *own)]
         change = _change(unbox(after[path]), parts[0])
-        left = change - delta(align(*parts)).astype(change.dtype)
+        if len(parts) == 4:
+            update = delta(align(*parts)).astype(change.dtype)
+        else:  # with DoRA's magnitudes the update is no product
+            update = _change(materialize(weight(*parts)), parts[0])
+        left = change - update
         whole = jnp.sum(change**2)
         share = 1 - float(jnp.sum(left**2) / whole) if whole else 1.0
         rows.append((path_name(path), parts[1].shape[-1], share))

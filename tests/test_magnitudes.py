@@ -271,6 +271,12 @@ def test_sums_and_multiples_are_refused_and_other_ranks_are_not():
     )
 
 
+def test_kept_is_of_the_weight_with_its_magnitudes():
+    params = {"m": adapted()["m"]}
+    ((_, _, share),) = lj.kept(lj.merge(params), params).rows
+    assert abs(share - 1) < 1e-5
+
+
 def test_a_broken_magnitude_is_named():
     params = adapted()
     broken = params | {"m": params["m"] | {"lora_magnitude": jnp.ones(4)}}
