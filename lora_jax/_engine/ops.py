@@ -451,10 +451,22 @@ def gather(
     if f.gain is None or params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return found
     # What is filled in is multiplied by nothing, nor is the slope of what is not there.
-    sizes = [n if d in dnums.start_index_map else 1 for d, n in enumerate(f.shape)]
-    inside = look_up(jnp.ones((*sizes, 1)))[..., 0] > 0
-    gain = jnp.where(inside, found.gain, jnp.ones_like(found.gain))
+    there = inside(f, indices, dnums, slice_sizes)
+    gain = jnp.where(there, found.gain, jnp.ones_like(found.gain))
     return dataclasses.replace(found, gain=gain)
+
+
+def inside(
+    f: Factors, indices: jax.Array, dnums: lax.GatherDimensionNumbers, sizes: Any
+) -> jax.Array:
+    """Which results of a lookup are the weight's, with size 1 along its windows."""
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)
+    limits = [f.shape[d] - sizes[d] for d in dnums.start_index_map]
+    limits = jnp.asarray(limits, indices.dtype)
+    limits = jnp.reshape(limits, (1,) * (indices.ndim - 1) + limits.shape)
+    there = jnp.all((indices >= 0) & (indices <= limits), -1)
+    return lax.expand_dims(there, dnums.offset_dims)
 
 
 def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:

@@ -14,6 +14,7 @@ from jax import lax
 from lora_jax._engine import factors, ops
 from lora_jax._engine.factors import Factors, materialize
 from lora_jax._engine.jaxpr import bind, shapes
+from lora_jax._engine.quantized import dequantize
 from lora_jax._engine.run import Rule, Run, plain_one
 from lora_jax._engine.shapes import size
 
@@ -59,7 +60,12 @@ def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return [found]  # one layer, or expert, of a stack: a weight still
     # The rows of an embedding. The plain function forms as many numbers, so that adding
     # the thin product to them takes no more memory.
-    return [materialize(found)]
+    rows = materialize(found)
+    if not fills:
+        return [rows]
+    # No adapter learns of what is filled in, least of all where that is NaN.
+    windows = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    return [jnp.where(ops.inside(f, indices, *windows), rows, dequantize(found.w))]
 
 
 def _conv(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:

@@ -538,6 +538,10 @@ def _reshard(params: Any, x: Any, *, plain: Any) -> list[Any]:
 
 def _device_put(params: Any, *xs: Any, plain: Any) -> list[Any]:
     def move(x, to):
+        if to is None:
+            # To nowhere: of an array that is no tracer JAX would say where it is, and
+            # refuse it beside a constraint of other devices.
+            return x if isinstance(x, Quantized) else jnp.asarray(x)
         if not isinstance(x, Quantized):
             return jax.device_put(x, to)
         at = _of_scale(to, x.shape, x.scale.shape)

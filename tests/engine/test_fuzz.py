@@ -337,6 +337,14 @@ def pair(at, w):
     return jnp.tensordot(w, v, (0, 0))
 
 
+def filled(w, rows, masked):
+    """Rows, some out of bounds: there is a number, or none, and it is masked."""
+    if not masked:
+        return w.at[rows].get(mode="fill", fill_value=0.5)
+    there = lax.expand_dims(rows < w.shape[0], range(rows.ndim, rows.ndim + w.ndim - 1))
+    return jnp.where(there, jnp.sin(jnp.take(w, rows, axis=0)), 0.5)
+
+
 def lookup(at, w):
     d, shape = at.below(w.ndim), at.choose([(2,), (2, 2), (1,)])
     first = jnp.moveaxis(w, d, 0)
@@ -345,7 +353,7 @@ def lookup(at, w):
         lambda: jnp.take(w, i, axis=d),
         lambda: jnp.take(w, far - 1, axis=d, mode="clip"),
         lambda: jnp.take(w, far, axis=d, mode="wrap"),
-        lambda: first.at[far].get(mode="fill", fill_value=0.5),
+        lambda: filled(first, far, masked=w.shape[d] % 2),
         lambda: first.at[jnp.sort(i.ravel())].get(indices_are_sorted=True),
         lambda: first[i, ..., i % first.shape[-1]] if w.ndim > 1 else w[i],
         lambda: first[at.rng.integers(w.shape[d], size=shape)],
@@ -886,7 +894,13 @@ def test_random_program(seed):
         jax.clear_caches()
 
 
-@pytest.mark.parametrize("seed", range(-(-PROGRAMS // 4)))
+# Two JAX refuses on the merged weights too: what `shard_map` hands to a rule of another
+# makes its gradient vary over devices; and, from 0.12, a rule under `vmap` of which one
+# output is the same for all.
+OF_DORA = [seed for seed in range(-(-PROGRAMS // 4)) if seed not in (74, 382)]
+
+
+@pytest.mark.parametrize("seed", OF_DORA)
 def test_random_program_of_dora(seed):
     assert worst_gap(*program(2 * 10**6 + seed, dora=True)) < 1e-4
     if seed % 50 == 49:
@@ -1009,6 +1023,18 @@ def filled_where_a_weight_repeats(p, x):
     return x @ stack.at[jnp.array([0, 5])].get(mode="fill", fill_value=0.5)
 
 
+def masked_where_nothing_is(p, x):
+    rows = jnp.array([1, D + 2])
+    found = jnp.sin(jnp.take(p["w"], rows, axis=0, mode="fill"))
+    return jnp.where((rows < D)[:, None], found, 0.0) + x.sum()
+
+
+def moved_beside_a_constraint(p, x):
+    moved = jax.device_put(p["w"])
+    place = NamedSharding(mesh(), P("data"))
+    return lax.with_sharding_constraint(x, place) @ moved
+
+
 def mapped_over_devices(p, x):
     f = lambda w, x: lax.psum(jnp.cumsum(jnp.sin(x @ w), 0), "data")
     return jax.shard_map(f, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())(
@@ -1023,6 +1049,7 @@ REGRESSIONS = [
     custom_rule_with_a_loop,
     loops_of_different_lengths,
     filled_where_a_weight_repeats,
+    masked_where_nothing_is,
     mapped_over_devices,
 ]
 
@@ -1039,6 +1066,15 @@ def test_regression(fn):
         )
         < 1e-4
     )
+
+
+def test_a_stored_weight_goes_nowhere_beside_a_constraint():
+    """Where its scales move alone: of numbers closed over JAX says where they are."""
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(rng.standard_normal((2, D, D)), np.float32)
+    params = lj.lorafy({"w": quantize_array(w, "nf4", (1, D))}, 1, targets="*")
+    moving = [("weights", "x")]
+    assert worst_gap(moved_beside_a_constraint, params, [x], moving=moving) < 1e-4
 
 
 def test_effects_keep_their_order_and_number():
