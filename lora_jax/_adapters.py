@@ -98,8 +98,14 @@ def label_of(path: Path) -> str:
     return FROZEN
 
 
-def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Ranked | Copy]:
+def find_adapters(
+    leaves: dict[Path, Any], *, stacks: bool = False
+) -> dict[Path, Ranked | Copy]:
     """Every adapted leaf and what adapts it, checked from names and shapes alone.
+
+    Args:
+      leaves: Of a tree.
+      stacks: Whether each may be several in a stack, as `stack` makes them.
 
     Raises:
       ValueError: If there is no adapter, or a broken one.
@@ -127,21 +133,40 @@ def find_adapters(leaves: dict[Path, Any]) -> dict[Path, Ranked | Copy]:
         raise ValueError(
             "These parameters have no adapters. Write params = lorafy(params, rank)."
         )
-    for weight, own in found.items():
-        check_adapter(leaves, weight, own)
+    sizes = {
+        weight: check_adapter(leaves, weight, own) for weight, own in found.items()
+    }
+    check_stack(sizes)
+    if not stacks and (n := next(iter(sizes.values()))) is not None:
+        raise ValueError(
+            f"These parameters have {n} adapters in a stack. Run them at once, "
+            "jax.vmap(lora(fn), in_axes=(in_axes(params), ...)), or take one: "
+            "take(params, 0)."
+        )
     return found
 
 
-def adapters_if_any(leaves: dict[Path, Any]) -> dict[Path, Ranked | Copy]:
+def check_stack(sizes: dict[Path, int | None]) -> None:
+    """Raises unless there are as many adapters of one leaf as of another."""
+    if len({*sizes.values()}) > 1:
+        told = listed([f"{path_name(path)}: {n or 1}" for path, n in sizes.items()])
+        raise ValueError(
+            f"The adapters are no stack: there are not as many of each, {told}. "
+            "Stack whole trees: stack([one, two, ...])."
+        )
+
+
+def adapters_if_any(
+    leaves: dict[Path, Any], *, stacks: bool = False
+) -> dict[Path, Ranked | Copy]:
     """Those of `find_adapters`; none where there are weights in few bits instead.
 
     Raises:
       ValueError: If there are neither, or one of either is broken.
     """
-    quantized = quantized_leaves(leaves)
-    return (
-        {} if quantized and not any(map(is_adapter, leaves)) else find_adapters(leaves)
-    )
+    if quantized_leaves(leaves) and not any(map(is_adapter, leaves)):
+        return {}
+    return find_adapters(leaves, stacks=stacks)
 
 
 def of_rank(adapters: dict[Path, Ranked | Copy]) -> dict[Path, Ranked]:
@@ -164,7 +189,8 @@ def without_adapters(
 
 def check_adapter(
     leaves: dict[Path, Any], weight: Path, adapter: Ranked | Copy
-) -> None:
+) -> int | None:
+    """Raises if an adapter is broken; gives how many there are in a stack, if it is."""
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
             raise ValueError(
@@ -173,9 +199,15 @@ def check_adapter(
                 "combine(adapters, base) if it was split."
             )
     shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
+    fit = fits if isinstance(adapter, Ranked) else lambda w, copy: w == copy
+    own = [shape[1:] for shape in shapes[1:]]
+    first = {shape[:1] for shape in shapes[1:]}
+    n = None
+    if len(first) == 1 and not fit(*shapes) and fit(shapes[0], *own):
+        ((n,),) = first
     if isinstance(adapter, Copy):
-        check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight])
-    elif not fits(*shapes):
+        check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight], stacks=n)
+    elif n is None and not fits(*shapes):
         w, a, b, scale, *magnitude = shapes
         more = f", with {MAGNITUDE} {magnitude[0]}," if magnitude else ""
         raise ValueError(
@@ -183,13 +215,15 @@ def check_adapter(
             f"{b} and lora_scale {scale}{more} make no update of a weight {w}. Build "
             "the adapter with lorafy on these very parameters."
         )
+    return n
 
 
-def check_copy(name: str, copy: Any, leaf: Any) -> None:
-    """A trained copy is floating and has the shape of its leaf."""
+def check_copy(name: str, copy: Any, leaf: Any, *, stacks: int | None = None) -> None:
+    """A trained copy, or each of several, is floating and has the shape of its leaf."""
     x, w = unbox(copy), unbox(leaf)
     floating = all(jnp.issubdtype(y.dtype, jnp.floating) for y in (x, w))
-    if x.shape != w.shape or not floating:
+    shape = w.shape if stacks is None else (stacks, *w.shape)
+    if x.shape != shape or not floating:
         raise ValueError(
             f"{name!r}, {x.dtype} {x.shape}, is no trained copy of its leaf, "
             f"{w.dtype} {w.shape}: both are floating, of one shape. Write "

@@ -85,7 +85,7 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
         _check_linear(own, "add")
     base = without_adapters(trees[0], adapters[0])
     for i, (leaves, own) in enumerate(zip(trees, adapters, strict=True)):
-        _check_base(base, without_adapters(leaves, own), i)
+        check_base(base, without_adapters(leaves, own), i)
         check_values(leaves, own)
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for own in adapters for path in own):
@@ -148,7 +148,12 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     return unflatten(params, leaves | new)
 
 
-def check_values(leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]) -> None:
+def check_values(
+    leaves: dict[Path, Any],
+    adapters: dict[Path, Ranked | Copy],
+    *,
+    finite: bool = True,
+) -> None:
     """Raises if a leaf of an adapter has no values, or one that is not finite."""
     for own in adapters.values():
         for path in own:
@@ -158,7 +163,7 @@ def check_values(leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]) -
                     f"{path_name(path)!r} has no values: it is a shape. Pass arrays, "
                     "or take the shapes of the whole, jax.eval_shape(...)."
                 )
-            if not (is_traced(x) or jnp.isfinite(x).all()):
+            if finite and not (is_traced(x) or jnp.isfinite(x).all()):
                 raise ValueError(
                     f"{path_name(path)!r} is not finite: training has diverged before "
                     "it. Restore an earlier one."
@@ -189,7 +194,7 @@ def _times(x: jax.Array, c: Number) -> jax.Array:
     return x * jnp.asarray(c, x.dtype)
 
 
-def _check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
+def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
     """Raises if another tree's plain leaves are not those of the first."""
     for path in base | other:
         first, second = (unbox(leaves.get(path)) for leaves in (base, other))
@@ -238,25 +243,15 @@ def _ranks(
 ) -> tuple[list[jax.Array], Axes]:
     """The leaves of the sum of several low-rank updates, and their dimensions."""
     shapes = [[x.shape for x in parts] for _, parts in terms]
-    axes = [axes_of_shapes(w.shape, *own) for own in shapes]
-    if len({(own, len(a)) for own, (a, _, _) in zip(axes, shapes, strict=True)}) > 1:
-        raise ValueError(
-            f"The adapters of {path_name(path)!r} have different inputs and outputs, "
-            f"{listed(list(map(str, dict.fromkeys(axes))))}, and make no adapter "
-            "together. Build them with the same axes."
-        )
+    axes, at = layout_of(path, w, shapes)
     if len(terms) == 1:
         ((c, (a, b, scale)),) = terms
-        return [a, b, _times(scale, c)], axes[0]
+        return [a, b, _times(scale, c)], axes
     dtype = wider(*(x.dtype for _, (a, b, _) in terms for x in (a, b)))
-    # The rank is the last dimension of `a`, and in the standard order that of `b` which
-    # follows the batch.
-    aligned = len(shapes[0][0]) == len(w.shape) + 1
-    at = len(w.shape) if aligned else len(axes[0].batch)
     folded = []
     for c, (_, b, scale) in terms:
-        if aligned:  # of a batch, each dimension stands where the weight has it
-            batch = {*axes[0].batch}
+        if at == len(w.shape):  # of a batch, each dimension stands as in the weight
+            batch = {*axes.batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
             sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
@@ -264,4 +259,22 @@ def _ranks(
         folded.append(b.astype(dtype) * scale)
     a = jnp.concatenate([a.astype(dtype) for _, (a, _, _) in terms], -1)
     scale = jnp.ones_like(terms[0][1][2])
-    return [a, jnp.concatenate(folded, at), scale], axes[0]
+    return [a, jnp.concatenate(folded, at), scale], axes
+
+
+def layout_of(
+    path: Path, w: Any, shapes: Sequence[Sequence[tuple]]
+) -> tuple[Axes, int]:
+    """The dimensions that adapters say a weight has, and which of B is the rank.
+
+    Of A it is the last. Of B too where the two are aligned, else that after the batch.
+    """
+    found = {(axes_of_shapes(w.shape, *own), len(own[0])): None for own in shapes}
+    if len(found) > 1:
+        raise ValueError(
+            f"The adapters of {path_name(path)!r} have different inputs and outputs, "
+            f"{listed([str(axes) for axes, _ in found])}, and make no adapter "
+            "together. Build them with the same axes."
+        )
+    ((axes, length),) = found
+    return axes, len(w.shape) if length == len(w.shape) + 1 else len(axes.batch)

@@ -30,7 +30,9 @@ def detach(params: Any) -> Any:
       {'kernel': None, 'lora_a': (4, 2), 'lora_b': (2, 3), 'lora_scale': ()}
     """
     leaves = flatten(params)
-    parts = {part for own in find_adapters(leaves).values() for part in own}
+    parts = {
+        part for own in find_adapters(leaves, stacks=True).values() for part in own
+    }
     return unflatten(params, {p: x if p in parts else None for p, x in leaves.items()})
 
 
@@ -90,7 +92,8 @@ def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
                 f"base has {path_name(path)!r} already: adapters are attached once. "
                 "Pass the plain parameters, strip(params)."
             )
-    for weight, own in find_adapters(leaves | new).items():  # raises if one is broken
+    found = find_adapters(leaves | new, stacks=True)  # raises if one is broken
+    for weight, own in found.items():
         for path in own:
             if is_box(leaves[weight]) and path in new and not is_box(new[path]):
                 raise ValueError(

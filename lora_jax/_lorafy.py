@@ -64,6 +64,7 @@ def lorafy(
     rslora: bool = False,
     dora: bool = False,
     dtype: Any = None,
+    stack: int | None = None,
     key: jax.Array | None = None,
 ) -> Any:
     """Adds a low-rank adapter beside each chosen weight, and moves nothing.
@@ -102,7 +103,11 @@ def lorafy(
         nothing to divide, stays zero, and is warned of.
       dtype: Of A and B. Default: float32 beside a narrower weight or one in few bits,
         else the weight's.
-      key: Random key for A; each weight folds its own path into it. Default:
+      stack: How many adapters, over this one base, to run at once by `jax.vmap`: each
+        new leaf has them along a first dimension. See `stack`, which makes one of
+        trees that differ. Default: one, without that dimension.
+      key: Random key for A; each weight folds its own path into it, and each adapter of
+        a stack starts as with its own of `jax.random.split(key, stack)`. Default:
         `jax.random.key(0)`.
 
     Returns:
@@ -112,8 +117,8 @@ def lorafy(
       TypeError: If `params` is no tree of parameters.
       ValueError: If a pattern matches nothing, a rank is below 1, alpha is no number
         above 0, a weight already has an adapter or is also to train whole, its
-        dimensions cannot be told, or nothing is left to adapt; or if `also` names a
-        weight in few bits.
+        dimensions cannot be told, or nothing is left to adapt; if `also` names a weight
+        in few bits; or if `stack` is no whole number above 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -133,20 +138,25 @@ def lorafy(
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
     copied = also_trained(leaves, also, plans)
     key = jax.random.key(0) if key is None else key
+    if stack is not None and (not isinstance(stack, int) or stack < 1):
+        raise ValueError(f"stack must be a whole number above 0, found {stack!r}.")
+    several = () if stack is None else (stack,)
     # Each new leaf must find its place before any array is made.
     parts_of = dora_of if dora else adapter_of
     trial = {part: leaves[path] for path in plans for part in parts_of(path)}
     trial |= {copy_of(path).w: leaves[path] for path in copied}
     unflatten(params, leaves | trial)
-    new: dict[Path, Any] = {copy_of(p).w: trained_copy(leaves[p]) for p in copied}
+    new: dict[Path, Any] = {
+        copy_of(path).w: trained_copy(leaves[path], stack=stack) for path in copied
+    }
     for path, (r, weight_alpha, dims) in plans.items():
         w = unbox(leaves[path])
         kept = jnp.float32 if is_quantized(w) else wider(w.dtype)
         factor_dtype = kept if dtype is None else dtype
         scale = weight_alpha / (math.sqrt(r) if rslora else r)
-        own_key = path_key(key, path)
+        draw = functools.partial(_draw, w.shape, dims, r, init, factor_dtype)
         fills = (
-            functools.partial(_draw, w.shape, dims, r, init, factor_dtype, own_key),
+            functools.partial(_draw_each, draw, path, key, stack),
             functools.partial(jnp.zeros, dtype=factor_dtype),
             functools.partial(jnp.full, fill_value=scale, dtype=jnp.float32),
             functools.partial(_magnitude, path, w, dims),
@@ -158,11 +168,15 @@ def lorafy(
         # The magnitudes are the last of four, and not of all adapters.
         for part, own, fill, kind in zip(parts, all_dims, fills, dtypes, strict=False):
             shape = tuple(sizes[d] for d in own)
+            own = (*(ABSENT for _ in several), *own)
             if is_abstract(w):
                 sharding = _sharding(w, own)
-                value = jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+                value = jax.ShapeDtypeStruct(
+                    (*several, *shape), kind, sharding=sharding
+                )
             else:
-                value = place(fill(shape), own, w)
+                value = jnp.broadcast_to(fill(shape), (*several, *shape))
+                value = place(value, own, w)
             trains = part in parts.trained
             new[part] = box(value, own, leaves[path], trains=trains)
     return unflatten(params, leaves | new)
@@ -173,16 +187,22 @@ def path_key(key: jax.Array, path: Path) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
 
 
-def trained_copy(leaf: Any, value: Any = None) -> Any:
-    """A copy of a leaf to train, or another value in its place, in the leaf's box."""
+def trained_copy(leaf: Any, value: Any = None, *, stack: int | None = None) -> Any:
+    """A copy of a leaf to train, or another value in its place, in the leaf's box.
+
+    Or so many of them in a stack, of which `value` has them all.
+    """
     w = unbox(leaf)
     dtype = wider(w.dtype) if value is None else wider(value.dtype, w.dtype)
-    dims = tuple(range(len(w.shape)))
+    dims, shape = tuple(range(len(w.shape))), w.shape
+    if stack is not None:
+        dims, shape = (ABSENT, *dims), (stack, *shape)
     if is_abstract(w) and value is None:
-        x = jax.ShapeDtypeStruct(w.shape, dtype, sharding=_sharding(w, dims))
+        x = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(w, dims))
     else:
         # A copy indeed: one buffer cannot be donated for two leaves.
-        x = place(jnp.array(w if value is None else value, dtype, copy=True), dims, w)
+        x = jnp.array(w if value is None else value, dtype, copy=True)
+        x = place(jnp.broadcast_to(x, shape), dims, w)
     return box(x, dims, leaf)
 
 
@@ -220,14 +240,23 @@ def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Dora:
 
 
 def beside(
-    leaf: Any, parts: Ranked, values: Sequence[Any], axes: Axes
+    leaf: Any,
+    parts: Ranked,
+    values: Sequence[Any],
+    axes: Axes,
+    *,
+    stacked: bool = False,
 ) -> dict[Path, Any]:
-    """An adapter's leaves for a tree: in the weight's box, where the weight is."""
+    """An adapter's leaves for a tree: in the weight's box, where the weight is.
+
+    Or several, `stacked`: one for each along the first dimension of the values.
+    """
     w = unbox(leaf)
-    aligned = len(values[0].shape) == len(w.shape) + 1
+    aligned = len(values[0].shape) == len(w.shape) + 1 + stacked
     all_dims = factor_dims(axes, w.shape, aligned=aligned)
     new = {}
-    for part, dims, value in zip(parts, all_dims[: len(parts)], values, strict=True):
+    for part, own, value in zip(parts, all_dims[: len(parts)], values, strict=True):
+        dims = (*[ABSENT] * stacked, *own)
         x = place(jnp.asarray(value), dims, w)
         new[part] = box(x, dims, leaf, trains=part in parts.trained)
     return new
@@ -287,9 +316,21 @@ def _draw(
     return jnp.reshape(a, shape)
 
 
+def _draw_each(
+    draw: Callable[..., jax.Array],
+    path: Path,
+    key: jax.Array,
+    stack: int | None,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """The initial values of one adapter, or of each in a stack with its own key."""
+    one = lambda key: draw(path_key(key, path), shape)
+    return one(key) if stack is None else jax.vmap(one)(jax.random.split(key, stack))
+
+
 def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
     """|W|, the norm over the inputs, for each output."""
-    norm = _norm(w, axes.inputs)
+    norm = norms(w, axes.inputs)
     if not is_traced(norm) and (zero := int(jnp.sum(norm == 0))):
         warnings.warn(
             f"{zero} outputs of {path_name(path)!r} have weights of zero alone: they "
@@ -301,7 +342,8 @@ def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _norm(w: Any, axes: tuple[int, ...]) -> jax.Array:
+def norms(w: Any, axes: tuple[int, ...]) -> jax.Array:
+    """|W| over these dimensions, in float32 or wider."""
     w = dequantize(w)
     return jnp.sqrt(jnp.sum(w.astype(wider(w.dtype)) ** 2, axes))
 

@@ -83,4 +83,5 @@ def strip(params: Any) -> Any:
       True
     """
     leaves = flatten(params)
-    return unflatten(params, without_adapters(leaves, find_adapters(leaves)))
+    adapters = find_adapters(leaves, stacks=True)
+    return unflatten(params, without_adapters(leaves, adapters))

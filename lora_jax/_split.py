@@ -190,7 +190,7 @@ def count(params: Any) -> Count:
       trainable 96 of 2,144 (4.48 %), base 1.09 kB
     """
     leaves = flatten(params)
-    adapters = adapters_if_any(leaves)
+    adapters = adapters_if_any(leaves, stacks=True)
     arrays = {p: unbox(x) for p, x in leaves.items() if is_array(unbox(x))}
     base = without_adapters(arrays, adapters)
     trained = sum(
@@ -202,4 +202,5 @@ def count(params: Any) -> Count:
 
 def trainable(leaves: dict[Path, Any]) -> set[Path]:
     """The paths of all leaves that train."""
-    return {part for own in find_adapters(leaves).values() for part in own.trained}
+    found = find_adapters(leaves, stacks=True)
+    return {part for own in found.values() for part in own.trained}

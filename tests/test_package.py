@@ -17,7 +17,7 @@ PEFT = "names modules layouts plan config folder checks export parts import_".sp
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
     "_engine _tree _adapters _arguments _targets _lorafy _quantize _axes _lora "
-    "_explain _layers _split _optimizer _merge _arithmetic _svd _detach "
+    "_explain _layers _split _optimizer _merge _arithmetic _stack _svd _detach "
     "_sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}

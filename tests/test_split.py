@@ -240,6 +240,8 @@ def test_one_size_off_anywhere_does_not_fit(layout):
         changed = [(*shape[:d], n + 1, *shape[d + 1 :]) for d, n in enumerate(shape)]
         changed += [shape[:d] + shape[d + 1 :] for d in range(len(shape))]
         for wrong in [*changed, (7, *shape), (*shape, 7)]:
+            if name == "kernel" and wrong == shape[1:] and shapes["lora_scale"]:
+                continue  # several adapters in a stack, over one layer
             with pytest.raises(ValueError, match="'m/kernel' does not fit"):
                 lj.count(tree(**shapes | {name: wrong}))
 

@@ -1,0 +1,344 @@
+"""Many adapters at once compute what each of them does alone, merged."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+
+Axes = lj.Axes
+# A kernel, a table, a scanned stack, one stored (out, in), a fused one with heads.
+SHAPES = {
+    "m/kernel": ((4, 4), Axes((), (0,), (1,))),
+    "t/embedding": ((7, 4), Axes((), (0,), (1,))),
+    "s/kernel": ((3, 4, 4), Axes((0,), (1,), (2,))),
+    "o/kernel": ((5, 4), Axes((), (1,), (0,))),
+    "f/kernel": ((3, 2, 4, 5), Axes((0,), (2,), (1, 3))),
+}
+AXES = {name: axes for name, (_, axes) in SHAPES.items()}
+IDS = jnp.array([2, 0, 6])
+
+
+def base(how=None):
+    rng = np.random.default_rng(0)
+    tree = {"b": {"bias": jnp.ones(4)}}
+    for name, (shape, _) in SHAPES.items():
+        module, leaf = name.split("/")
+        tree[module] = {leaf: jnp.asarray(rng.standard_normal(shape) / 2, np.float32)}
+    return lj.quantize(tree, how, targets="*", axes=AXES, block=4) if how else tree
+
+
+def adapted(plain, seed, rank=2, names=SHAPES, **options):
+    axes = {name: AXES[name] for name in names}
+    options = {"targets": [*names], "axes": axes, "alpha": 1.0 + seed} | options
+    return moved(lj.lorafy(plain, rank, **options), seed)
+
+
+def moved(params, seed):
+    """As after some training: all that trains is elsewhere."""
+    adapters, rest = lj.split(params)
+    rng = np.random.default_rng(seed)
+    move = lambda x: x + jnp.asarray(rng.standard_normal(x.shape) / 3, x.dtype)
+    return lj.combine(jax.tree.map(move, adapters), rest)
+
+
+def model(params, x, ids=IDS):
+    x = jnp.sin(x @ params["m"]["kernel"] + params["b"]["bias"][None])
+    x = x + jnp.take(params["t"]["embedding"], ids, axis=0)
+    x, _ = lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, params["s"]["kernel"])
+    y = jnp.einsum("bi,oi->bo", x, params["o"]["kernel"])
+    return y + jnp.einsum("bi,lhio->blho", x, params["f"]["kernel"]).sum((1, 2))
+
+
+def alone(tree, *args):
+    return model(lj.merge(tree), *args)
+
+
+def inputs(n=None, seed=9):
+    shape = (3, 4) if n is None else (n, 3, 4)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
+
+
+def at_once(stacked, x, fn=model):
+    run = jax.vmap(lj.lora(fn, unused="ignore"), in_axes=(lj.in_axes(stacked), 0))
+    return jax.jit(run)(stacked, x)
+
+
+KINDS = {
+    "ranks": lambda plain: [adapted(plain, i, rank=1 + i) for i in range(3)],
+    "targets": lambda plain: [
+        adapted(plain, 0, names=["m/kernel", "f/kernel"]),
+        adapted(plain, 1, names=["t/embedding", "o/kernel"], rank=3),
+        adapted(plain, 2, names=["s/kernel"]),
+    ],
+    "copies": lambda plain: [
+        adapted(plain, 0, names=["m/kernel"], also="bias"),
+        adapted(plain, 1, names=["s/kernel"], also="o"),
+    ],
+    "dora": lambda plain: [
+        adapted(plain, 0, dora=True, rank=1),
+        adapted(plain, 1, dora=True, names=["m/kernel", "f/kernel", "t/embedding"]),
+    ],
+    "dtypes": lambda plain: [
+        adapted(plain, 0, dtype=jnp.bfloat16),
+        adapted(plain, 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_of_a_stack_is_what_it_was_alone(kind):
+    plain = base()
+    trees = KINDS[kind](plain)
+    stacked, x = lj.stack(trees), inputs(len(trees))
+    got = at_once(stacked, x)
+    for i, tree in enumerate(trees):
+        np.testing.assert_allclose(got[i], alone(tree, x[i]), atol=1e-5)
+        one = lj.take(stacked, i)
+        assert lj.strip(one)["m"]["kernel"] is plain["m"]["kernel"]
+        np.testing.assert_allclose(alone(one, x[i]), alone(tree, x[i]), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_over_a_base_in_few_bits(how):
+    plain = base(how)
+    trees = [adapted(plain, i, rank=1 + i) for i in range(2)]
+    stacked, x = lj.stack(trees), inputs(2)
+    assert stacked["m"]["kernel"] is plain["m"]["kernel"]
+    got = at_once(stacked, x)
+    for i, tree in enumerate(trees):
+        np.testing.assert_allclose(got[i], alone(tree, x[i]), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_for_each_example_and_the_base_for_what_is_out_of_range(kind):
+    plain = base()
+    trees = KINDS[kind](plain)
+    stacked = lj.stack(trees)
+    n, ids = len(trees), jnp.array([1, 0, 1, len(trees), -1])
+    x = inputs(5)
+
+    @jax.jit
+    def serve(stacked, ids, x):
+        own = lj.take(stacked, ids)
+        run = lj.lora(model, unused="ignore")
+        return jax.vmap(run, in_axes=(lj.in_axes(own), 0))(own, x)
+
+    got = serve(stacked, ids, x)
+    for i, id in enumerate(ids.tolist()):
+        want = alone(trees[id], x[i]) if 0 <= id < n else model(plain, x[i])
+        np.testing.assert_allclose(got[i], want, atol=1e-5)
+    serve(stacked, ids[::-1], x)  # other ids, another adapter in a place, other scales
+    trees[1] = lj.rescale(trees[0], 0.5) if kind != "dora" else trees[0]
+    swapped = lj.stack([lj.take(stacked, 0), *trees[1:]])
+    if jax.tree.map(jnp.shape, swapped) == jax.tree.map(jnp.shape, stacked):
+        serve(swapped, ids, x)
+    assert serve._cache_size() == 1
+
+
+def test_a_sweep_is_each_run_alone(optax_promotion):
+    """Rates, alphas, ranks and keys that differ, in one compiled step."""
+    plain, x, y = base(), inputs(), inputs(seed=8) @ jnp.ones((4, 5))
+    rates = jnp.array([0.03, 0.01, 0.1])
+    sides = [(1, 1.0), (2, 4.0), (2, 1.0)]
+    trees = [
+        lj.lorafy(plain, r, alpha=alpha, key=jax.random.key(i), axes=AXES, targets="*")
+        for i, (r, alpha) in enumerate(sides)
+    ]
+    tx = lj.adapters_only(optax.inject_hyperparams(optax.adamw)(learning_rate=0.0))
+
+    def start(params, rate):
+        state = tx.init(params)
+        state.hyperparams["learning_rate"] = rate
+        return state
+
+    def step(params, state):
+        loss = lambda params: jnp.mean((lj.lora(model)(params, x) - y) ** 2)
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    stacked = lj.stack(trees)
+    axes = lj.in_axes(stacked)
+    states = jax.vmap(start, in_axes=(axes, 0))(stacked, rates)
+    many = jax.jit(jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0, 0)))
+    params = stacked
+    for _ in range(3):
+        params, states, losses = many(params, states)
+    assert params["m"]["kernel"].shape == (4, 4)
+    np.testing.assert_array_equal(params["m"]["kernel"], plain["m"]["kernel"])
+    one = jax.jit(step)
+    for i, tree in enumerate(trees):
+        state = start(tree, rates[i])
+        for _ in range(3):
+            tree, state, loss = one(tree, state)
+        np.testing.assert_allclose(losses[i], loss, rtol=1e-5)
+        got = lj.merge(lj.take(params, i))
+        for a, b in zip(*map(jax.tree.leaves, (got, lj.merge(tree))), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_halves_of_a_stack_train_by_the_gradient_of_one_alone():
+    plain, x = base(), inputs(2)
+    trees = [adapted(plain, i) for i in range(2)]
+    adapters, frozen = lj.split(lj.stack(trees))
+    loss = lambda adapters, frozen, x: jnp.sum(
+        lj.lora(model, unused="ignore")(lj.combine(adapters, frozen), x) ** 2
+    )
+    axes = lj.in_axes(adapters), lj.in_axes(frozen), 0
+    got = jax.jit(jax.vmap(jax.grad(loss), axes))(adapters, frozen, x)
+    for i, tree in enumerate(trees):
+        half, rest = lj.split(tree)
+        merged = lambda half, rest=rest, i=i: jnp.sum(
+            alone(lj.combine(half, rest), x[i]) ** 2
+        )
+        want = jax.grad(merged)(half)
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lorafy_makes_a_stack_of_keys_of_their_own(dora, close):
+    plain, key = base(), jax.random.key(3)
+    options = {"axes": AXES, "targets": "*", "also": "bias", "dora": dora}
+    got = lj.lorafy(plain, 2, stack=3, key=key, **options)
+    keys = jax.random.split(key, 3)
+    close(got, lj.stack([lj.lorafy(plain, 2, key=k, **options) for k in keys]))
+    assert not np.allclose(got["m"]["lora_a"][0], got["m"]["lora_a"][1])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
+    abstract = lj.lorafy(shapes, 2, stack=3, **options)
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, got)
+
+
+def test_what_needs_no_run_takes_the_whole_stack():
+    plain = base()
+    stacked = lj.lorafy(plain, 2, stack=3, axes=AXES, targets="*")
+    one = lj.lorafy(plain, 2, axes=AXES, targets="*")
+    assert lj.count(stacked).trainable == 3 * lj.count(one).trainable
+    assert lj.mask(stacked) == lj.mask(one)
+    assert lj.labels(stacked) == lj.labels(one)
+    again = lj.attach(lj.detach(stacked), lj.strip(stacked))
+    assert jax.tree.structure(again) == jax.tree.structure(stacked)
+
+
+def frozen(params):
+    return FrozenDict(params)
+
+
+def partitioned(params):
+    names = {2: ("in", "out"), 1: ("out",), 3: ("layers", "in", "out")}
+    boxed = lambda x: nn.Partitioned(x, names.get(x.ndim, (None,) * x.ndim))
+    return jax.tree.map(boxed, params)
+
+
+def state(params):
+    return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+@pytest.mark.parametrize("container", [frozen, partitioned, state])
+def test_containers_and_boxes(container):
+    plain = container(base())
+    value = lambda leaf: leaf.unbox() if isinstance(leaf, nn.Partitioned) else leaf
+
+    def fn(params, x):
+        leaf = params["m"]["kernel"]
+        return x @ (leaf[...] if isinstance(leaf, nnx.Variable) else value(leaf))
+
+    trees = [
+        moved(lj.lorafy(plain, r, targets="m", key=jax.random.key(r)), r)
+        for r in (1, 2)
+    ]
+    stacked, x = lj.stack(trees), inputs(2)
+    got = at_once(stacked, x, fn)
+    for i, tree in enumerate(trees):
+        np.testing.assert_allclose(got[i], fn(lj.merge(tree), x[i]), atol=1e-5)
+    a = stacked["m"]["lora_a"]
+    if container is partitioned:
+        assert a.names == (None, "in", None)
+        assert lj.take(stacked, 1)["m"]["lora_a"].names == ("in", None)
+    assert type(a) is type(trees[0]["m"]["lora_a"])
+
+
+def test_a_stack_over_the_devices_of_a_task_axis():
+    mesh = jax.make_mesh((4, 2), ("task", "data"))
+    plain = base()
+    trees = [adapted(plain, i) for i in range(4)]
+    stacked, x = lj.stack(trees), inputs(4)
+    place = NamedSharding(mesh, P("task"))
+    adapters = jax.device_put(lj.detach(stacked), place)
+    here = jax.device_put(plain, NamedSharding(mesh, P()))
+    got = at_once(lj.attach(adapters, here), jax.device_put(x, place))
+    assert got.sharding.spec[0] == "task"
+    got = np.asarray(got)
+    for i, tree in enumerate(trees):
+        np.testing.assert_allclose(got[i], alone(tree, x[i]), atol=1e-5)
+
+
+def test_a_sharded_weight_keeps_its_adapters_beside_it():
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    w = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P(None, "model")))
+    trees = [lj.lorafy({"kernel": w}, 2) for _ in range(2)]
+    for stacked in (lj.stack(trees), lj.lorafy({"kernel": w}, 2, stack=2)):
+        assert stacked["lora_b"].sharding.spec == P(None, None, "model")
+        assert lj.take(stacked, 0)["lora_b"].sharding.spec == P(None, "model")
+
+
+def one_adapter(**leaves):
+    return lj.lorafy({"kernel": jnp.ones((4, 3))} | leaves, 2)
+
+
+STACKED = lj.lorafy({"kernel": jnp.ones((4, 3))}, 2, stack=3)
+OTHER = {"kernel": jnp.zeros((4, 3))}
+RUN = lj.lora(lambda params, x: x @ params["kernel"])
+WRONG = [
+    (lambda: lj.stack([]), ValueError, "nothing to stack"),
+    (lambda: lj.stack(one_adapter()), TypeError, "list of trees"),
+    (lambda: lj.stack([one_adapter(), OTHER]), ValueError, "no adapters"),
+    (
+        lambda: lj.stack([one_adapter(), lj.lorafy(OTHER, 2)]),
+        ValueError,
+        "'kernel' of tree 1",
+    ),
+    (
+        lambda: lj.stack([one_adapter(), lj.lorafy(OTHER | one_base(), 2, dora=True)]),
+        ValueError,
+        "'kernel' trains differently",
+    ),
+    (lambda: lj.stack([STACKED, STACKED]), ValueError, "3 adapters in a stack"),
+    (lambda: RUN(STACKED, jnp.ones((2, 4))), ValueError, r"jax.vmap\(lora"),
+    (lambda: lj.merge(STACKED), ValueError, r"take\(params, 0\)"),
+    (lambda: lj.take(one_adapter(), 0), ValueError, "one adapter, and not to several"),
+    (lambda: lj.take(STACKED, 3), IndexError, r"ids \[3\] are out of range"),
+    (lambda: lj.take(STACKED, -1), IndexError, "0 to 2"),
+    (lambda: lj.take(STACKED, jnp.array([0, 5])), IndexError, r"ids \[5\]"),
+    (lambda: lj.take(STACKED, 1.0), TypeError, "float64"),
+    (lambda: lj.take(STACKED, True), TypeError, "bool"),
+    (lambda: lj.take(STACKED, jnp.zeros((2, 2), int)), TypeError, "one dimension"),
+    (lambda: lj.in_axes(OTHER), ValueError, "no adapters"),
+    (lambda: lj.in_axes(one_adapter()), ValueError, "not to several"),
+    (
+        lambda: lj.in_axes(STACKED | {"lora_a": jnp.ones((2, 4, 2))}),
+        ValueError,
+        "not as many",
+    ),
+    (lambda: lj.lorafy(OTHER, 2, stack=0), ValueError, "above 0"),
+    (lambda: lj.lorafy(OTHER, 2, stack=2.0), ValueError, "whole number"),
+]
+
+
+def one_base():
+    return {"kernel": jnp.ones((4, 3))}
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG)
+def test_bad_input(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
