@@ -41,6 +41,7 @@ from lora_jax._engine.shapes import size
 
 Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
 RANK, GROUP = -1, -2
+FEW = 3  # rows or columns, of which any order of a product is as fast
 COLUMNS = 8  # at most so many are added one by one, where that is faster
 
 
@@ -515,12 +516,15 @@ def einsum(
     labels = [*batch, *y_free, *x_free] if swap else [*batch, *x_free, *y_free]
     if _is_explicit(x):
         options["out_sharding"] = _spec(labels, (x, x_labels), (y, y_labels))
-    if not batch:  # with one, XLA of jax 0.9 cannot compile the gradient of the barrier
+    length = lambda side: size(sizes[n] for n in side)
+    short, long = sorted((y_free, summed), key=length)
+    # In a batch, that of `vmap` too, XLA for CPU, up to jax 0.11, cannot compile the
+    # gradient of the barrier, a sum over the rows of x, where two or three are too few.
+    if not batch and min(length(x_free), length(long)) > FEW:
         # The short side of y first, because of its gradient: XLA for CPU finds it as
         # (r, k) in a tenth of the time of (k, r), 0.4 against 4.1 ms for 1,536 tokens
         # of 1,536 numbers at r = 8. But for the barrier it would be turned back.
-        length = lambda side: size(sizes[n] for n in side)
-        order = [n for side in sorted((y_free, summed), key=length) for n in side]
+        order = [*short, *long]
         y = jnp.transpose(y, [y_labels.index(n) for n in order])
         y, y_labels = lax.optimization_barrier(y), order
     dims = [
