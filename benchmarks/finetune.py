@@ -138,7 +138,7 @@ def options() -> argparse.ArgumentParser:
     add("--batch", type=whole(1), default=32, help="sentences of a step")
     add("--seed", type=whole(0), default=1, help="of the data and of the new weights")
     add("--lora-lr", type=positive, default=2e-3, help="peak learning rate of adapters")
-    add("--lora-plus-ratio", type=positive, default=16.0, help="LoRA+: B's rate by A's")
+    add("--lora-plus-ratio", type=positive, default=16.0, help="LoRA+: B's rate / A's")
     add("--full-lr", type=positive, default=5e-5, help="peak learning rate in full")
     names, default = [*report.NAMES], ["lora", "full"]
     add("--method", nargs="+", choices=names, default=default, help="what to run")
@@ -246,7 +246,8 @@ def start_lora(
     adapters, base = lj.split(params)
     rate = args.lora_lr
     if method == "lora+":
-        rate = dict(lora_a=rate, lora_b=args.lora_plus_ratio * rate, lora_w=rate)
+        apart = math.sqrt(args.lora_plus_ratio)  # around the rate of LoRA
+        rate = dict(lora_a=rate / apart, lora_b=rate * apart, lora_w=rate)
     made = start(apply, on_device(adapters), base, rate, data, args)
     return made._replace(start=params)
 

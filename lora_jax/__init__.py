@@ -27,6 +27,7 @@ from lora_jax._split import split as split
 from lora_jax._optimizer import adapters_only as adapters_only
 from lora_jax._merge import merge as merge
 from lora_jax._merge import strip as strip
+from lora_jax._module import LoRA as LoRA
 from lora_jax._arithmetic import add as add
 from lora_jax._arithmetic import rescale as rescale
 from lora_jax._stack import in_axes as in_axes

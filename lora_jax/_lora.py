@@ -99,7 +99,7 @@ def lora(
       https://arxiv.org/abs/2106.09685
     """
     where = chosen(argnums, argnames)
-    _check_options(dropout, unused, materialize)
+    check_options(dropout, unused, materialize)
     shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)
@@ -175,7 +175,7 @@ def _has_parameter(fn: Callable[..., Any], name: str) -> bool:
         return False
 
 
-def _check_options(dropout: float, unused: str, materialize: str) -> None:
+def check_options(dropout: float, unused: str, materialize: str) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), found {dropout}.")
     if unused not in ("error", "ignore"):

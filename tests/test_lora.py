@@ -1418,3 +1418,17 @@ def test_few_bits_are_traced_once_and_never_kept_whole(stored):
     residuals = jax.tree.leaves(jax.vjp(run, adapters)[1])
     floats = [x for x in residuals if jnp.issubdtype(x.dtype, jnp.floating)]
     assert max(x.size for x in floats) < 64 * 64
+
+
+def test_constants_come_out_as_arrays():
+    """In a jaxpr they are numbers, of NumPy's or of JAX's own."""
+    params = lj.lorafy({"kernel": jnp.ones((3, 3))}, 1)
+
+    def fn(params):
+        number, row = jnp.array(0), jnp.zeros(2)
+        return params["kernel"] @ jnp.ones(3), number, jnp.float32(2), row, 3, None
+
+    got, want = lj.lora(fn)(params), fn(params)
+    assert [type(x) for x in got] == [type(x) for x in want]
+    for x, y in zip(got[:4], want[:4], strict=True):
+        assert x.dtype == y.dtype and jnp.shape(x) == jnp.shape(y)

@@ -77,11 +77,19 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
     traced = [x is None for x in static]
 
     def restore(results):
-        rest = iter(results)
+        rest = map(_array, results, jaxpr.out_avals)
         leaves = [next(rest) if t else x for t, x in zip(traced, static, strict=True)]
         return jax.tree.unflatten(out_tree, leaves)
 
     return Trace(jaxpr, restore)
+
+
+def _array(x: Any, like: Any) -> Any:
+    """A result; a constant is in the jaxpr as a number, and no array yet."""
+    if x is None or isinstance(x, jax.Array):
+        return x
+    with x64([like.dtype]):
+        return jnp.asarray(x, like.dtype)
 
 
 def trace_call(

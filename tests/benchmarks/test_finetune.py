@@ -154,7 +154,7 @@ def test_every_method_in_one_table(files, tmp_path, capsys):
     ("method", "moved"),
     [
         ("lora", {"lora_a": 0, "lora_b": 0.01, "lora_w": 0.01}),
-        ("lora+", {"lora_a": 0, "lora_b": 0.04, "lora_w": 0.01}),
+        ("lora+", {"lora_a": 0, "lora_b": 0.02, "lora_w": 0.01}),
         ("pissa", {"lora_a": 0.01, "lora_b": 0.01, "lora_w": 0.01}),
         (
             "dora",
