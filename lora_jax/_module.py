@@ -8,11 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax._adapters import find_adapters, is_adapter
+from lora_jax._adapters import adapters_if_any, find_adapters, is_adapter
 from lora_jax._lora import check_options, lora
 from lora_jax._lorafy import lorafy
 from lora_jax._merge import merge
-from lora_jax._tree import Path, flatten, is_quantized, path_name, unflatten
+from lora_jax._tree import Path, flatten, is_quantized, unbox, unflatten
 
 
 class LoRA(nnx.Module):
@@ -50,19 +50,20 @@ class LoRA(nnx.Module):
 
     Raises:
       TypeError: If `model` is no live `nnx.Module`.
-      ValueError: If it has no parameters, or a weight is an item of a list, which has
-        no place for an adapter beside it; and what `lorafy` and `lora` raise.
+      ValueError: If it has no parameters, or `dropout` has no keys; and what `lorafy`
+        and, when called, `lora` raise.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, optax
       >>> from flax import nnx
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> module = lj.LoRA(model, rank=2)
-      >>> optimizer = nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.LoRAParam)
+      >>> optimizer = nnx.Optimizer(module, optax.sgd(1e-3), wrt=nnx.LoRAParam)
+      >>> trains = nnx.DiffState(0, nnx.LoRAParam)
       >>> loss = lambda module, x: jnp.mean(module(x) ** 2)
       >>> @nnx.jit
       ... def step(module, optimizer, x):
-      ...     grads = nnx.grad(loss, nnx.DiffState(0, nnx.LoRAParam))(module, x)
+      ...     grads = nnx.grad(loss, argnums=trains)(module, x)
       ...     optimizer.update(module, grads)
       >>> step(module, optimizer, jnp.ones((5, 4)))
       >>> module.merge()(jnp.ones((5, 4))).shape
@@ -94,7 +95,7 @@ class LoRA(nnx.Module):
         self.deterministic = False
         self.rngs = rngs
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with its adapters."""
         return self._run("__call__", self.unused, *args, **kwargs)
 
@@ -118,11 +119,15 @@ class LoRA(nnx.Module):
         model = nnx.clone(self.model)
         leaves = flatten(nnx.state(model))
         for path in filter(is_adapter, leaves):
-            delattr(_at(model, path[:-1]), path[-1])
+            parent = _at(model, path[:-1])
+            if isinstance(parent, dict):
+                del parent[path[-1]]
+            else:
+                delattr(parent, path[-1])
         nnx.update(model, merge(nnx.state(self.model)))
         return model
 
-    def _run(self, name: str, unused: str, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, name: str, unused: str, /, *args: Any, **kwargs: Any) -> Any:
         drops = self.dropout and not self.deterministic
         key = self.rngs.dropout() if drops else None
         options = dict(dropout=self.dropout, materialize=self.materialize)
@@ -140,15 +145,18 @@ def call(
     """Calls a method of a model that has adapters in it, with them.
 
     The live objects among model and arguments go into the function as their arrays, and
-    those arrays that the method changed, or made, come out and into the objects again:
-    what nnx's own transformations do. The others do not come out: an adapted weight
-    that leaves the function would be formed for it.
+    those arrays that the method changed, or made, come out and into the objects again,
+    as with nnx's own transformations. Weights that have adapters or few bits stay what
+    they were: what leaves the function is formed for it.
     """
     tag = object()  # by which nnx knows the objects again
     with nnx.update_context(tag):
         given = nnx.to_tree((model, args, kwargs), ctxtag=tag)
         (state,) = given[0].states
         leaves, old = flatten(state), _by_path(given)
+        weights = {id(unbox(leaves[path])) for path in adapters_if_any(leaves)}
+        # nnx's own transformations within the model give all variables new values.
+        fixed = {p for p, x in old.items() if is_quantized(x) or id(x) in weights}
         structures: list[Any] = []  # of what comes out, as the one trace finds them
 
         def method(plain: nnx.State) -> tuple[dict[str, Any], Any]:
@@ -161,6 +169,7 @@ def call(
             *held, result = nnx.to_tree((*objects, result), ctxtag=tag)
             before, after = _by_path(inner), _by_path(tuple(held))
             new = {p: x for p, x in after.items() if before.get(p) is not x}
+            new = {p: x for p, x in new.items() if p not in fixed}
             structures[:] = jax.tree.structure(tuple(held), is_leaf=is_quantized), after
             return new, result
 
@@ -192,17 +201,16 @@ def _adapted(model: Any, rank: Any, options: dict[str, Any]) -> nnx.Module:
     for own in find_adapters(leaves).values():
         for path in own:
             parent = _at(model, path[:-1])
-            if not isinstance(path[-1], str) or isinstance(parent, nnx.List | list):
-                raise ValueError(
-                    f"{path_name(path)!r} has no place in a {type(parent).__name__}: "
-                    "the weight is an item of it. Hold it as an attribute of a module."
-                )
-            setattr(parent, path[-1], leaves[path])
+            if isinstance(parent, dict):
+                parent[path[-1]] = leaves[path]
+            else:
+                setattr(parent, path[-1], leaves[path])
     return model
 
 
 def _at(node: Any, path: Path) -> Any:
     """What stands at a path of a model's state."""
     for key in path:
-        node = node[key] if isinstance(key, int) else getattr(node, key)
+        keyed = isinstance(node, dict) or isinstance(key, int)
+        node = node[key] if keyed else getattr(node, key)
     return node
