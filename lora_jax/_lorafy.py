@@ -27,6 +27,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._engine.factors import wider
 from lora_jax._engine.quantized import dequantize, is_quantized, values_of
+from lora_jax._processes import placed
 from lora_jax._targets import Patterns, Selector, also_trained, plan
 from lora_jax._tree import (
     Path,
@@ -271,7 +272,7 @@ def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
             return x
         return jax.sharding.reshard(x, NamedSharding(mesh, _spec(spec, dims, w)))
     sharding = _sharding(w, dims)
-    return x if sharding is None else jax.device_put(x, sharding)
+    return x if sharding is None else placed(x, sharding)
 
 
 def box(value: Any, dims: tuple[int, ...], like: Any, *, trains: bool = True) -> Any:

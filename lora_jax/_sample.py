@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._engine.quantized import Quantized, dequantize
+from lora_jax._processes import first_found
 from lora_jax._tree import is_abstract, is_array, is_quantized, is_traced
 
 COUNT = 32
@@ -20,7 +21,8 @@ TOLERANCE = 0.6
 def sample(w: Any) -> np.ndarray | None:
     """Some values of a weight, (COUNT,) in bfloat16.
 
-    `None` where it has none: it is abstract, or other processes have some of them.
+    `None` where it has none: it is abstract. Of a weight that spans processes all of
+    them ask.
     """
     if not is_array(w) or is_abstract(w) or is_traced(w):
         return None
@@ -28,8 +30,6 @@ def sample(w: Any) -> np.ndarray | None:
     if not size:
         return np.zeros(0, jnp.bfloat16)
     values = _values(w, np.unravel_index(_spread(size), w.shape))
-    if values is None:
-        return None
     short = values.astype(jnp.bfloat16)
     return np.where(np.isfinite(short.astype(np.float32)), short, jnp.bfloat16(0))
 
@@ -51,14 +51,12 @@ def _spread(size: int) -> list[int]:
     return [(i * golden % 2**64) * size >> 64 for i in range(1, COUNT + 1)]
 
 
-def _values(w: Any, places: tuple[np.ndarray, ...]) -> np.ndarray | None:
+def _values(w: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
     """The values at these places, read from the shards where they are."""
     if is_quantized(w):
         counts = zip(places, w.shape, w.scale.shape, strict=True)
         blocks = tuple(p * m // n for p, n, m in counts)
         parts = _values(w.values, places), _values(w.scale, blocks)
-        if any(part is None for part in parts):
-            return None
         return np.asarray(dequantize(Quantized(*map(jnp.asarray, parts), w.dtypes)))
     if not isinstance(w, jax.Array):
         return np.asarray(w[places])
@@ -75,4 +73,8 @@ def _values(w: Any, places: tuple[np.ndarray, ...]) -> np.ndarray | None:
                 data = np.asarray(data)  # there no device can index it
             values[here] = np.asarray(data[tuple(i[here] for i in local)])
             missing &= ~here
-    return None if missing.any() else values
+    if not w.is_fully_addressable:
+        values, found = first_found(values, ~missing)
+        missing = ~found
+    assert not missing.any(), "every value is in a shard"
+    return values

@@ -18,6 +18,8 @@ import safetensors.numpy
 
 from lora_jax._adapters import (
     Adapter,
+    Copy,
+    Ranked,
     adapter_of,
     axes_of_shapes,
     check_copy,
@@ -30,9 +32,16 @@ from lora_jax._adapters import (
 )
 from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
+from lora_jax._processes import agreed, is_first
 from lora_jax._sample import COUNT, differ, sample
 from lora_jax._tree import Path, flatten, path_name, unbox
-from lora_jax._write import check_finite, check_target, concrete, write
+from lora_jax._write import (
+    check_finite,
+    check_savable,
+    check_target,
+    in_memory,
+    write,
+)
 
 VERSION = 2
 
@@ -43,7 +52,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
     That is `detach(params)`: factors, scales and trained copies. The file also knows
     its base, by 32 values of each weight that has factors. It appears whole or not at
     all: it is written beside its target, synced to the disk and renamed, so that a
-    crash leaves the old file or the new one.
+    crash leaves the old file or the new one. Where JAX runs as several processes, all
+    of them call this; the first writes, and all return when the file is there.
 
     Args:
       path: The file. An old one is replaced; its folder must exist.
@@ -54,6 +64,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         abstract, not finite, or of a dtype the format lacks, or `path` is no regular
         file. What was there is then untouched.
       OSError: If the file cannot be written.
+      RuntimeError: If it failed in another process, of which it tells.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -63,16 +74,36 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       >>> sorted(lj.load(path, base))
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
-    check_target(path)
-    leaves = flatten(params)
-    adapters = find_adapters(leaves)
-    parts = [part for own in adapters.values() for part in own]
-    tensors = {path_name(part): concrete(part, leaves[part]) for part in parts}
-    factored = of_rank(adapters)
-    samples = {path_name(p): sample(unbox(leaves[p])) for p in factored}
+    with agreed("save"):
+        if is_first():
+            check_target(path)
+        leaves = flatten(params)
+        adapters = find_adapters(leaves)
+        parts = [part for own in adapters.values() for part in own]
+        for part in parts:
+            check_savable(part, leaves[part])
+    found = in_memory(leaves, parts)
+    samples = {path_name(p): sample(unbox(leaves[p])) for p in of_rank(adapters)}
+    tensors = {path_name(part): x for part, x in found.items()}
+    with agreed("save"):
+        for name, x in tensors.items():
+            check_finite(repr(name), x)
+        if is_first():
+            header = _said(leaves, adapters, tensors, samples)
+            metadata = {"lora_jax": json.dumps(header, sort_keys=True)}
+            write(path, safetensors.numpy.save(tensors, metadata=metadata))
+
+
+def _said(
+    leaves: dict[Path, Any],
+    adapters: dict[Path, Ranked | Copy],
+    tensors: dict[str, np.ndarray],
+    samples: dict[str, np.ndarray | None],
+) -> dict[str, Any]:
+    """The header of a file."""
     said = {name: x.tobytes().hex() for name, x in samples.items() if x is not None}
     shape = lambda path: list(unbox(leaves[path]).shape)
-    header = {
+    return {
         "version": VERSION,
         "adapters": {
             path_name(weight): {
@@ -81,7 +112,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
                 "scale": tensors[path_name(own.scale)].tolist(),
                 "shape": shape(weight),
             }
-            for weight, own in factored.items()
+            for weight, own in of_rank(adapters).items()
         },
         "copies": {
             path_name(leaf): {"tensors": [path_name(own.w)], "shape": shape(leaf)}
@@ -91,8 +122,6 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         "sha256": {name: _digest(x) for name, x in tensors.items()},
         "samples_sha256": _digest_of(said),
     }
-    metadata = {"lora_jax": json.dumps(header, sort_keys=True)}
-    write(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> Any:
@@ -129,30 +158,50 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
       >>> lj.load(path, lj.strip(params))["lora_a"].shape
       (4, 2)
     """
-    header, tensors = _read(path)
-    leaves = flatten(base)
-    paths = {path_name(p): p for p in leaves}
+    with agreed("load"):
+        header, tensors = _read(path)
+        leaves = flatten(base)
+        paths = {path_name(p): p for p in leaves}
+        weights, copies = _placed(path, header, tensors, paths, leaves)
+    if same_base:
+        for name, (weight, _, _) in weights.items():
+            _check_base(path, name, unbox(leaves[weight]), header["samples"].get(name))
     new: dict[Path, Any] = {}
+    for weight, parts, values in weights.values():
+        shapes = [value.shape for value in values]
+        axes = axes_of_shapes(unbox(leaves[weight]).shape, *shapes)
+        new |= beside(leaves[weight], parts, values, axes)
+    for leaf, copy in copies.items():
+        new[copy_of(leaf).w] = trained_copy(leaves[leaf], copy)
+    return attached(base, leaves, new)
+
+
+def _placed(
+    path: Any,
+    header: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    paths: dict[str, Path],
+    leaves: dict[Path, Any],
+) -> tuple[dict[str, tuple[Path, Ranked, list[np.ndarray]]], dict[Path, np.ndarray]]:
+    """Each weight's adapter and each leaf's copy in the file, which fit base."""
+    weights, copies = {}, {}
     for name, adapter in header["adapters"].items():
         parts_of = adapter_of if len(adapter["tensors"]) == 3 else dora_of
         weight = _find(path, name, paths, leaves, adapter, parts_of)
         values = [tensors[part] for part in adapter["tensors"]]
-        w, shapes = unbox(leaves[weight]), [value.shape for value in values]
-        if not fits(w.shape, *shapes):
+        shape, shapes = unbox(leaves[weight]).shape, [value.shape for value in values]
+        if not fits(shape, *shapes):
             raise ValueError(
                 f"{path} was tampered with: the factors of {name!r}, of shapes "
-                f"{shapes}, make no update of its weight {w.shape}."
+                f"{shapes}, make no update of its weight {shape}."
             )
-        if same_base:
-            _check_base(path, name, w, header["samples"].get(name))
-        axes = axes_of_shapes(w.shape, *shapes)
-        new |= beside(leaves[weight], parts_of(weight), values, axes)
+        weights[name] = weight, parts_of(weight), values
     for name, copy in header["copies"].items():
         (part,) = copy["tensors"]
         leaf = _find(path, name, paths, leaves, copy, copy_of)
         check_copy(f"{path}: {part}", tensors[part], leaves[leaf])
-        new[copy_of(leaf).w] = trained_copy(leaves[leaf], tensors[part])
-    return attached(base, leaves, new)
+        copies[leaf] = tensors[part]
+    return weights, copies
 
 
 def _find(

@@ -5,11 +5,13 @@ import hashlib
 import os
 import stat
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax._processes import whole
 from lora_jax._tree import Path, path_name, unbox
 
 try:
@@ -20,7 +22,8 @@ except ImportError:  # on Windows, where an open file cannot be removed anyway
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-def concrete(path: Path, leaf: Any) -> np.ndarray:
+def check_savable(path: Path, leaf: Any) -> None:
+    """The leaf is an array with values, of a dtype that a file can hold."""
     x = unbox(leaf)
     if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
         raise ValueError(
@@ -32,10 +35,16 @@ def concrete(path: Path, leaf: Any) -> np.ndarray:
             f"{path_name(path)!r} has dtype {x.dtype}, which the file cannot hold. "
             f"Cast it to one of {', '.join(DTYPES)}."
         )
+
+
+def in_memory(leaves: dict[Path, Any], parts: Iterable[Path]) -> dict[Path, np.ndarray]:
+    """The values of leaves, wherever they are: all processes ask for the same."""
+    return {path: _own(whole(unbox(leaves[path]))) for path in parts}
+
+
+def _own(x: Any) -> np.ndarray:
     # The file holds memory as it lies: in rows, in this machine's order of bytes.
-    x = np.array(x, x.dtype.newbyteorder("="), order="C")
-    check_finite(repr(path_name(path)), x)
-    return x
+    return np.array(x, x.dtype.newbyteorder("="), order="C")
 
 
 def check_finite(what: str, x: np.ndarray) -> None:

@@ -16,8 +16,8 @@ ENGINE = "shapes quantized factors ops dora jaxpr run products views rules uses"
 PEFT = "names modules layouts plan config folder checks export parts import_".split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
-    "_engine _tree _adapters _arguments _targets _lorafy _quantize _axes _lora "
-    "_explain _layers _split _optimizer _merge _module _arithmetic _stack _svd "
+    "_engine _tree _adapters _arguments _targets _processes _lorafy _quantize _axes "
+    "_lora _explain _layers _split _optimizer _merge _module _arithmetic _stack _svd "
     "_detach _sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
@@ -28,7 +28,9 @@ ORDER = [
 ]
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
-FUNCTIONS = PUBLIC.keys() - LAYERS - {"Axes", "Count", "Kept", "LoRA", "Quantized", "Report"}
+FUNCTIONS = (
+    PUBLIC.keys() - LAYERS - {"Axes", "Count", "Kept", "LoRA", "Quantized", "Report"}
+)
 
 
 def source(name):

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax import _write
+from lora_jax import _save, _write
 from lora_jax._tree import flatten, path_name, unbox
 
 RNG = np.random.default_rng(0)
@@ -782,7 +782,7 @@ def test_a_file_that_is_not_finite_is_refused(value, path, monkeypatch):
     params = adapted()
     bad = params | {"m": params["m"] | {"lora_b": jnp.full((2, 3), value)}}
     with monkeypatch.context() as patch:
-        patch.setattr(_write, "check_finite", lambda *_: None)
+        patch.setattr(_save, "check_finite", lambda *_: None)
         lj.save(path, bad)
     refuse(path, lj.strip(params), "'m/lora_b' is not finite")
 

@@ -54,6 +54,10 @@ ARCHITECTURES = {
     "llama-3-8b": Architecture(
         32, 4096, 32, 14336, 128256, kv_heads=8, rope=5e5, tied=False
     ),
+    # https://huggingface.co/meta-llama/Meta-Llama-3-70B/blob/main/config.json
+    "llama-3-70b": Architecture(
+        80, 8192, 64, 28672, 128256, kv_heads=8, rope=5e5, tied=False
+    ),
     # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/config.json
     "smollm2-135m": Architecture(30, 576, 9, 1536, 49152, kv_heads=3, rope=1e5),
     # https://huggingface.co/google/gemma-2-2b/blob/main/config.json

@@ -38,8 +38,9 @@ from lora_jax._peft.plan import (
     orders_of,
     plan_of,
 )
+from lora_jax._processes import agreed, is_first
 from lora_jax._tree import Path, flatten, listed, path_name, unbox
-from lora_jax._write import concrete
+from lora_jax._write import check_finite, check_savable, in_memory
 
 
 def export_peft(
@@ -60,7 +61,8 @@ def export_peft(
 
     The PyTorch model with the folder computes what `lora(fn)` does with `params`, up to
     rounding. Ranks and scales that differ become PEFT's `rank_pattern` and
-    `alpha_pattern`, exactly. The folder appears whole or not at all.
+    `alpha_pattern`, exactly. The folder appears whole or not at all. Where JAX runs as
+    several processes, all of them call this, and the first writes.
 
     Args:
       folder: Where. An old export is replaced; other files are never touched.
@@ -96,6 +98,7 @@ def export_peft(
         nothing, a leaf is abstract, not finite or of another dtype, or the folder holds
         other files. The folder is then as it was.
       OSError: If the folder cannot be written.
+      RuntimeError: If it failed in another process, of which it tells.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -106,25 +109,36 @@ def export_peft(
       >>> sorted(os.listdir(folder))
       ['adapter_config.json', 'adapter_model.safetensors']
     """
-    target, dtype = free_folder(folder), _known_dtype(dtype)
-    leaves = flatten(params)
-    plan = _plan(leaves, names, axes, kinds)
-    check_loads(plan, leaves, names, modules, task_type)
-    check_inputs(plan, leaves, fan_in_fan_out)
-    if portable:
-        check_portable(plan, leaves, dtype)
-    found = _modules(plan, leaves, portable)
-    tensors = _factors(plan, leaves, found, dtype) | _copies(plan, leaves, dtype)
-    config = _config(
-        found,
-        orders_of(plan).keys() & found.keys(),
-        base_model_name_or_path=base_model and str(base_model),
-        fan_in_fan_out=fan_in_fan_out,
-        modules_to_save=sorted(copied_modules(plan, leaves)) or None,
-        task_type=task_type,
-        use_dora=any(module.magnitude is not None for module in found.values()),
-    )
-    write_folder(target, config, tensors)
+    with agreed("export_peft"):
+        target = free_folder(folder) if is_first() else os.fspath(folder)
+        dtype = _known_dtype(dtype)
+        leaves = flatten(params)
+        adapters = find_adapters(leaves)
+        plan = _plan(leaves, names, axes, kinds)
+        check_loads(plan, leaves, names, modules, task_type)
+        check_inputs(plan, leaves, fan_in_fan_out)
+        if portable:
+            check_portable(plan, leaves, dtype)
+        parts = [part for own in adapters.values() for part in own]
+        for part in parts:
+            check_savable(part, leaves[part])
+    leaves |= in_memory(leaves, parts)
+    with agreed("export_peft"):
+        for part in parts:
+            check_finite(repr(path_name(part)), leaves[part])
+        found = _modules(plan, leaves, portable)
+        tensors = _factors(plan, leaves, found, dtype) | _copies(plan, leaves, dtype)
+        config = _config(
+            found,
+            orders_of(plan).keys() & found.keys(),
+            base_model_name_or_path=base_model and str(base_model),
+            fan_in_fan_out=fan_in_fan_out,
+            modules_to_save=sorted(copied_modules(plan, leaves)) or None,
+            task_type=task_type,
+            use_dora=any(module.magnitude is not None for module in found.values()),
+        )
+        if is_first():
+            write_folder(target, config, tensors)
 
 
 def _known_dtype(dtype: Any) -> Any:
@@ -187,7 +201,7 @@ def _modules(plan: Plan, leaves: dict[Path, Any], portable: bool) -> dict[str, M
     found: dict[str, Module] = {}
     adapters = of_rank(find_adapters(leaves))
     for path, weight in plan.adapted.items():
-        parts = [concrete(part, leaves[part]) for part in adapters[path]]
+        parts = [leaves[part] for part in adapters[path]]
         found |= modules_of(weight, *parts, fold=portable)
     return _of_one_rank(found) if portable else found
 
@@ -233,7 +247,7 @@ def _copies(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> dict[str, np.nda
     tensors = {}
     for path, layout in plan.copied.items():
         copy = copy_of(path).w
-        own = leaf_to_torch(layout, concrete(copy, leaves[copy]))
+        own = leaf_to_torch(layout, leaves[copy])
         for name, x in own.items():
             key = PREFIX + tensor_name(name, path)
             tensors[key] = as_dtype(key, x, dtype)

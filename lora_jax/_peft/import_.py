@@ -35,6 +35,7 @@ from lora_jax._peft.parts import (
     parts_of,
 )
 from lora_jax._peft.plan import Plan, check_inputs, given_axes, plan_of
+from lora_jax._processes import agreed
 from lora_jax._targets import is_floating
 from lora_jax._tree import Path, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite
@@ -85,10 +86,11 @@ def import_peft(
       (4, 2)
     """
     source = os.fspath(folder)
-    config, tensors = read_config(source), read_tensors(source)
-    leaves = _plain(base, dtype)
-    given = given_axes(axes, leaves)
-    index = index_of(names, leaves, given)
+    with agreed("import_peft"):
+        config, tensors = read_config(source), read_tensors(source)
+        leaves = _plain(base, dtype)
+        given = given_axes(axes, leaves)
+        index = index_of(names, leaves, given)
     parts = parts_of(source, config, tensors, index, leaves)
     plan = _plan(leaves, index, parts, given, kinds)
     check_inputs(plan, leaves, bool(config.get("fan_in_fan_out")))

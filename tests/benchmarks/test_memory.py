@@ -55,6 +55,7 @@ def tiny(monkeypatch):
         ("gpt2-medium", 354_823_168),
         ("llama-3.2-1b", 1_235_814_400),
         ("llama-3-8b", 8_030_261_248),
+        ("llama-3-70b", 70_553_706_496),
         ("gemma-2-2b", 2_614_341_888),
         ("smollm2-135m", 134_515_008),
         # https://docs.pytorch.org/vision/main/models/generated/torchvision.models.vit_h_14.html
