@@ -13,7 +13,10 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = "shapes quantized factors ops dora jaxpr run products views rules uses".split()
-PEFT = "names modules layouts plan config folder checks export parts import_".split()
+PEFT = (
+    "names modules layouts plan config folder checks export parts import_ checkpoint "
+    "proofs nearest twins patterns find"
+).split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
     "_engine _tree _adapters _arguments _targets _processes _lorafy _quantize _axes "

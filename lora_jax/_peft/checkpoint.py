@@ -1,0 +1,121 @@
+"""A checkpoint of PyTorch's, read tensor by tensor: a file, a folder, a mapping."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+from lora_jax._tree import listed
+
+INDEX = "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """One tensor: its name, its shape, and its rows from one to another."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Callable[[int, int], np.ndarray]
+
+    @property
+    def module(self) -> str:
+        """The module that has it, or the name of a bare parameter."""
+        stem, _, leaf = self.name.rpartition(".")
+        return stem if stem and leaf in ("weight", "bias") else self.name
+
+
+@contextmanager
+def opened(checkpoint: Any) -> Iterator[list[Tensor]]:
+    """The tensors of a checkpoint, of one dimension or more, while it is open.
+
+    Raises:
+      FileNotFoundError: If there is none, or one of its files is missing.
+      ValueError: If a file is truncated, or the folder holds none of this format.
+    """
+    if isinstance(checkpoint, Mapping):
+        if not checkpoint:
+            raise ValueError("The checkpoint is empty: it has no tensor.")
+        yield [_in_memory(name, x) for name, x in checkpoint.items()]
+        return
+    with ExitStack() as stack:
+        tensors: list[Tensor] = []
+        for path, names in _files(os.fspath(checkpoint)).items():
+            tensors += _of_file(stack, path, names)
+        yield tensors
+
+
+def _in_memory(name: str, x: Any) -> Tensor:
+    # PyTorch's own tensors have no bfloat16 in NumPy: they come as float32.
+    if hasattr(x, "detach"):
+        x = x.detach().float().numpy()
+    x = np.asarray(x)
+    return Tensor(name, x.shape, lambda low, high: x[low:high])
+
+
+def _files(path: str) -> dict[str, set[str] | None]:
+    """The files of a checkpoint, and the tensors of each where an index says them."""
+    if os.path.isfile(path) and not path.endswith(".index.json"):
+        return {path: None}
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    index = os.path.join(path, INDEX) if os.path.isdir(path) else path
+    if os.path.isfile(index):
+        return _indexed(folder, index)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    held = sorted(os.listdir(path))
+    found = [name for name in held if name.endswith(".safetensors")]
+    adapters = [name for name in found if name.startswith("adapter_")]
+    if found := [name for name in found if name not in adapters]:
+        return {os.path.join(path, name): None for name in found}
+    if pickles := [name for name in held if name.endswith((".bin", ".pt", ".pth"))]:
+        raise FileNotFoundError(
+            f"{path} has no .safetensors file, and {listed(pickles)} are pickles, in "
+            "which code can hide. Convert them: from_pretrained(folder)."
+            "save_pretrained(new, safe_serialization=True), in PyTorch."
+        )
+    raise FileNotFoundError(
+        f"{path} has no .safetensors file. It holds {listed(held)}. Pass the folder or "
+        "the file of the checkpoint that the model was made from."
+    )
+
+
+def _indexed(folder: str, index: str) -> dict[str, set[str] | None]:
+    try:
+        with open(index, encoding="utf-8") as file:
+            where = dict(json.load(file)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of a checkpoint: {error!r}.") from error
+    files: dict[str, set[str] | None] = {}
+    for name, own in where.items():
+        files.setdefault(os.path.join(folder, own), set()).add(name)
+    if missing := [path for path in files if not os.path.isfile(path)]:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} files, of which {len(missing)} are missing: "
+            f"{listed(missing)}. Fetch the checkpoint whole."
+        )
+    return files
+
+
+def _of_file(stack: ExitStack, path: str, names: set[str] | None) -> list[Tensor]:
+    try:
+        file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+        held = set(file.keys())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file: {error}. It may be truncated."
+        ) from error
+    if names is not None and (lost := sorted(names - held)):
+        raise ValueError(f"{path} lacks {listed(lost)}, which its index has in it.")
+    tensors = []
+    for name in sorted(held if names is None else names):
+        own = file.get_slice(name)
+        shape = tuple(own.get_shape())
+        if shape:  # of a single number there is no row
+            tensors.append(
+                Tensor(name, shape, lambda low, high, own=own: own[low:high])
+            )
+    return tensors

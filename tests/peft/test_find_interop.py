@@ -1,0 +1,103 @@
+"""Maps found, not written: models that others converted, out to PEFT and back.
+
+Needs the extra `peers`: torch, peft and transformers. Each PyTorch model is random and
+saved as safetensors, loaded by somebody else's converter, adapted at random here, and
+compared with PEFT on torch.
+"""
+
+import copy
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("third_party")
+IDS = np.array([[3, 7, 1, 2, 9], [4, 4, 8, 0, 5]])
+SIZES = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = SIZES | dict(intermediate_size=24, num_key_value_heads=2)
+QWEN = LLAMA | dict(head_dim=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def moved(params, seed=0):
+    """Random factors: B of zero would hide every mistake."""
+    adapters, base = lj.split(params)
+    leaves, treedef = jax.tree.flatten(adapters)
+    rng = np.random.default_rng(seed)
+    drawn = [jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype) for x in leaves]
+    return lj.combine(treedef.unflatten(drawn), base)
+
+
+def saved(name, config, folder):
+    """A random PyTorch model, and its folder of safetensors."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{config}Config")(**name[1])
+    module = getattr(transformers, name[0])(config).eval()
+    module.save_pretrained(folder, safe_serialization=True)
+    return module
+
+
+def logits(module, folder=None):
+    """PyTorch's logits, with an adapter's folder loaded by PEFT or without."""
+    if folder is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings")
+            module = copy.deepcopy(module)
+            module = peft.PeftModel.from_pretrained(module, folder).eval()
+    with torch.no_grad():
+        return module(torch.tensor(IDS)).logits.numpy()
+
+
+def check(fn, params, module, source, folder, **given):
+    """Find, export, compare with PEFT, import, compare with what went out."""
+    export = {k: given.pop(k) for k in ("fan_in_fan_out",) if k in given}
+    axes = lj.find_axes(fn, params)
+    adapted = moved(lj.lorafy(params, 2, alpha=3.0, axes=axes, **given))
+    names = lj.find_names(adapted, source)
+    lj.export_peft(folder, adapted, names, axes=axes, **export)
+    np.testing.assert_allclose(fn(params), logits(module), atol=1e-4)
+    got, want = np.asarray(lj.lora(fn)(adapted)), logits(module, folder)
+    assert np.abs(want - logits(module)).max() > 0.01
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    back = lj.import_peft(folder, lj.strip(adapted), names, axes=axes)
+    np.testing.assert_allclose(lj.lora(fn)(back), got, atol=1e-5)
+    return names
+
+
+FLAX = {
+    "Llama": ("LlamaForCausalLM", LLAMA),
+    "Mistral": ("MistralForCausalLM", LLAMA),
+    "Gemma": ("GemmaForCausalLM", LLAMA | dict(head_dim=4)),
+    "GPT2": (
+        "GPT2LMHeadModel",
+        dict(vocab_size=30, n_embd=16, n_layer=2, n_head=4, n_positions=8),
+    ),
+    "Bert": ("BertForMaskedLM", SIZES | dict(intermediate_size=24)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("family", FLAX)
+def test_the_flax_models_of_transformers(family, tmp_path):
+    name, sizes = FLAX[family]
+    module = saved((name, sizes), family, tmp_path / "torch")
+    flax = getattr(transformers, f"Flax{name}")
+    model = flax.from_pretrained(tmp_path / "torch", from_pt=True)
+    fn = lambda params: model(IDS, params=params).logits
+    given = {"fan_in_fan_out": True} if family == "GPT2" else {}
+    names = check(fn, model.params, module, tmp_path / "torch", tmp_path / "a", **given)
+    assert all("*" in pattern or "{" not in str(n) for pattern, n in names.items())
