@@ -338,22 +338,30 @@ def floor(job: Job) -> dict[str, float]:
     products forward and four backward, of 2 r flops for each token and each input or
     output. A forward pass needs the plain one and the two products.
     """
-    apply, plain, targets = task(job).apply, task(job).plain, task(job).targets
-    named = lambda path, name: path[-1].key == name and path[-2].key in targets
-    sides = [
-        sum(x.shape)
-        for path, x in jax.tree_util.tree_leaves_with_path(plain)
-        if named(path, "kernel")
-    ]
-    thin = 2 * job.batch * job.length * job.rank * sum(sides)
-    is_bias = lambda path, x: named(path, "bias")
+    apply, plain = task(job).apply, task(job).plain
+    is_bias = lambda path, x: adapts(job, path, "bias")
     chosen = jax.tree_util.tree_map_with_path(is_bias, plain)
     pair = choose(plain, chosen, True), choose(plain, chosen, False)
     base = step(job, optax.adamw(RATE), joined(apply), *pair)
     return {
-        "step": base.flops + 3 * thin,
-        "forward": forward(job, apply, plain).flops + thin,
+        "step": base.flops + 3 * thin(job),
+        "forward": forward(job, apply, plain).flops + thin(job),
     }
+
+
+def thin(job: Job) -> int:
+    """Returns the FLOPs of the adapters' products in a forward pass."""
+    sides = [
+        sum(x.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(task(job).plain)
+        if adapts(job, path, "kernel")
+    ]
+    return 2 * job.batch * job.length * job.rank * sum(sides)
+
+
+def adapts(job: Job, path: Any, name: str) -> bool:
+    """Whether a leaf of that name belongs to a layer with an adapter."""
+    return path[-1].key == name and path[-2].key in task(job).targets
 
 
 def choose(params: Any, chosen: Any, keep: bool) -> Any:

@@ -1,5 +1,6 @@
 """Many adapters at once compute what each of them does alone, merged."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
@@ -169,7 +170,8 @@ def test_a_sweep_is_each_run_alone(optax_promotion):
     stacked = lj.stack(trees)
     axes = lj.in_axes(stacked)
     states = jax.vmap(start, in_axes=(axes, 0))(stacked, rates)
-    many = jax.jit(jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0, 0)))
+    once = chex.assert_max_traces(step, n=1)
+    many = jax.jit(jax.vmap(once, in_axes=(axes, 0), out_axes=(axes, 0, 0)))
     params = stacked
     for _ in range(3):
         params, states, losses = many(params, states)
@@ -203,6 +205,82 @@ def test_halves_of_a_stack_train_by_the_gradient_of_one_alone():
         want = jax.grad(merged)(half)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_swap_and_another_alpha_compile_nothing():
+    plain, x = base(), inputs(4)
+    trees = [adapted(plain, i, rank=1 + i) for i in range(3)]
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def serve(stacked, ids, x):
+        own = lj.take(stacked, ids)
+        return jax.vmap(lj.lora(model), in_axes=(lj.in_axes(own), 0))(own, x)
+
+    def check(stacked, ids):
+        got = serve(stacked, jnp.array(ids), x)
+        for i, id in enumerate(ids):
+            np.testing.assert_allclose(got[i], alone(trees[id], x[i]), atol=1e-5)
+
+    check(lj.stack(trees), [0, 1, 2, 1])
+    trees[1] = adapted(plain, 7, rank=1)  # of another rank, alpha and targets
+    check(lj.stack(trees), [1, 1, 0, 2])
+    trees[0] = adapted(plain, 8, names=["m/kernel"], alpha=9.0)
+    check(lj.stack(trees), [2, 0, 0, 1])
+    trees[2] = lj.rescale(trees[2], -0.5)
+    check(lj.stack(trees), [2, 1, 0, 2])
+
+
+def test_keys_and_alphas_under_vmap_are_a_stack(close):
+    plain, keys, alphas = base(), jax.random.split(jax.random.key(1), 3), [1, 2.5, 8]
+    start = lambda key, alpha: lj.detach(
+        lj.lorafy(plain, 2, alpha=alpha, key=key, axes=AXES, targets="*")
+    )
+    got = lj.attach(jax.jit(jax.vmap(start))(keys, jnp.array(alphas)), plain)
+    options = {"axes": AXES, "targets": "*"}
+    pairs = zip(keys, alphas, strict=True)
+    trees = [lj.lorafy(plain, 2, alpha=a, key=key, **options) for key, a in pairs]
+    close(got, lj.stack(trees))
+
+
+def deep(params, x):
+    """Scanned layers, of which only the inputs are kept."""
+    layer = jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None), prevent_cse=False)
+    x, _ = lax.scan(layer, jnp.sin(x @ params["m"]["kernel"]), params["s"]["kernel"])
+    return x
+
+
+@pytest.mark.parametrize("how", [None, "int8", "nf4"])
+def test_scanned_layers_and_few_bits_train_as_each_alone(how):
+    plain, x = base(how), inputs(2)
+    trees = [
+        adapted(plain, 0, names=["m/kernel"], rank=1),
+        adapted(plain, 1, names=["m/kernel", "s/kernel"], rank=3),
+    ]
+    adapters, frozen = lj.split(lj.stack(trees))
+    loss = lambda adapters, frozen, x: jnp.sum(
+        lj.lora(deep)(lj.combine(adapters, frozen), x) ** 2
+    )
+    axes = lj.in_axes(adapters), lj.in_axes(frozen), 0
+    got = jax.jit(jax.vmap(jax.grad(loss), axes))(adapters, frozen, x)
+    for i, tree in enumerate(trees):
+        half, rest = lj.split(tree)
+        merged = lambda half, rest=rest, i=i: jnp.sum(
+            deep(lj.merge(lj.combine(half, rest)), x[i]) ** 2
+        )
+        want = jax.grad(merged)(half)
+        for name in ("m", "s"):
+            a, b = got[name]["lora_a"][i], got[name]["lora_b"][i]
+            r = 0
+            if "lora_a" in want[name]:
+                r = want[name]["lora_a"].shape[-1]
+                for x_got, x_want in (
+                    (a[..., :r], want[name]["lora_a"]),
+                    (b[..., :r, :], want[name]["lora_b"]),
+                ):
+                    np.testing.assert_allclose(x_got, x_want, rtol=1e-4, atol=1e-4)
+            # What is padded learns nothing, so that it stays exact.
+            assert not a[..., r:].any() and not b[..., r:, :].any()
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4, 3), (3, 8)])
@@ -300,6 +378,47 @@ def test_a_stack_over_the_devices_of_a_task_axis():
     got = np.asarray(got)
     for i, tree in enumerate(trees):
         np.testing.assert_allclose(got[i], alone(tree, x[i]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_training_over_a_task_axis_is_each_run_alone(kind, optax_promotion):
+    """Every device has its own adapters, and their states; the base is on all."""
+    mesh = jax.make_mesh((4, 2), ("task", "data"), axis_types=(kind, kind))
+    plain, x, tx = base(), inputs(4), optax.adam(0.01)
+    trees = [adapted(plain, i, names=["m/kernel", "s/kernel"]) for i in range(4)]
+    traced = []
+    loss = lambda adapters, frozen, x: jnp.mean(
+        lj.lora(deep)(lj.combine(adapters, frozen), x) ** 2
+    )
+
+    def step(adapters, state, frozen, x):
+        traced.append(step)
+        value, grads = jax.value_and_grad(loss)(adapters, frozen, x)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    stacked = lj.stack(trees)
+    place = lambda tree, *names: jax.device_put(tree, NamedSharding(mesh, P(*names)))
+    params = lj.attach(place(lj.detach(stacked), "task"), place(plain))
+    adapters, frozen = lj.split(params)
+    state = place(jax.vmap(tx.init)(lj.split(stacked)[0]), "task")
+    many = jax.jit(jax.vmap(step, (0, 0, lj.in_axes(frozen), 0)))
+    batch = place(x, "task")
+    for _ in range(2):
+        adapters, state, losses = many(adapters, state, frozen, batch)
+    assert len(traced) == 1
+    for leaf in jax.tree.leaves((adapters, losses)):
+        assert leaf.sharding.spec[0] == "task"
+    adapters, losses = jax.device_get((adapters, losses))
+    one = jax.jit(step)
+    for i, tree in enumerate(trees):
+        half, rest = lj.split(tree)
+        own = tx.init(half)
+        for _ in range(2):
+            half, own, value = one(half, own, rest, x[i])
+        np.testing.assert_allclose(losses[i], value, rtol=1e-5)
+        for a, b in zip(*map(jax.tree.leaves, (adapters, half)), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-5)
 
 
 def test_a_sharded_weight_keeps_its_adapters_beside_it():

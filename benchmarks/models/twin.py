@@ -1,7 +1,9 @@
 """The models of speed.py in torch: the same layers, sizes and names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from models import minilm
@@ -12,6 +14,33 @@ from torch import nn
 def model(arch: Architecture | None) -> nn.Module:
     """Returns the decoder of `arch`, or MiniLM's classifier for None."""
     return Classifier() if arch is None else Decoder(arch)
+
+
+def place(path: Sequence[str]) -> str:
+    """Returns the module that has the leaves of a mapping in the tree of JAX."""
+    inner = {"attention", "mlp", "encoder"}
+    name = ".".join(part for part in path if part not in inner)
+    name = name.replace("blocks_", "blocks.").replace("layer_", "layers.")
+    return name.replace("type", "segment")
+
+
+@torch.no_grad()
+def load(module: nn.Module, params: Mapping[str, Any]) -> set[str]:
+    """Gives the twin the weights of the tree in JAX, and returns their names here."""
+    loaded = set()
+
+    def read(path: tuple[str, ...], tree: Mapping[str, Any]) -> None:
+        for key, x in tree.items():
+            if isinstance(x, Mapping):
+                read((*path, key), x)
+                continue
+            name = f"{place(path)}.{'bias' if key == 'bias' else 'weight'}"
+            x = torch.tensor(np.asarray(x, np.float32))
+            module.get_parameter(name).copy_(x.T if key == "kernel" else x)
+            loaded.add(name)
+
+    read((), params)
+    return loaded
 
 
 class Block(nn.Module):

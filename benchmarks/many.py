@@ -1,0 +1,603 @@
+"""Times many adapters at once: trained over one base, and one for each example.
+
+    pip install -e ".[demo,peers]" && python benchmarks/many.py
+    python benchmarks/many.py --adapters 16 --repeats 30
+    python benchmarks/many.py --device tpu-v5e --adapters 64
+
+n adapters that train at once, by `jax.vmap` over a stack, stand beside n steps one
+after the other, and beside one adapter that trains on all of their tokens. A mixed
+batch, each example with an adapter of its own, stands beside the plain forward pass,
+one adapter for all, and PEFT's `adapter_names=` on torch, on the same weights. The
+contenders take turns in one process: compare the ratios. FLOPs and memory are XLA's own
+counts. Without torch or PEFT their rows are left out with a word. Prints tables; writes
+them, the times and a figure into benchmarks/results. Takes about ten minutes on two CPU
+cores.
+
+With --device nothing is timed: XLA's compiler for the chip, which need not be there,
+says what so many adapters of a published model take. A compilation takes a minute or
+two.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import files
+import jax
+import jax.numpy as jnp
+import memory
+import numpy as np
+import optax
+import report
+import speed
+import training
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from models.architectures import ARCHITECTURES, Model
+from readers import Defaults, folder, whole
+from tqdm import tqdm
+
+import lora_jax as lj
+
+JOB = speed.Job(speed.SMALL, 1, 128)  # of one adapter
+NUMBERS = [1, 4, 16, 64]
+# Of each kind of contenders, the one that the others are compared with.
+KINDS = {"train": "one adapter", "serve": "plain"}
+COLOURS = {
+    "at once": "#0b6e8f",
+    "one after the other": "#c8553d",
+    "mixed batch": "#0b6e8f",
+    "one adapter": "#e0a030",
+    "plain": "#777777",
+    "PEFT on torch": "#8a6fb0",
+}
+# The aims, each a ratio where 16 adapters run.
+AIMS = {
+    "training 16 at once / one with their tokens": ("train", "at once", "ms", 1.10),
+    "a mixed batch of 16 / the plain forward": ("serve", "mixed batch", "ms", 1.15),
+    "FLOPs of training 16 at once / floor": ("train", "at once", "flops", 1.02),
+    "FLOPs of a mixed batch of 16 / floor": ("serve", "mixed batch", "flops", 1.02),
+}
+
+
+class Way(NamedTuple):
+    """One way to do the work: `run` does it once, and waits until it is done."""
+
+    run: Callable[[], Any]
+    flops: float | None = None  # as XLA counts them
+    bytes: int | None = None  # of all that it holds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs what the command line asks for."""
+    parser = options()
+    args = parser.parse_args(argv)
+    with files.stoppable(parser, args.output):
+        if args.device is None:
+            return run(args)
+        try:
+            place = memory.devices(args.device)[0]
+        except ValueError as error:
+            parser.error(str(error))
+        except RuntimeError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        plan(args, place)
+
+
+def options() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description="Times many adapters over one base, at once.",
+        formatter_class=Defaults,
+    )
+    add = parser.add_argument
+    many = "how many; default: 1 4 16 64, and 64 of a plan"
+    add("--adapters", nargs="+", type=whole(1), help=many)
+    add("--repeats", type=whole(1), default=8, help="of each step and forward pass")
+    place = Path(__file__).parent / "results"
+    add("--output", type=folder, default=place, help="where the files are written")
+    add("--device", type=chip, help="time nothing, and plan for it: tpu-v5e, cpu...")
+    models = [name for name, arch in ARCHITECTURES.items() if not arch.patch]
+    add("--model", choices=models, default="llama-3.2-1b", help="that is planned")
+    add("--batch", type=whole(1), default=1, help="sequences of each adapter")
+    add("--sequence", type=whole(1), default=128, help="tokens of each")
+    add("--rank", type=whole(1), default=8, help="of every adapter that is planned")
+    return parser
+
+
+def chip(text: str) -> str:
+    """Reads an option: a device as in memory.py, of one chip."""
+    name = memory.device(text)
+    if ":" in name:
+        raise argparse.ArgumentTypeError(f"{text} is not one chip: leave out the mesh")
+    return name
+
+
+# What is timed.
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times every number of adapters, and writes the files, all of them or none."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    numbers = sorted(set(args.adapters or NUMBERS))
+    found: dict[str, Any] = {"versions": training.versions(), "adapters": {}}
+    with tqdm(total=len(numbers), unit="job", disable=None) as bar:
+        for n in numbers:
+            bar.set_description(f"{n} adapters")
+            job = JOB._replace(batch=n)
+            say = bar.write if n == numbers[0] else lambda _: None
+            found["adapters"][str(n)] = compare(job, args.repeats, say)
+            bar.update()
+    text = told(found)
+    with files.written(args.output) as new:
+        (new / "many.md").write_text(text + "\n", encoding="utf-8")
+        data = json.dumps(found, indent=2) + "\n"
+        (new / "many.json").write_text(data, encoding="utf-8")
+        figure(new / "many.png", found["adapters"])
+    print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
+
+
+def compare(
+    job: speed.Job, repeats: int, say: Callable[[str], Any] = print
+) -> dict[str, Any]:
+    """Returns `{"train" or "serve": {contender: times and counts}}`, and the floor."""
+    found: dict[str, Any] = {}
+    for kind, contenders in (("train", trains), ("serve", serves)):
+        ways = contenders(job)
+        if kind == "serve":
+            try:
+                ways |= peers(job)
+            except ImportError as error:
+                say(f"PEFT on torch is left out: {error}.")
+        seconds = speed.take_turns({name: x.run for name, x in ways.items()}, repeats)
+        found[kind] = {
+            name: {
+                "ms": [1000 * s for s in seconds[name]],
+                "flops": way.flops,
+                "bytes": way.bytes,
+            }
+            for name, way in ways.items()
+        }
+        del ways
+        gc.collect()
+    plain = found["serve"]["plain"]["flops"]
+    least = found["train"]["one adapter"]["flops"]
+    found["floor"] = {"train": least, "serve": plain + speed.thin(job)}
+    return found
+
+
+def trains(job: speed.Job) -> dict[str, Way]:
+    """Returns the training steps; each owns its state, and donates it."""
+    task, tx = speed.task(job), optax.adamw(speed.RATE)
+    step = training.step(speed.joined(lj.lora(task.apply)), tx)
+    stacked = speed.adapted(job, stack=job.batch)
+    adapters, frozen = lj.split(stacked)
+    many = jax.vmap(step, in_axes=(0, lj.in_axes(frozen), 0, 0))
+    start = adapters, jax.vmap(tx.init)(adapters)
+    apart = [x[:, None] for x in task.batch]  # (n, 1, tokens)
+
+    first, base = lj.split(lj.take(stacked, 0))
+    one = first, tx.init(first)
+    alone = compiled(step, one, base, *(x[0] for x in apart))
+    states = [copied(one) for _ in range(job.batch)]
+    given = [tuple(x[i] for x in apart) for i in range(job.batch)]
+
+    def in_turn() -> None:
+        for i, batch in enumerate(given):
+            states[i], loss = alone(states[i], base, *batch)
+        jax.block_until_ready((states, loss))
+
+    others = (job.batch - 1) * training.nbytes(one)
+    return {
+        "one adapter": trained(step, one, base, task.batch),
+        "at once": trained(many, start, frozen, apart),
+        "one after the other": Way(
+            in_turn,
+            job.batch * alone.cost_analysis()["flops"],
+            held(alone) + others,
+        ),
+    }
+
+
+def trained(step: Callable[..., Any], state: Any, frozen: Any, batch: Any) -> Way:
+    """Returns a step, compiled, that trains on from a copy of its state."""
+    made, state = compiled(step, state, frozen, *batch), copied(state)
+
+    def run() -> None:
+        nonlocal state
+        state, loss = made(state, frozen, *batch)
+        jax.block_until_ready((state, loss))
+
+    return Way(run, made.cost_analysis()["flops"], held(made))
+
+
+def serves(job: speed.Job) -> dict[str, Way]:
+    """Returns the forward passes of n examples."""
+    task, stacked = speed.task(job), speed.adapted(job, stack=job.batch)
+    (x,) = task.inputs
+    run = lj.lora(task.apply)
+    given = {
+        "plain": (task.apply, task.plain, x),
+        "one adapter": (run, lj.take(stacked, 0), x),
+        "mixed batch": (mixed(run), stacked, order(job), x[:, None]),
+    }
+    ways = {}
+    for name, (fn, *args) in given.items():
+        made = jax.jit(fn).lower(*args).compile()
+        go = lambda made=made, args=args: jax.block_until_ready(made(*args))
+        ways[name] = Way(go, made.cost_analysis()["flops"], held(made))
+    return ways
+
+
+def mixed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `fn(stacked, ids, x)`: for each example in x the adapter of its id."""
+
+    def fn(stacked, ids, x):
+        own = lj.take(stacked, ids)
+        return jax.vmap(run, in_axes=(lj.in_axes(own), 0))(own, x)
+
+    return fn
+
+
+def order(job: speed.Job) -> jax.Array:
+    """Returns which adapter each example has: all of them, mixed."""
+    return jax.random.permutation(jax.random.key(2), job.batch)
+
+
+def compiled(step: Callable[..., Any], state: Any, *args: Any) -> Any:
+    return jax.jit(step, donate_argnums=0).lower(state, *args).compile()
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def held(compiled: Any) -> int:
+    """Returns all bytes of a compiled function: of arguments, temporaries, results."""
+    stats = compiled.memory_analysis()
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + results
+
+
+def peers(job: speed.Job) -> dict[str, Way]:
+    """Returns the same forward passes in torch, and a mixed batch by PEFT on it.
+
+    Raises:
+      ImportError: If torch or PEFT is not installed.
+      RuntimeError: If PEFT computes something else.
+    """
+    import peft
+    import torch
+    from models import twin
+
+    if torch.cuda.is_available() or jax.default_backend() != "cpu":
+        raise ImportError("it is compared on a CPU")
+    task, stacked = speed.task(job), speed.adapted(job, stack=job.batch)
+    x = torch.tensor(np.asarray(task.inputs[0])).long()
+    plain, model = twin.model(job.arch).eval(), twin.model(job.arch)
+    for module in (plain, model):
+        twin.load(module, task.plain)
+    config = peft.LoraConfig(
+        r=job.rank, lora_alpha=job.rank, target_modules=list(task.targets)
+    )
+    names = [str(i) for i in range(job.batch)]
+    model = peft.get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    hand_over(stacked, model.base_model.model, names)
+    model.eval()
+    own = [names[i] for i in order(job)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return args[0](x, **kwargs)
+
+    peft_run = functools.partial(run, model, adapter_names=own)
+    ours = jax.jit(mixed(lj.lora(task.apply)))
+    want = ours(stacked, order(job), task.inputs[0][:, None])[:, 0]
+    off = np.abs(peft_run().numpy() - want).max()
+    if off > 1e-3 * np.abs(want).max():
+        raise RuntimeError(f"PEFT's logits of the mixed batch differ by {off:.1e}.")
+    return {
+        "torch": Way(functools.partial(run, plain)),
+        "PEFT on torch": Way(peft_run),
+    }
+
+
+def hand_over(stacked: Any, model: Any, names: list[str]) -> None:
+    """Gives PEFT's layers the factors of every adapter."""
+    import torch
+    from models import twin
+
+    factors = {"lora_a": "lora_A", "lora_b": "lora_B"}
+    for path, x in jax.tree.leaves_with_path(lj.detach(stacked)):
+        *parents, leaf = (entry.key for entry in path)
+        if leaf not in factors:
+            continue
+        layer = model.get_submodule(twin.place(parents))
+        for name, own in zip(names, np.asarray(x), strict=True):
+            weight = getattr(layer, factors[leaf])[name].weight
+            with torch.no_grad():
+                weight.copy_(torch.tensor(own.T))
+
+
+# What came of it.
+
+
+def median(results: dict[str, Any], kind: str, name: str) -> float | None:
+    """Returns the median of a contender's times, or None if it was left out."""
+    found = results[kind].get(name)
+    return None if found is None else float(np.median(found["ms"]))
+
+
+def told(found: dict[str, Any]) -> str:
+    """Returns all that is printed: the tables, the aims, and a sentence on each."""
+    parts = [heading()]
+    for kind in KINDS:
+        parts += [table(found["adapters"], kind), ""]
+    if "16" in found["adapters"]:
+        parts += [aims(found["adapters"]["16"]), ""]
+    return "\n".join([*parts, words(found["adapters"])])
+
+
+def heading() -> str:
+    """Returns what was timed, in a line."""
+    return (
+        f"{JOB.arch.layers} layers of width {JOB.arch.width}, each adapter of rank "
+        f"{JOB.rank} with 1 x {JOB.length} tokens, {JOB.dtype}\n"
+    )
+
+
+def table(adapters: dict[str, Any], kind: str) -> str:
+    """Returns medians and ratios; in brackets the quartiles, turn by turn."""
+    base = KINDS[kind]
+    what = {"train": "a training step", "serve": "a forward pass"}[kind]
+    lines = [
+        f"| n | {what} | / {base} | quartiles | median, ms | GFLOP | / floor | MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for n, results in adapters.items():
+        first = np.array(results[kind][base]["ms"])
+        for name, found in results[kind].items():
+            ms = np.array(found["ms"])
+            low, high = np.percentile(ms / first, [25, 75])
+            counts = ["", "", ""]
+            if found["flops"] is not None:
+                counts = [
+                    f"{found['flops'] / 1e9:.1f}",
+                    f"{found['flops'] / results['floor'][kind]:.3f}",
+                    f"{found['bytes'] / 1e6:,.0f}",
+                ]
+            cells = [
+                f"{np.median(ms) / np.median(first):.2f}",
+                f"{low:.2f} to {high:.2f}",
+                f"{np.median(ms):,.0f}",
+                *counts,
+            ]
+            lines.append(f"| {n} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def aims(results: dict[str, Any]) -> str:
+    """Returns the aims beside what was found."""
+    lines = ["| aim | ratio | at most | |", "|---|---|---|---|"]
+    for what, (kind, name, unit, most) in AIMS.items():
+        if unit == "ms":
+            found = median(results, kind, name) / median(results, kind, KINDS[kind])
+        else:
+            found = results[kind][name]["flops"] / results["floor"][kind]
+        met = "met" if found <= most else "not met"
+        lines.append(f"| {what} | {found:.3f} | {most:.2f} | {met} |")
+    return "\n".join(lines)
+
+
+def words(adapters: dict[str, Any]) -> str:
+    """Says what the largest number of adapters costs, beside what else there is."""
+    n, results = list(adapters.items())[-1]
+    train = functools.partial(median, results, "train")
+    serve = functools.partial(median, results, "serve")
+    lines = [
+        f"Training {n} at once takes {train('at once') / train('one adapter'):.2f} of "
+        "the time of one adapter with their tokens, and "
+        f"{train('at once') / train('one after the other'):.2f} of that of as many "
+        "steps one after the other.",
+        f"A mixed batch of {n} takes {serve('mixed batch') / serve('plain'):.2f} of "
+        "the plain forward pass, and "
+        f"{serve('mixed batch') / serve('one adapter'):.2f} of one adapter for all.",
+    ]
+    if peft := serve("PEFT on torch"):
+        lines.append(
+            f"PEFT's takes {peft / serve('torch'):.2f} of torch's plain one, and "
+            f"{peft / serve('mixed batch'):.2f} of the mixed batch here."
+        )
+    return "\n".join(lines)
+
+
+def figure(path: Path, adapters: dict[str, Any]) -> None:
+    """Draws time over the number of adapters, and memory, into a PNG."""
+    made = Figure(figsize=(12.6, 4.1), dpi=130, layout="constrained")
+    train, serve, size = made.subplots(1, 3)
+    draw(train, adapters, "train", ["at once", "one after the other"])
+    draw(serve, adapters, "serve", ["mixed batch", "one adapter", "PEFT on torch"])
+    draw_memory(size, adapters)
+    report.title(train, "Time of a training step", "/ one adapter with all tokens")
+    report.title(serve, "Time of a forward pass", "/ the plain one of the library")
+    report.title(size, "Memory of a training step", "base, adapters, optimizer: GB")
+    made.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
+    made.savefig(path)
+
+
+def draw(
+    axes: Axes, adapters: dict[str, Any], kind: str, contenders: list[str]
+) -> None:
+    """Draws each contender's time over the plain one's: medians, with quartiles."""
+    ends: dict[str, float] = {}
+    for name in contenders:
+        base = "torch" if name == "PEFT on torch" else KINDS[kind]
+        known = [(int(n), x[kind]) for n, x in adapters.items() if name in x[kind]]
+        if not known:
+            continue
+        ratios = [np.array(x[name]["ms"]) / x[base]["ms"] for _, x in known]
+        low, high = np.percentile(ratios, [25, 75], axis=1)
+        middle = [np.median(x[name]["ms"]) / np.median(x[base]["ms"]) for _, x in known]
+        numbers = [n for n, _ in known]
+        axes.fill_between(numbers, low, high, color=COLOURS[name], alpha=0.15, lw=0)
+        axes.plot(numbers, middle, "o-", color=COLOURS[name], linewidth=2)
+        ends[name] = middle[-1]
+    axes.axhline(1, color="#999999", linewidth=1, linestyle="--", zorder=0)
+    axes.set_ylim(0, None)
+    label(axes, adapters, ends, "{:.2f}")
+
+
+def draw_memory(axes: Axes, adapters: dict[str, Any]) -> None:
+    """Draws all bytes of a training step over the number of adapters."""
+    ends: dict[str, float] = {}
+    for name in ("at once", "one after the other", "one adapter"):
+        sizes = [x["train"][name]["bytes"] / 1e9 for x in adapters.values()]
+        axes.plot(list(map(int, adapters)), sizes, "o-", color=COLOURS[name])
+        ends[name] = sizes[-1]
+    axes.set_ylim(0, None)
+    label(axes, adapters, ends, "{:.1f} GB")
+
+
+def label(
+    axes: Axes, adapters: dict[str, Any], ends: dict[str, float], form: str
+) -> None:
+    """Marks the numbers of adapters below, and names each line at its end."""
+    gap = 0.13 * np.ptp(axes.get_ylim())
+    places = report.spread(list(ends.values()), gap)
+    for (name, value), y in zip(ends.items(), places, strict=True):
+        short = name.replace("one after the other", "one after\nthe other")
+        text = f"{short.replace(' on torch', '')} {form.format(value)}"
+        report.beside(axes, text, y, COLOURS[name])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(n) for n in adapters], list(adapters))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("adapters", color=report.INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=report.INK, length=3)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+# What a chip would need.
+
+
+def plan(args: argparse.Namespace, place: Any) -> None:
+    """Compiles for the chip, prints what that takes, and writes it down."""
+    found: dict[str, Any] = {
+        "device": place.device_kind,
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "versions": training.versions(),
+        "adapters": {},
+    }
+    numbers = sorted(set(args.adapters or NUMBERS[-1:]))
+    with tqdm(total=4 * len(numbers), unit=" compiled", disable=None) as bar:
+        for n in numbers:
+            found["adapters"][str(n)] = rows = {}
+            for name, lower in programs(args, n, place).items():
+                bar.set_description(f"{n} adapters, {name}")
+                rows[name] = measure(*lower(), place.platform == "tpu")
+                bar.update()
+    text = planned(args, found)
+    with files.written(args.output) as new:
+        data = json.dumps(found, indent=2) + "\n"
+        (new / "many_plan.json").write_text(data, encoding="utf-8")
+    print(f"{text}\nThe file is in {args.output}")
+
+
+def programs(
+    args: argparse.Namespace, n: int, place: Any
+) -> dict[str, Callable[[], tuple[Any, dict[str, int]]]]:
+    """Returns what is to compile, by name: each gives it lowered, with known sizes."""
+    arch, here = ARCHITECTURES[args.model], jax.sharding.SingleDeviceSharding(place)
+    model = Model(arch)
+    run = lambda method, params, x: model.apply({"params": params}, x, method=method)
+    put = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree
+    )
+    tokens = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32))
+    shape = args.batch, args.sequence
+    inputs = tokens(*shape)
+    plain = put(jax.eval_shape(model.init, jax.random.key(0), inputs)["params"])
+    axes = lj.find_axes(functools.partial(run, None), plain, inputs)
+    adapt = functools.partial(
+        lj.lorafy, plain, args.rank, targets=["blocks*/*/kernel"], axes=axes
+    )
+    parts = functools.partial(run, "hidden"), functools.partial(run, "logits")
+    loss = lj.lora(training.loss_in_chunks(*parts, math.gcd(32, args.sequence)))
+    tx = optax.adamw(speed.RATE)
+    step = training.update(speed.joined(loss), tx)
+    # A server reads what comes next off the last token.
+    last = lambda params, x: parts[1](params, parts[0](params, x)[:, -1:])
+
+    def train(several: bool) -> tuple[Any, dict[str, int]]:
+        adapters, frozen = lj.split(put(adapt(stack=n) if several else adapt()))
+        init, fn, batch = tx.init, step, (n * args.batch, args.sequence)
+        if several:
+            init, batch = jax.vmap(init), (n, *shape)
+            fn = jax.vmap(step, in_axes=(0, lj.in_axes(frozen), 0, 0))
+        state = adapters, put(jax.eval_shape(init, adapters))
+        lowered = jax.jit(fn, donate_argnums=0).lower(
+            state, frozen, tokens(*batch), tokens(*batch)
+        )
+        return lowered, training.parts(state, frozen)
+
+    def serve(several: bool) -> tuple[Any, dict[str, int]]:
+        fn, given = last, (plain, tokens(n * args.batch, args.sequence))
+        if several:
+            fn = mixed(lj.lora(last))
+            given = put(adapt(stack=n)), tokens(n), tokens(n, *shape)
+        sizes = {"parameters": training.nbytes(given[0]), "optimizer": 0}
+        return jax.jit(fn).lower(*given), sizes
+
+    return {
+        "training at once": lambda: train(True),
+        "training one with their tokens": lambda: train(False),
+        "serving a mixed batch": lambda: serve(True),
+        "serving the plain model": lambda: serve(False),
+    }
+
+
+def measure(lowered: Any, sizes: dict[str, int], on_tpu: bool) -> dict[str, Any]:
+    """Returns the bytes that a lowered program takes, as memory.py's `measure` does."""
+    try:
+        made = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return sizes | memory.refusal(str(error))
+    # XLA's own peak leaves the temporaries out on CPU.
+    peak = made.memory_analysis().peak_memory_in_bytes if on_tpu else held(made)
+    return sizes | {"peak": peak}
+
+
+def planned(args: argparse.Namespace, found: dict[str, Any]) -> str:
+    """Returns the table of a plan, in GB."""
+    cell = lambda x: "unknown" if x is None else f"{x / 1e9:.2f}"
+    lines = [
+        f"{args.model} in bfloat16 on {found['device']}: adapters of rank {args.rank} "
+        f"in float32, {args.batch} x {args.sequence} tokens each\n",
+        "| adapters | | peak, GB | parameters | optimizer | the rest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for n, rows in found["adapters"].items():
+        for name, x in rows.items():
+            known = x["parameters"] + x["optimizer"]
+            rest = None if x["peak"] is None else x["peak"] - known
+            sizes = [x["peak"], x["parameters"], x["optimizer"], rest]
+            cells = [cell(size) for size in sizes]
+            if x.get("refused"):
+                cells[0] += f", more than the {cell(x['limit'])} there are"
+            lines.append(f"| {n} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The benchmark of many adapters times what it says, and its aims are counted right."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import many
+import numpy as np
+import pytest
+import speed
+from models.architectures import ARCHITECTURES
+
+import lora_jax as lj
+
+SMALL = dataclasses.replace(
+    speed.SMALL, layers=1, width=128, heads=2, mlp=256, vocab=512, positions=64
+)
+TINY = speed.Job(SMALL, 1, 32, 4)
+
+
+@pytest.fixture(autouse=True)
+def tiny(third_party, optax_promotion, monkeypatch):
+    """A tiny transformer; the peers and optax mix dtypes, as most settings allow."""
+    monkeypatch.setattr(many, "JOB", TINY)
+    monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
+
+
+def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    given = ["--adapters", "16", "1", "--repeats", "2", "--output", str(tmp_path)]
+    many.main(given)
+    said = capsys.readouterr().out
+    assert said.count("PEFT on torch is left out") == 1
+    assert (tmp_path / "many.md").read_text() in said
+    found = json.loads((tmp_path / "many.json").read_text())["adapters"]
+    assert list(found) == ["1", "16"]
+    for n, results in found.items():
+        train, serve = results["train"], results["serve"]
+        assert list(train) == ["one adapter", "at once", "one after the other"]
+        assert list(serve) == ["plain", "one adapter", "mixed batch"]
+        for x in (*train.values(), *serve.values()):
+            assert len(x["ms"]) == 2 and min(x["ms"]) > 0 and x["bytes"] > 0
+        # No gradient of a weight, and no weight for each adapter. (At this width the
+        # optimizer's part of the FLOPs is 3 % with 16 adapters.)
+        over = lambda x, kind: x["flops"] / results["floor"][kind]  # noqa: B023
+        assert 0.99 < over(train["at once"], "train") < 1.04
+        assert 0.98 < over(serve["mixed batch"], "serve") < 1.02
+        assert over(serve["plain"], "serve") < over(serve["one adapter"], "serve")
+        base = sum(x.nbytes for x in jax.tree.leaves(speed.task(TINY).plain))
+        assert train["at once"]["bytes"] < base * (1.5 + int(n))
+    assert "Training 16 at once takes " in said and "PEFT's" not in said
+    assert "| a mixed batch of 16 / the plain forward | " in said
+    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_train_as_if_alone():
+    job = TINY._replace(batch=3)
+    stacked = speed.adapted(job, stack=3)
+    assert lj.count(stacked).trainable == 3 * lj.count(speed.adapted(job)).trainable
+    b = stacked["blocks_0"]["attention"]["query"]["lora_b"]
+    assert not np.allclose(b[0], b[1])
+    for way in many.trains(job).values():
+        way.run()
+
+
+def test_each_example_has_its_own_adapter():
+    job = TINY._replace(batch=4)
+    task, stacked = speed.task(job), speed.adapted(job, stack=4)
+    ids = many.order(job)
+    assert sorted(ids.tolist()) == [0, 1, 2, 3]
+    run = jax.jit(many.mixed(lj.lora(task.apply)))
+    got = run(stacked, ids, task.inputs[0][:, None])
+    for i, id in enumerate(ids.tolist()):
+        alone = lj.merge(lj.take(stacked, id))
+        want = task.apply(alone, task.inputs[0][i][None])
+        np.testing.assert_allclose(got[i], want, atol=1e-4)
+        assert np.abs(want - task.apply(task.plain, task.inputs[0][i][None])).max() > 0
+
+
+def test_peft_computes_the_same(monkeypatch):
+    pytest.importorskip("peft")
+    job = TINY._replace(batch=3)
+    ready = many.peers(job)
+    assert list(ready) == ["torch", "PEFT on torch"]
+    assert ready["PEFT on torch"].run().shape == (3, 32, 512)
+    # In another order it would not.
+    mixed = many.mixed
+    first = lambda run: lambda stacked, ids, x: mixed(run)(stacked, 0 * ids, x)
+    monkeypatch.setattr(many, "mixed", first)
+    with pytest.raises(RuntimeError, match="PEFT's logits of the mixed batch differ"):
+        many.peers(job)
+
+
+def results(at_once=105.0, mixed=60.0, peft=None):
+    times = lambda ms, flops: {"ms": [ms], "flops": flops, "bytes": 10**9}
+    serve = {"plain": times(50, 98), "one adapter": times(55, 100)}
+    serve["mixed batch"] = times(mixed, 101)
+    if peft:
+        serve |= {"torch": times(90, None), "PEFT on torch": times(peft, None)}
+    train = {"one adapter": times(100, 300), "at once": times(at_once, 303)}
+    train["one after the other"] = times(400, 300)
+    return {"train": train, "serve": serve, "floor": {"train": 300, "serve": 100}}
+
+
+def test_aims_are_met_or_not():
+    rows = many.aims(results()).splitlines()[2:]
+    assert [row.strip("| ").split(" | ")[1:] for row in rows] == [
+        ["1.050", "1.10", "met"],
+        ["1.200", "1.15", "not met"],
+        ["1.010", "1.02", "met"],
+        ["1.010", "1.02", "met"],
+    ]
+
+
+def test_what_is_said_is_made_of_the_numbers():
+    said = many.told({"adapters": {"4": results(), "64": results(80, 75, 180)}})
+    assert "Training 64 at once takes 0.80 of the time of one" in said
+    assert "and 0.20 of that of as many steps one after the other" in said
+    assert "A mixed batch of 64 takes 1.50 of the plain forward pass" in said
+    assert "PEFT's takes 2.00 of torch's plain one, and 2.40 of the mixed batch" in said
+    assert "| 64 | PEFT on torch | 3.60 | 3.60 to 3.60 | 180 |  |  |  |" in said
+    assert "| aim |" not in said  # 16 were not run
+
+
+def test_a_plan_says_what_a_chip_would_hold(tmp_path, monkeypatch, capsys):
+    llama = dataclasses.replace(SMALL, positions=0, norm="rms", gated=True, bias=False)
+    tiny = dataclasses.replace(llama, activation="silu", tied=True, layers=2)
+    monkeypatch.setitem(ARCHITECTURES, "llama-3.2-1b", tiny)
+    given = ["--device", "cpu", "--adapters", "3", "--sequence", "32", "--rank", "4"]
+    many.main([*given, "--output", str(tmp_path)])
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "many_plan.json").read_text())["adapters"]["3"]
+    assert all(f"| 3 | {name} | " in said for name in rows)
+    at_once, one, mixed, plain = rows.values()
+    # Two float32 moments of Adam for each number, and a step for each adapter.
+    assert at_once["optimizer"] == 3 * one["optimizer"]
+    adapters = (one["optimizer"] - 4) // 2
+    assert at_once["parameters"] - one["parameters"] == 2 * (adapters + 7 * 2 * 4)
+    assert mixed["parameters"] == at_once["parameters"]
+    assert plain["parameters"] < one["parameters"]
+    for x in rows.values():
+        assert x["peak"] > x["parameters"] + x["optimizer"]
+
+
+def test_what_the_compiler_refuses_is_told():
+    class Refused:
+        def compile(self):
+            said = "RESOURCE_EXHAUSTED: Used 20.0G of 15.0G hbm."
+            raise jax.errors.JaxRuntimeError(said)
+
+    sizes = {"parameters": 10**9, "optimizer": 0}
+    found = many.measure(Refused(), sizes, True)
+    assert found["refused"] and found["limit"] == 15 * 2**30
+    args = many.options().parse_args(["--device=tpu-v5e"])
+    table = {"device": "TPU v5 lite", "adapters": {"64": {"training": found}}}
+    said = many.planned(args, table)
+    assert "| 64 | training | 21.47, more than the 16.11 there are | 1.00 |" in said
+
+    class Broken:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        many.measure(Broken(), sizes, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--adapters 0", "0 is not a whole number from 1"),
+        ("--device=h100", "h100 is not what can be planned for"),
+        ("--device=tpu-v5e:2x2", "tpu-v5e:2x2 is not one chip: leave out the mesh"),
+        ("--model=vit-h", "invalid choice: 'vit-h'"),
+        (f"--output={__file__}", "is not a folder"),
+    ],
+)
+def test_bad_options_are_refused_before_work(given, message, capsys, monkeypatch):
+    monkeypatch.setattr(many, "run", lambda *_: pytest.fail("work"))
+    with pytest.raises(SystemExit) as error:
+        many.main(given.split())
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
