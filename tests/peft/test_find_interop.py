@@ -22,7 +22,10 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("third_party")
 IDS = np.array([[3, 7, 1, 2, 9], [4, 4, 8, 0, 5]])
 SIZES = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-LLAMA = SIZES | dict(intermediate_size=24, num_key_value_heads=2)
+# Flax makes masks of all positions: Mistral's own number of them squared is 17 GB.
+LLAMA = SIZES | dict(
+    intermediate_size=24, num_key_value_heads=2, max_position_embeddings=16
+)
 QWEN = LLAMA | dict(head_dim=4)
 
 
