@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lora_jax as lj
 
@@ -104,3 +105,67 @@ def test_the_flax_models_of_transformers(family, tmp_path):
     given = {"fan_in_fan_out": True} if family == "GPT2" else {}
     names = check(fn, model.params, module, tmp_path / "torch", tmp_path / "a", **given)
     assert all("*" in pattern or "{" not in str(n) for pattern, n in names.items())
+
+
+# Tunix reads the safetensors of Hugging Face itself: with google-tunix 0.1.7.
+
+OURS = dict(num_layers=2, embed_dim=16, hidden_dim=24, num_heads=4, num_kv_heads=2)
+# Its Llama 3 and Qwen 3 take this rotary base whatever the configuration says.
+OURS |= dict(vocab_size=30, head_dim=4, rope_theta=1_000_000, norm_eps=1e-6)
+THEIRS = QWEN | dict(rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False)
+MOE = dict(num_experts=4, num_experts_per_tok=2)
+GEMMA = dict(num_layers=2, num_embed=30, embed_dim=16, hidden_dim=24, num_heads=4)
+GEMMA |= dict(num_kv_heads=2, head_dim=4, sliding_window_size=8)
+GEMMA |= dict(local_base_frequency=10_000, global_base_frequency=10_000)
+TUNIX = {
+    "llama3": ("Llama", "LlamaForCausalLM", THEIRS, OURS),
+    "qwen2": ("Qwen2", "Qwen2ForCausalLM", THEIRS, OURS),
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM", THEIRS, OURS),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        "Qwen3MoeForCausalLM",
+        THEIRS | MOE | dict(moe_intermediate_size=24, norm_topk_prob=True),
+        OURS | MOE,
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        THEIRS
+        | dict(tie_word_embeddings=True, sliding_window=8, query_pre_attn_scalar=4)
+        | dict(
+            rope_theta=1e4,
+            rope_local_base_freq=1e4,
+            layer_types=["sliding_attention"] * 2,
+        ),
+        GEMMA,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # tunix's own
+@pytest.mark.parametrize("family", TUNIX)
+def test_the_loaders_of_tunix(family, tmp_path):
+    package = f"tunix.models.{family.split()[0]}"
+    models = pytest.importorskip(f"{package}.model")
+    end = "params_safetensors" if family == "gemma3" else "params"
+    loader = pytest.importorskip(f"{package}.{end}")
+    config, name, theirs, ours = TUNIX[family]
+    module = saved((name, theirs), config, tmp_path / "torch")
+    if family == "gemma3":
+        ours = ours | dict(param_dtype=jnp.float32)
+    model = loader.create_model_from_safe_tensors(
+        str(tmp_path / "torch"), models.ModelConfig(**ours), dtype=jnp.float32
+    )
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    ids, n = jnp.asarray(IDS), IDS.shape[1]
+    given = jnp.broadcast_to(jnp.arange(n), IDS.shape), None
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (len(IDS), n, n))
+
+    @jax.jit
+    def fn(params):
+        return nnx.merge(graph, params, rest)(ids, *given, mask)[0]
+
+    names = check(
+        fn, params, module, tmp_path / "torch", tmp_path / "a", targets="layers"
+    )
+    assert len(names) < 12, names
