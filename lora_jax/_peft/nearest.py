@@ -1,7 +1,7 @@
 """What a weight is like that is no tensor of the checkpoint: for the message."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,28 +19,40 @@ def nearest(weight: Weight, tensors: Sequence[Tensor]) -> str:
         x = matrix(weight.x, cut, (0,) * len(cut.batch)).astype(np.float32)
         if min(x.shape) < 2 < max(weight.x.shape[:-1], default=0):
             continue  # a row or a column of a matrix tells nothing
-        size = lambda t: math.prod(t.shape[1:])
-        alike = [t for t in tensors if size(t) == x.shape[1] and t.shape[0] >= len(x)]
-        for tensor in alike[:MOST]:
-            y = np.asarray(tensor.rows(0, tensor.shape[0])).astype(np.float32)
-            share, what = _compared(x, y.reshape(len(y), -1), tensor.name)
+        for tensor, y, lines in _alike(x, tensors):
+            share, what = _compared(x, y, tensor.name, lines)
             share -= len(cut.batch) / 10  # of a stack only the first is looked at
             if share > best:
                 best, said = share, what + _of_stack(cut)
     return said
 
 
+def _alike(
+    x: np.ndarray, tensors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, np.ndarray, str]]:
+    """Tensors of as many rows and columns, or more; also those the other way around."""
+    size = lambda t: math.prod(t.shape[1:])
+    rows = [t for t in tensors if size(t) == x.shape[1] and t.shape[0] >= len(x)]
+    turned = [t for t in tensors if len(t.shape) == 2 and t.shape[0] == x.shape[1]]
+    columns = [t for t in turned if t.shape[1] > len(x)]
+    for own, lines in ((rows, "rows"), (columns, "columns")):
+        for tensor in own[:MOST]:
+            y = np.asarray(tensor.rows(0, tensor.shape[0])).astype(np.float32)
+            y = y.reshape(len(y), -1)
+            yield tensor, y if lines == "rows" else y.T, lines
+
+
 def _of_stack(cut: Cut) -> str:
     return ", for the first of the stack" if cut.batch else ""
 
 
-def _compared(x: np.ndarray, y: np.ndarray, name: str) -> tuple[float, str]:
+def _compared(x: np.ndarray, y: np.ndarray, name: str, lines: str) -> tuple[float, str]:
     """How much two matrices have in common, from 0 to 1, and in which way."""
     if len(y) > len(x):
         for low in np.flatnonzero((y == x[0]).all(1)):
             if np.array_equal(y[low : low + len(x)], x):
-                rows = f"the rows {low} to {low + len(x)} of {name!r}"
-                return 1.0, f"it is {rows}, which is one module in PyTorch"
+                some = f"the {lines} {low} to {low + len(x)} of {name!r}"
+                return 1.0, f"it is {some}, which is one module in PyTorch"
         return 0.0, ""
     if order := _reordered(x, y):
         first = ", ".join(map(str, order[:4]))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lora_jax as lj
 
@@ -169,3 +170,51 @@ def test_the_loaders_of_tunix(family, tmp_path):
         fn, params, module, tmp_path / "torch", tmp_path / "a", targets="layers"
     )
     assert len(names) < 12, names
+
+
+# Keras Hub converts folders of Hugging Face too: with keras-hub 0.32 on JAX.
+
+
+def keras_model(source, backbone, monkeypatch):
+    """A backbone of Keras Hub from a folder: its parameters, and its states of them."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    hub = pytest.importorskip("keras_hub")
+    model = getattr(hub.models, backbone).from_preset(str(source))
+    order = [tuple(v.path.split("/")) for v in model.trainable_variables]
+    values = [v.value for v in model.trainable_variables]
+    frozen = [v.value for v in model.non_trainable_variables]
+    ids = {"token_ids": jnp.asarray(IDS), "padding_mask": jnp.ones(IDS.shape, int)}
+
+    def states(params):
+        flat = flatten_dict(params)
+        return model.stateless_call([flat[p] for p in order], frozen, ids)[0]
+
+    return unflatten_dict(dict(zip(order, values, strict=True))), states
+
+
+@pytest.mark.filterwarnings("ignore")  # Keras's own
+def test_the_converter_of_keras_hub(tmp_path, monkeypatch):
+    sizes = LLAMA | dict(rms_norm_eps=1e-6, tie_word_embeddings=True)
+    source = tmp_path / "torch"
+    module = saved(("Qwen2ForCausalLM", sizes), "Qwen2", source)
+    params, states = keras_model(source, "QwenBackbone", monkeypatch)
+
+    @jax.jit
+    def fn(params):
+        return states(params) @ params["token_embedding"]["embeddings"].T
+
+    check(fn, params, module, source, tmp_path / "a", targets="transformer_layer_*")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_one_module_are_refused(tmp_path, monkeypatch):
+    """Keras Hub cuts GPT-2's fused query, key and value into three."""
+    name, sizes = FLAX["GPT2"]
+    source = tmp_path / "torch"
+    saved((name, sizes), "GPT2", source)
+    params, _ = keras_model(source, "GPT2Backbone", monkeypatch)
+    with pytest.raises(
+        ValueError,
+        match=r"it is the columns 0 to 16 of .*c_attn.*, which is one module",
+    ):
+        lj.find_names(params, source, targets="query")
