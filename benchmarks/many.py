@@ -427,8 +427,10 @@ def figure(path: Path, adapters: dict[str, Any]) -> None:
     draw(serve, adapters, "serve", ["mixed batch", "one adapter", "PEFT on torch"])
     draw_memory(size, adapters)
     report.title(train, "Time of a training step", "/ one adapter with all tokens")
-    report.title(serve, "Time of a forward pass", "/ the plain one of the library")
-    report.title(size, "Memory of a training step", "base, adapters, optimizer: GB")
+    report.title(
+        serve, "Time of a forward pass", "/ the plain one; of PEFT, torch's plain one"
+    )
+    report.title(size, "Memory of a training step", "all that XLA allots for it, GB")
     made.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
     made.savefig(path)
 
