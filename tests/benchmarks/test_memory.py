@@ -8,6 +8,7 @@ import sys
 import finetune
 import jax
 import jax.numpy as jnp
+import many
 import memory
 import numpy as np
 import pytest
@@ -449,7 +450,7 @@ def test_without_a_gpu_the_job_ends_with_the_advice(capsys, monkeypatch):
     assert "There is no gpu in this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("job", [finetune, memory, speed, to_peft])
+@pytest.mark.parametrize("job", [finetune, many, memory, speed, to_peft])
 def test_help_says_each_default_once(job, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = job.options().format_help()
