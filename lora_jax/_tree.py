@@ -84,7 +84,7 @@ def flatten(tree: Any) -> dict[Path, Any]:
     if isinstance(tree, nnx.Module):
         raise TypeError(
             f"Expected parameters, found the module {type(tree).__name__}. "
-            "Pass its state: nnx.state(model, nnx.Param)."
+            "Pass its state, nnx.state(model, nnx.Param), or write LoRA(model, rank)."
         )
     if _children(tree) is None:
         raise TypeError(
