@@ -17,4 +17,13 @@ Read in this order:
   export.py    `export_peft`
   parts.py     the tensors of a folder, each sorted to its leaf
   import_.py   `import_peft`
+
+And the map, read off the checkpoint that the model was made from:
+
+  checkpoint.py  a checkpoint of PyTorch's, read tensor by tensor
+  proofs.py      which tensors a weight is, in every value
+  nearest.py     what a weight is like that is no tensor
+  twins.py       equal tensors, told apart by names
+  patterns.py    a map with stars where layers repeat
+  find.py        `find_names`
 """

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from models import smollm2
 
 import lora_jax as lj
 
@@ -218,3 +219,22 @@ def test_parts_of_one_module_are_refused(tmp_path, monkeypatch):
         match=r"it is the columns 0 to 16 of .*c_attn.*, which is one module",
     ):
         lj.find_names(params, source, targets="query")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_a_real_model_in_stacked_layers(tmp_path):
+    """SmolLM2-135M from its GGUF: our converter beside transformers' own."""
+    smollm2.torch_model(None).save_pretrained(tmp_path, safe_serialization=True)
+    loaded = smollm2.load()
+    kernels = lj.find_names(loaded.params, tmp_path, targets="blocks")
+    want = smollm2.names()
+    for pattern, name in kernels.items():
+        here = pattern.removesuffix("/kernel")
+        assert want[here] == name
+    assert len(kernels) == len(want) - 1
+    table = lj.find_names(loaded.params, tmp_path, targets="tokens")
+    assert table in (
+        {"tokens/embedding": "model.embed_tokens"},
+        {"tokens/embedding": ("model.embed_tokens", "lm_head")},
+    )
