@@ -1,9 +1,9 @@
 """A checkpoint of PyTorch's, read tensor by tensor: a file, a folder, a mapping."""
 
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +28,8 @@ class Tensor(NamedTuple):
         return stem if stem and leaf in ("weight", "bias") else self.name
 
 
-@contextmanager
-def opened(checkpoint: Any) -> Iterator[list[Tensor]]:
-    """The tensors of a checkpoint, of one dimension or more, while it is open.
+def tensors_of(checkpoint: Any) -> list[Tensor]:
+    """The tensors of a checkpoint, of one dimension or more: no value is read yet.
 
     Raises:
       FileNotFoundError: If there is none, or one of its files is missing.
@@ -39,13 +38,9 @@ def opened(checkpoint: Any) -> Iterator[list[Tensor]]:
     if isinstance(checkpoint, Mapping):
         if not checkpoint:
             raise ValueError("The checkpoint is empty: it has no tensor.")
-        yield [_in_memory(name, x) for name, x in checkpoint.items()]
-        return
-    with ExitStack() as stack:
-        tensors: list[Tensor] = []
-        for path, names in _files(os.fspath(checkpoint)).items():
-            tensors += _of_file(stack, path, names)
-        yield tensors
+        return [_in_memory(name, x) for name, x in checkpoint.items()]
+    files = _files(os.fspath(checkpoint))
+    return [t for path, names in files.items() for t in _of_file(path, names)]
 
 
 def _in_memory(name: str, x: Any) -> Tensor:
@@ -100,22 +95,25 @@ def _indexed(folder: str, index: str) -> dict[str, set[str] | None]:
     return files
 
 
-def _of_file(stack: ExitStack, path: str, names: set[str] | None) -> list[Tensor]:
+def _of_file(path: str, names: set[str] | None) -> list[Tensor]:
     try:
-        file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-        held = set(file.keys())
+        with safetensors.safe_open(path, framework="numpy") as file:
+            held = set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in held}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file: {error}. It may be truncated."
         ) from error
     if names is not None and (lost := sorted(names - held)):
         raise ValueError(f"{path} lacks {listed(lost)}, which its index has in it.")
-    tensors = []
-    for name in sorted(held if names is None else names):
-        own = file.get_slice(name)
-        shape = tuple(own.get_shape())
-        if shape:  # of a single number there is no row
-            tensors.append(
-                Tensor(name, shape, lambda low, high, own=own: own[low:high])
-            )
-    return tensors
+
+    def rows(name: str, low: int, high: int) -> np.ndarray:
+        # Opened anew: a file that stays open keeps all that was read of it in memory.
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.get_slice(name)[low:high]
+
+    return [
+        Tensor(name, shapes[name], functools.partial(rows, name))
+        for name in sorted(held if names is None else names)
+        if shapes[name]  # of a single number there is no row
+    ]

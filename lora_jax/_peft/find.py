@@ -14,7 +14,7 @@ from lora_jax._adapters import (
     is_adapter,
     of_rank,
 )
-from lora_jax._peft.checkpoint import opened
+from lora_jax._peft.checkpoint import tensors_of
 from lora_jax._peft.layouts import CONV1D
 from lora_jax._peft.names import Name
 from lora_jax._peft.nearest import nearest
@@ -88,7 +88,8 @@ def find_names(
     own = _own_axes(leaves)
     proofs: dict[Path, list[Proof]] = {}
     lost: dict[Path, str] = {}
-    with opened(checkpoint) as tensors, _progress(len(chosen)) as tick:
+    tensors = tensors_of(checkpoint)
+    with _progress(len(chosen)) as tick:
         index = Index(tensors)
         for path in chosen:
             weight = values_of(unbox(leaves[path]))
