@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 
 ROOT = pathlib.Path(lj.__file__).parents[1]
-LIMIT = 90  # seconds, for JAX to start twice and compile
+LIMIT = 180  # seconds, for JAX to start twice and compile, beside other work
 DRAWN = np.random.default_rng(0)
 ARRAYS = {
     "up": DRAWN.standard_normal((8, 16)).astype(np.float32),
