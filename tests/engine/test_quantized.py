@@ -262,7 +262,10 @@ def on(fn, *args):
             return evaluate(call_jaxpr(eqn), operands, apply)
         return bind(eqn, operands)
 
-    return traced.restore(evaluate(traced.jaxpr, leaves, apply))
+    # Not `traced.restore`, whose results are arrays: these may be in few bits.
+    zeros = [np.zeros(t.shape, t.dtype) for t in traced.jaxpr.out_avals]
+    treedef = jax.tree.structure(traced.restore(zeros))
+    return jax.tree.unflatten(treedef, evaluate(traced.jaxpr, leaves, apply))
 
 
 IDS = np.array([[0, 3], [1, 1]])
