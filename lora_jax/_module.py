@@ -146,27 +146,40 @@ def call(
 
     The live objects among model and arguments go into the function as their arrays, and
     those arrays that the method changed, or made, come out and into the objects again,
-    as with nnx's own transformations. Weights that have adapters or few bits stay what
-    they were: what leaves the function is formed for it.
+    as with nnx's own transformations. What it left alone is not written: a function
+    that JAX traces may close over the model, as over any. Weights that have adapters or
+    few bits stay what they were: what leaves the function is formed for it.
     """
     tag = object()  # by which nnx knows the objects again
     with nnx.update_context(tag):
-        given = nnx.to_tree((model, args, kwargs), ctxtag=tag)
+        whole = (model, args, kwargs)
+        given = nnx.to_tree(whole, ctxtag=tag)
+        variables = _variables(_live(given, whole))
         (state,) = given[0].states
         leaves, old = flatten(state), _by_path(given)
         weights = {id(unbox(leaves[path])) for path in adapters_if_any(leaves)}
         # nnx's own transformations within the model give all variables new values.
-        fixed = {p for p, x in old.items() if is_quantized(x) or id(x) in weights}
+        is_fixed = lambda x: is_quantized(x) or id(x) in weights
+        fixed = {p for p, x in old.items() if is_fixed(x)}
+        still = {i for i, v in enumerate(variables) if is_fixed(v.get_raw_value())}
         structures: list[Any] = []  # of what comes out, as the one trace finds them
 
-        def method(plain: nnx.State) -> tuple[dict[str, Any], Any]:
+        def method(plain: nnx.State) -> tuple[dict[Any, Any], Any]:
             full = unflatten(state, leaves | flatten(plain))
             inner = (given[0].replace(states=(full,)), *given[1:])
             objects = nnx.from_tree(inner, ctxtag=tag, is_inner=True)
-            result = getattr(type(objects[0]), name)(
-                objects[0], *objects[1], **objects[2]
-            )
+            live = _live(given, objects)
+            values = [v.get_raw_value() for v in _variables(live)]
+            graph, arrays = nnx.graphdef(live), _arrays(live)
+            called = getattr(type(objects[0]), name)
+            result = called(objects[0], *objects[1], **objects[2])
             *held, result = nnx.to_tree((*objects, result), ctxtag=tag)
+            same = graph == nnx.graphdef(live) and arrays == _arrays(live)
+            if same and not any(map(_is_split, _nodes(result))):
+                after = [v.get_raw_value() for v in _variables(live)]
+                pairs = enumerate(zip(values, after, strict=True))
+                new = {i: y for i, (x, y) in pairs if y is not x and i not in still}
+                return new, result
             before, after = _by_path(inner), _by_path(tuple(held))
             new = {p: x for p, x in after.items() if before.get(p) is not x}
             new = {p: x for p, x in new.items() if p not in fixed}
@@ -174,9 +187,37 @@ def call(
             return new, result
 
         new, result = lora(method, **options)(state, dropout_key=key)
+        if not structures:  # the objects are made as they were
+            for i, value in new.items():
+                variables[i].set_raw_value(value)
+            return result
         structure, after = structures
         held = structure.unflatten([new[p] if p in new else old[p] for p in after])
         return nnx.from_tree((*held, result), ctxtag=tag, is_inner=False)[3]
+
+
+def _is_split(x: Any) -> bool:
+    return isinstance(x, nnx.NodeStates)
+
+
+def _nodes(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_split)
+
+
+def _live(given: Any, whole: Any) -> list[Any]:
+    """The live objects of a tree, where `given` has what they were split into."""
+    parts = jax.tree.structure(given, is_leaf=_is_split).flatten_up_to(whole)
+    pairs = zip(_nodes(given), parts, strict=True)
+    return [part for node, part in pairs if _is_split(node)]
+
+
+def _variables(live: list[Any]) -> list[nnx.Variable]:
+    return [x for _, x in nnx.iter_graph(live) if isinstance(x, nnx.Variable)]
+
+
+def _arrays(live: list[Any]) -> list[int]:
+    """Which arrays the objects hold themselves, in no variable."""
+    return [id(x) for _, x in nnx.iter_graph(live) if isinstance(x, jax.Array)]
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
