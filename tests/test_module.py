@@ -463,3 +463,15 @@ def test_a_model_of_another_package():
     optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.LoRAParam)
     losses = [float(step(module, optimizer)) for _ in range(10)]
     assert losses[-1] < losses[0]
+
+
+def test_a_function_that_jax_traces_may_close_over_the_module():
+    """In inference nothing is kept, so nothing may be written from inside the trace."""
+    module = adapted()
+    module.eval()
+    want = module.features(IDS)
+    same(jax.jit(lambda ids: module.features(ids))(IDS), want)
+    each = jax.vmap(lambda ids: module.features(ids[None])[0])(IDS)
+    same(each, want)
+    last = jax.lax.map(lambda ids: module.features(ids[None])[0], IDS)
+    same(last, want)
