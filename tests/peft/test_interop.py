@@ -156,7 +156,7 @@ def compare(model, params, module, folder):
     ids, images = inputs()
     want = lj.lora(model.apply)({"params": params}, ids, images)
     got = run(loaded(module, folder), ids, images.transpose(0, 3, 1, 2))
-    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=2e-5)
     return np.asarray(want)
 
 
@@ -245,10 +245,10 @@ def test_what_peft_saved(tmp_path, config):
     for out in (tmp_path / "first", tmp_path / "second"):
         params = lj.import_peft(folder, base, SCANNED, axes=axes)
         got = lj.lora(model.apply)({"params": params}, ids, images)
-        np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=2e-5)
         lj.export_peft(out, params, SCANNED)
         got = run(loaded(module, out), ids, images.transpose(0, 3, 1, 2))
-        np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=2e-5)
         folder = out
     same_files(tmp_path / "first", tmp_path / "second")
 
@@ -278,7 +278,7 @@ def test_modules_that_train_whole(tmp_path, randomized, dtype):
     if dtype == "float32":
         want = lj.lora(model.apply)({"params": params}, ids, images)
         y = run(got, ids, images.transpose(0, 3, 1, 2))
-        np.testing.assert_allclose(y, want, atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(y, want, atol=1e-5, rtol=2e-5)
         plain = run(module, ids, images.transpose(0, 3, 1, 2))
         assert np.abs(want - plain).max() > 0.3
 
@@ -295,7 +295,7 @@ def test_narrow_files(tmp_path, dtype):
     assert params["table"]["lora_a"].dtype == jnp.float32
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     got = lj.lora(model.apply)({"params": params}, ids, images)
-    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=2e-5)
     lj.export_peft(tmp_path / "out", params, SCANNED, dtype=dtype)
     tensors = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
     assert {x.dtype.name for x in tensors.values()} == {dtype}
