@@ -30,6 +30,10 @@ class LoRA(nnx.Module):
     one, of `load` for example. A direct call of `module.model`, or of a part of it, is
     the model without its adapters.
 
+    A call is traced, as by `jax.jit`: Python's `if` and `while` on what the model
+    computes, and `yield`, belong outside of it. Within it the model's own parameters
+    are all there are, so that a penalty on them is not one on the adapters.
+
     Not to be confused with `nnx.LoRA`, a layer that one writes around one product.
 
     Attributes:
@@ -47,11 +51,14 @@ class LoRA(nnx.Module):
       rngs: Where dropout keys come from: `rngs.dropout()`; needed with `dropout`.
       **options: Those of `lorafy`: `alpha`, `targets`, `exclude`, `also`, `axes`,
         `init`, `rslora`, `dora`, `dtype`, `key`. Paths are those of the model's state.
+        For `axes`, with `graph, state = nnx.split(model)`:
+        `find_axes(lambda state, x: nnx.merge(graph, state)(x), state, x)`.
 
     Raises:
-      TypeError: If `model` is no live `nnx.Module`.
-      ValueError: If it has no parameters, or `dropout` has no keys; and what `lorafy`
-        and, when called, `lora` raise.
+      TypeError: If `model` is no live `nnx.Module`. When called, if it has no such
+        method, or one that goes on after it returned (`yield`, `async`).
+      ValueError: If it has no parameters, or adapters already, if `dropout` has no
+        keys, or for `stack`; and what `lorafy` and, when called, `lora` raise.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, optax
@@ -85,10 +92,18 @@ class LoRA(nnx.Module):
         **options: Any,
     ):
         check_options(dropout, unused, materialize)
-        if dropout and rngs is None:
+        if dropout and not (isinstance(rngs, nnx.Rngs) and hasattr(rngs, "dropout")):
+            found = list(rngs) if isinstance(rngs, nnx.Rngs) else type(rngs).__name__
             raise ValueError(
-                "dropout needs keys: write LoRA(model, rank, dropout=..., "
-                "rngs=nnx.Rngs(0))."
+                f"dropout needs keys, rngs with a stream of that name, found {found}: "
+                "write LoRA(model, rank, dropout=..., rngs=nnx.Rngs(0))."
+            )
+        if options.get("stack") is not None:
+            raise ValueError(
+                f"LoRA holds one adapter, found stack={options['stack']!r}. Write "
+                "lorafy(state, rank, stack=...) and jax.vmap(lora(fn), ...), where "
+                "graph, state = nnx.split(model) and "
+                "fn = lambda state, x: nnx.merge(graph, state)(x)."
             )
         self.model = _adapted(model, rank, options)
         self.dropout, self.unused, self.materialize = dropout, unused, materialize
@@ -102,8 +117,11 @@ class LoRA(nnx.Module):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         # Asked only for what is not found, also while nnx builds a module anew.
         model = vars(self).get("model")
-        method = getattr(type(model), name, None)
-        if model is None or name.startswith("__") or not inspect.isfunction(method):
+        method = None if name.startswith("__") else _method(type(model), name)
+        if isinstance(method, staticmethod | classmethod):
+            return getattr(model, name)
+        # A function, or one in nnx.jit, functools.partialmethod, ...
+        if isinstance(method, type) or not _is_method(method):
             raise AttributeError(
                 f"LoRA has no attribute {name!r}, and {type(model).__name__} has no "
                 f"method of that name. What the model holds is module.model.{name}, "
@@ -117,8 +135,7 @@ class LoRA(nnx.Module):
         Its variables are its own; what is not adapted shares its arrays with `model`.
         """
         model = nnx.clone(self.model)
-        leaves = flatten(nnx.state(model))
-        for path in filter(is_adapter, leaves):
+        for path in filter(is_adapter, flatten(nnx.state(model))):
             parent = _at(model, path[:-1])
             if isinstance(parent, dict):
                 del parent[path[-1]]
@@ -128,6 +145,7 @@ class LoRA(nnx.Module):
         return model
 
     def _run(self, name: str, unused: str, /, *args: Any, **kwargs: Any) -> Any:
+        _check_method(type(self.model), name)
         drops = self.dropout and not self.deterministic
         key = self.rngs.dropout() if drops else None
         options = dict(dropout=self.dropout, materialize=self.materialize)
@@ -148,7 +166,8 @@ def call(
     those arrays that the method changed, or made, come out and into the objects again,
     as with nnx's own transformations. What it left alone is not written: a function
     that JAX traces may close over the model, as over any. Weights that have adapters or
-    few bits stay what they were: what leaves the function is formed for it.
+    few bits stay what they were: what leaves the function is formed for it. The method
+    finds no adapters: the sum of squares of its parameters is that of merged ones.
     """
     tag = object()  # by which nnx knows the objects again
     with nnx.update_context(tag):
@@ -167,18 +186,24 @@ def call(
         def method(plain: nnx.State) -> tuple[dict[Any, Any], Any]:
             full = unflatten(state, leaves | flatten(plain))
             inner = (given[0].replace(states=(full,)), *given[1:])
+            # New containers: what a variable holds may be changed in place.
+            inner = jax.tree.map(lambda x: x, inner, is_leaf=is_quantized)
             objects = nnx.from_tree(inner, ctxtag=tag, is_inner=True)
             live = _live(given, objects)
-            values = [v.get_raw_value() for v in _variables(live)]
+            values = [_parts(v) for v in _variables(live)]
             graph, arrays = nnx.graphdef(live), _arrays(live)
+            holders = [(_holder(objects[0], p), p[-1]) for p in leaves if is_adapter(p)]
+            taken = [holder.pop(key) for holder, key in holders]
             called = getattr(type(objects[0]), name)
             result = called(objects[0], *objects[1], **objects[2])
+            for (holder, key), adapter in zip(holders, taken, strict=True):
+                holder[key] = adapter
             *held, result = nnx.to_tree((*objects, result), ctxtag=tag)
             same = graph == nnx.graphdef(live) and arrays == _arrays(live)
             if same and not any(map(_is_split, _nodes(result))):
-                after = [v.get_raw_value() for v in _variables(live)]
-                pairs = enumerate(zip(values, after, strict=True))
-                new = {i: y for i, (x, y) in pairs if y is not x and i not in still}
+                pairs = enumerate(zip(values, _variables(live), strict=True))
+                moved = {i: v for i, (old, v) in pairs if _parts(v) != old}
+                new = {i: v.get_raw_value() for i, v in moved.items() if i not in still}
                 return new, result
             before, after = _by_path(inner), _by_path(tuple(held))
             new = {p: x for p, x in after.items() if before.get(p) is not x}
@@ -194,6 +219,31 @@ def call(
         structure, after = structures
         held = structure.unflatten([new[p] if p in new else old[p] for p in after])
         return nnx.from_tree((*held, result), ctxtag=tag, is_inner=False)[3]
+
+
+def _method(model: type, name: str) -> Any:
+    """What a class says under a name, unbound; its metaclass, which is nnx's, aside."""
+    return next((vars(c)[name] for c in model.__mro__ if name in vars(c)), None)
+
+
+def _is_method(x: Any) -> bool:
+    return callable(x) or isinstance(x, functools.partialmethod)
+
+
+def _check_method(model: type, name: str) -> None:
+    method = _method(model, name)
+    if method is None:
+        raise TypeError(
+            f"{model.__name__} is no function: it has no {name}. Call one of its own "
+            "methods, module.encode(x) for example."
+        )
+    lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction
+    if any(f(method) for f in (*lazy, inspect.isasyncgenfunction)):
+        raise TypeError(
+            f"{model.__name__}.{name} goes on after it returned (yield, async), and "
+            "lora traces a function that returns. Write the loop outside, around a "
+            "method that does one step."
+        )
 
 
 def _is_split(x: Any) -> bool:
@@ -220,6 +270,19 @@ def _arrays(live: list[Any]) -> list[int]:
     return [id(x) for _, x in nnx.iter_graph(live) if isinstance(x, jax.Array)]
 
 
+def _parts(variable: nnx.Variable) -> tuple[Any, list[int]]:
+    """What tells whether a variable has another value: its structure and arrays."""
+    value = variable.get_raw_value()
+    parts, structure = jax.tree.flatten(value, is_leaf=is_quantized)
+    return structure, [id(x) for x in parts]
+
+
+def _holder(model: nnx.Module, path: Path) -> dict[Any, Any]:
+    """The dict that holds what is at a path: Flax's own `del` also changes copies."""
+    parent = _at(model, path[:-1])
+    return parent if isinstance(parent, dict) else vars(parent)
+
+
 def _by_path(tree: Any) -> dict[str, Any]:
     pairs = jax.tree.leaves_with_path(tree, is_leaf=is_quantized)
     return {jax.tree_util.keystr(path): x for path, x in pairs}
@@ -228,9 +291,16 @@ def _by_path(tree: Any) -> dict[str, Any]:
 def _adapted(model: Any, rank: Any, options: dict[str, Any]) -> nnx.Module:
     """A copy of a model, with adapters beside its weights."""
     if not isinstance(model, nnx.Module):
+        is_class = isinstance(model, type)
+        found = f"the class {model.__name__}" if is_class else type(model).__name__
         raise TypeError(
-            f"LoRA takes a live nnx.Module, found {type(model).__name__}. For a tree "
+            f"LoRA takes a live nnx.Module, found {found}. For a tree "
             "of parameters write lorafy(params, rank) and lora(fn)."
+        )
+    if isinstance(model, LoRA):
+        raise ValueError(
+            "The model already has adapters: it is a LoRA. Write "
+            "LoRA(module.merge(), rank) to go on from merged weights."
         )
     state = nnx.state(model, nnx.Param)
     if not flatten(state):

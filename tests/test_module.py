@@ -1,5 +1,7 @@
 """A live module with adapters is that module with merged weights, in all it does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def by_hand(module, model):
     leaves = {
         "/".join(map(str, path)): np.asarray(x[...], np.float64)
         for path, x in nnx.to_flat_state(nnx.state(module.model))
-        if jnp.issubdtype(x.dtype, jnp.floating)
+        if jnp.issubdtype(getattr(x, "dtype", int), jnp.floating)
     }
     new = []
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -288,6 +290,154 @@ def test_live_arguments_move_and_what_is_no_array_passes():
     assert ours.noise.count[...] == theirs.noise.count[...] == 1
 
 
+class Kinds(nnx.Module):
+    """What a class may call a method, and what such a method may look at."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.memo = nnx.Variable({"sum": jnp.zeros(4)})
+
+    def times(self, x, factor):
+        return self.layer(x) * factor
+
+    twice = functools.partialmethod(times, factor=2.0)
+
+    @nnx.jit
+    def jitted(self, x):
+        self.calls[...] += 1
+        return self.layer(x)
+
+    @staticmethod
+    def static(x):
+        return x + 1
+
+    @classmethod
+    def called(cls):
+        return cls.__name__
+
+    def remember(self, x):
+        y = self.layer(x)
+        self.memo["sum"] = self.memo["sum"] + y.sum(0)
+        return y
+
+    def penalty(self):
+        return sum(jnp.sum(w**2) for w in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def steps(self, x):
+        yield self.layer(x)
+
+    class Config:
+        pass
+
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
+
+
+def test_methods_of_every_kind():
+    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+    plain = module.merge()
+    same(module.twice(X), plain.twice(X))
+    same(module.jitted(X), plain.jitted(X))
+    assert module.model.calls[...] == 1
+    assert module.static(1) == 2 and module.called() == "Kinds"
+    for _ in range(2):
+        same(module.remember(X), plain.remember(X))
+    same(module.model.memo["sum"], plain.memo["sum"])
+    with pytest.raises(TypeError, match=r"Kinds\.steps goes on after.*loop outside"):
+        module.steps(X)
+    with pytest.raises(TypeError, match=r"Kinds is no function.*module\.encode"):
+        module(X)
+    with pytest.raises(AttributeError, match="no attribute 'Config'"):
+        module.Config  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # squared, it is formed
+def test_the_model_finds_no_adapters_in_itself():
+    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+    merged = by_hand(module, Kinds(nnx.Rngs(0)))
+    weights = merged.layer.kernel, merged.layer.bias
+    want = sum(np.sum(np.square(w[...])) for w in weights)
+    same(module.penalty(), want)
+    paths = [path[-1] for path, _ in nnx.to_flat_state(nnx.state(module))]
+    assert paths.count("lora_a") == 1  # they are in it again
+
+
+CLOSURES = {
+    "jit": lambda f: jax.jit(lambda x, key: f(x, nnx.Rngs(noise=key))),
+    "vmap": lambda f: jax.vmap(
+        lambda x, key: f(x[None], nnx.Rngs(noise=key)), (0, None)
+    ),
+    "grad": lambda f: jax.grad(lambda x, key: f(x, nnx.Rngs(noise=key))["noise"].sum()),
+    "scan": lambda f: (
+        lambda x, key: jax.lax.scan(
+            lambda x, _: (f(x, nnx.Rngs(noise=key))["noise"], None), x, length=2
+        )
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # returned, it is formed
+@pytest.mark.parametrize("how", CLOSURES)
+def test_functions_of_jax_may_close_over_it(how):
+    module = moved(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
+    plain, key = by_hand(module, Noisy(nnx.Rngs(0))), jax.random.key(1)
+    got, want = (CLOSURES[how](model)(X, key) for model in (module, plain))
+    jax.tree.map(same, got, want)
+
+
+class Sows(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.layer(x)
+        self.sow(nnx.Intermediate, "y", y)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_what_the_model_sows():
+    module = moved(lj.LoRA(Sows(nnx.Rngs(0)), 2))
+    y = module(X), module(X)
+    (sown,) = nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))
+    assert sown[0] == ("model", "y")
+    jax.tree.map(same, jax.tree.leaves(sown[1]), list(y))
+    if hasattr(nnx, "capture"):  # newer than the oldest Flax
+        _, caught = nnx.capture(module, nnx.Intermediate)(X)
+        same(jax.tree.leaves(caught)[0], y[0])
+
+
+class Image(nnx.Module):
+    def __init__(self, rngs):
+        self.patches = nnx.Conv(2, 3, (2, 2), rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.heads = nnx.LinearGeneral(3, (2, 4), rngs=rngs)
+
+    def __call__(self, x):
+        return self.heads(self.norm(self.patches(x)))
+
+
+def test_axes_are_read_off_the_call():
+    model = Image(nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32)
+    with pytest.raises(ValueError, match="axes=find_axes"):
+        lj.LoRA(model, 2)
+    graph, state = nnx.split(model)
+    call = lambda state, x: nnx.merge(graph, state)(x)
+    module = moved(lj.LoRA(model, 2, axes=lj.find_axes(call, state, x)))
+    assert module.model.heads.lora_b[...].shape == (2, 2, 4)
+    kernel = np.asarray(model.patches.kernel[...])
+    own = module.model.patches
+    a, b = np.asarray(own.lora_a[...]), np.asarray(own.lora_b[...])
+    plain = module.merge()
+    same(plain.patches.kernel[...], kernel + a @ b)
+    same(module(x), plain(x))
+    same(module.model.norm.mean[...], plain.norm.mean[...])
+    heads = lj.LoRA(nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)), 2)
+    assert heads.model.query.lora_b[...].shape == (2, 2, 2)  # by its name
+
+
 class Twice(nnx.Module):
     """One layer in two places, layers in a scan, and remat."""
 
@@ -396,8 +546,16 @@ def test_bad_input():
         lj.LoRA(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), 2)
     with pytest.raises(ValueError, match=r"'ws/0' has no name for an adapter"):
         lj.LoRA(Items(), 2, targets="*")
-    with pytest.raises(ValueError, match=r"rngs=nnx\.Rngs\(0\)"):
-        lj.LoRA(net(), 2, dropout=0.1)
+    with pytest.raises(TypeError, match=r"found the class Linear"):
+        lj.LoRA(nnx.Linear, 2)
+    wrong = [(None, "NoneType"), (0, "int"), (nnx.Rngs(params=0), r"\['params'\]")]
+    for rngs, found in wrong:
+        with pytest.raises(ValueError, match=rf"found {found}: .*rngs=nnx\.Rngs\(0\)"):
+            lj.LoRA(net(), 2, dropout=0.1, rngs=rngs)
+    with pytest.raises(ValueError, match=r"one adapter, found stack=3.*jax\.vmap"):
+        lj.LoRA(net(), 2, stack=3)
+    with pytest.raises(ValueError, match=r"it is a LoRA.*module\.merge\(\)"):
+        lj.LoRA(lj.LoRA(net(), 2), 2)
     with pytest.raises(ValueError, match="unused must be"):
         lj.LoRA(net(), 2, unused="no")
     with pytest.raises(ValueError, match="No weight matches 'zz'"):
