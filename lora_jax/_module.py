@@ -202,7 +202,7 @@ def call(
             same = graph == nnx.graphdef(live) and arrays == _arrays(live)
             if same and not any(map(_is_split, _nodes(result))):
                 pairs = enumerate(zip(values, _variables(live), strict=True))
-                moved = {i: v for i, (old, v) in pairs if _parts(v) != old}
+                moved = {i: v for i, (was, v) in pairs if _parts(v) != was}
                 new = {i: v.get_raw_value() for i, v in moved.items() if i not in still}
                 return new, result
             before, after = _by_path(inner), _by_path(tuple(held))

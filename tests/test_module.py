@@ -587,6 +587,7 @@ def test_an_error_in_the_model_leaves_the_module_as_it_was():
     assert module.model.calls[...] == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs
 def test_a_model_of_another_package():
     """Tunix's Qwen3, as it is: with google-tunix 0.1.7."""
     qwen3 = pytest.importorskip("tunix.models.qwen3.model")
