@@ -200,6 +200,8 @@ def trained_copy(leaf: Any, value: Any = None, *, stack: int | None = None) -> A
         dims, shape = (ABSENT, *dims), (stack, *shape)
     if is_abstract(w) and value is None:
         x = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(w, dims))
+    elif isinstance(value, np.ndarray) and value.shape == shape:
+        x = place(value.astype(dtype), dims, w)
     else:
         # A copy indeed: one buffer cannot be donated for two leaves.
         x = jnp.array(w if value is None else value, dtype, copy=True)
@@ -258,21 +260,24 @@ def beside(
     new = {}
     for part, own, value in zip(parts, all_dims[: len(parts)], values, strict=True):
         dims = (*[ABSENT] * stacked, *own)
-        x = place(jnp.asarray(value), dims, w)
+        x = place(value, dims, w)
         new[part] = box(x, dims, leaf, trains=part in parts.trained)
     return new
 
 
-def place(x: jax.Array, dims: tuple[int, ...], w: Any) -> jax.Array:
-    """The array where the weight is: sharded along the dimensions that they share."""
+def place(x: Any, dims: tuple[int, ...], w: Any) -> jax.Array:
+    """The array where the weight is: sharded along the dimensions that they share.
+
+    Of one in the host's memory each device gets its own part alone.
+    """
     if is_traced(w):
         w = values_of(w)
         mesh, spec = jax.typeof(w).sharding.mesh, jax.typeof(w).sharding.spec
         if not any(spec):
-            return x
+            return jnp.asarray(x)
         return jax.sharding.reshard(x, NamedSharding(mesh, _spec(spec, dims, w)))
     sharding = _sharding(w, dims)
-    return x if sharding is None else placed(x, sharding)
+    return jnp.asarray(x) if sharding is None else placed(x, sharding)
 
 
 def box(value: Any, dims: tuple[int, ...], like: Any, *, trains: bool = True) -> Any:

@@ -5,6 +5,7 @@ one process all of this is nothing.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 ROOM = 1000  # bytes of an error that the other processes are told
+SIZE = hashlib.sha256().digest_size
 
 
 def is_first() -> bool:
@@ -21,33 +23,59 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def agreed(what: str) -> Iterator[None]:
+def agreed(what: str) -> Iterator[dict[str, Any]]:
     """Runs a block in every process; an error in one is an error in all.
 
     Nothing in the block may wait for other processes, so that all of them get to the
-    end of it, where they tell each other.
+    end of it, where they tell each other. It gets a dict for what must be the same in
+    all of them: processes that go on with other things would wait for each other.
 
     Raises:
       RuntimeError: If the block failed elsewhere; of the first of those processes.
+      ValueError: If what must be the same is not.
     """
+    same: dict[str, Any] = {}
     if jax.process_count() == 1:
-        yield
+        yield same
         return
-    own = None
+    own, digest = None, bytes(SIZE)
     try:
-        yield
-    except Exception as error:
+        yield same
+        digest = _digest(same)
+    except BaseException as error:  # Ctrl-C too: the others are waiting for this one
         own = error
     said = b"" if own is None else f"{type(own).__name__}: {own}".encode()[:ROOM]
-    row = np.zeros(1 + ROOM, np.uint8)
-    row[0], row[1 : 1 + len(said)] = own is not None, np.frombuffer(said, np.uint8)
-    rows = multihost_utils.process_allgather(row)
+    row = bytes([own is not None]) + digest + said.ljust(ROOM, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(row, np.uint8))
     if own is not None:
         raise own
-    for i, (failed, *said) in enumerate(rows.tolist()):
-        if failed:
-            text = bytes(said).rstrip(b"\0").decode(errors="replace")
+    for i, told in enumerate(map(bytes, rows)):
+        if told[0]:
+            text = told[1 + SIZE :].rstrip(b"\0").decode(errors="replace")
             raise RuntimeError(f"{what} failed in process {i}. There: {text}")
+    digests = [bytes(told)[1 : 1 + SIZE] for told in rows]
+    if other := [i for i, x in enumerate(digests) if x != digests[0]]:
+        raise ValueError(
+            f"{what} has other {' or '.join(same)} in process {other[0]} than in "
+            "process 0. Call it with the same in every process."
+        )
+
+
+def outline(x: Any) -> list[Any]:
+    """What processes must have in common of an array to gather it together."""
+    spans = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
+    return [[x.shape, str(x.dtype), spans(x)] for x in jax.tree.leaves(x)]
+
+
+def _digest(said: Any) -> bytes:
+    """Of lists and dicts: of arrays the values, of all else how it prints."""
+    digest = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(said):
+        head = [*x.shape, x.dtype] if isinstance(x, np.ndarray) else x
+        digest.update(f"{jax.tree_util.keystr(path)} {head!r}\n".encode())
+        if isinstance(x, np.ndarray):
+            digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.digest()
 
 
 def whole(x: Any) -> Any:

@@ -32,7 +32,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
-from lora_jax._processes import agreed, is_first
+from lora_jax._processes import agreed, is_first, outline
 from lora_jax._sample import COUNT, differ, sample
 from lora_jax._tree import Path, flatten, path_name, unbox
 from lora_jax._write import (
@@ -53,7 +53,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
     its base, by 32 values of each weight that has factors. It appears whole or not at
     all: it is written beside its target, synced to the disk and renamed, so that a
     crash leaves the old file or the new one. Where JAX runs as several processes, all
-    of them call this; the first writes, and all return when the file is there.
+    of them call this, with a path in a folder that all see; the first writes, and all
+    return when the file is there.
 
     Args:
       path: The file. An old one is replaced; its folder must exist.
@@ -61,8 +62,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
     Raises:
       ValueError: If `params` has no adapters or a broken one, a leaf to save is
-        abstract, not finite, or of a dtype the format lacks, or `path` is no regular
-        file. What was there is then untouched.
+        abstract, not finite, or of a dtype the format lacks, `path` is no regular
+        file, or another process has other adapters. What was there is then untouched.
       OSError: If the file cannot be written.
       RuntimeError: If it failed in another process, of which it tells.
 
@@ -74,7 +75,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
       >>> sorted(lj.load(path, base))
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
-    with agreed("save"):
+    with agreed("save") as same:
         if is_first():
             check_target(path)
         leaves = flatten(params)
@@ -82,6 +83,8 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         parts = [part for own in adapters.values() for part in own]
         for part in parts:
             check_savable(part, leaves[part])
+        needed = (*parts, *of_rank(adapters))  # of these weights there are samples
+        same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in needed}
     found = in_memory(leaves, parts)
     samples = {path_name(p): sample(unbox(leaves[p])) for p in of_rank(adapters)}
     tensors = {path_name(part): x for part, x in found.items()}
@@ -146,9 +149,10 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
     Raises:
       ValueError: If the file is truncated, foreign, written by a newer version,
         tampered with or not finite, an adapter finds no weight of its shape, or the
-        weight is another than that it was trained for; the message names the file and
-        the path. Nothing is loaded then.
+        weight is another than that it was trained for, or another process has another
+        file; the message names the file and the path. Nothing is loaded then.
       FileNotFoundError: If there is no file.
+      RuntimeError: If it failed in another process, of which it tells.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -158,14 +162,18 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
       >>> lj.load(path, lj.strip(params))["lora_a"].shape
       (4, 2)
     """
-    with agreed("load"):
+    with agreed("load") as same:
         header, tensors = _read(path)
         leaves = flatten(base)
         paths = {path_name(p): p for p in leaves}
         weights, copies = _placed(path, header, tensors, paths, leaves)
-    if same_base:
-        for name, (weight, _, _) in weights.items():
-            _check_base(path, name, unbox(leaves[weight]), header["samples"].get(name))
+        plain = {name: unbox(leaves[weight]) for name, (weight, *_) in weights.items()}
+        same["file"] = header
+        same["base"] = {name: outline(w) for name, w in plain.items()}
+    samples = {name: sample(w) for name, w in plain.items()} if same_base else {}
+    with agreed("load"):
+        for name, found in samples.items():
+            _check_base(path, name, found, header["samples"].get(name))
     new: dict[Path, Any] = {}
     for weight, parts, values in weights.values():
         shapes = [value.shape for value in values]
@@ -238,8 +246,9 @@ def _find(
     return paths[name]
 
 
-def _check_base(path: Any, name: str, w: Any, known: np.ndarray | None) -> None:
-    found = sample(w)
+def _check_base(
+    path: Any, name: str, found: np.ndarray | None, known: np.ndarray | None
+) -> None:
     if known is None or found is None:
         return
     if off := differ(found, known):

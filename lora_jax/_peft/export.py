@@ -38,7 +38,7 @@ from lora_jax._peft.plan import (
     orders_of,
     plan_of,
 )
-from lora_jax._processes import agreed, is_first
+from lora_jax._processes import agreed, is_first, outline
 from lora_jax._tree import Path, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite, check_savable, in_memory
 
@@ -62,7 +62,8 @@ def export_peft(
     The PyTorch model with the folder computes what `lora(fn)` does with `params`, up to
     rounding. Ranks and scales that differ become PEFT's `rank_pattern` and
     `alpha_pattern`, exactly. The folder appears whole or not at all. Where JAX runs as
-    several processes, all of them call this, and the first writes.
+    several processes, all of them call this, with a folder that all see; the first
+    writes.
 
     Args:
       folder: Where. An old export is replaced; other files are never touched.
@@ -95,8 +96,9 @@ def export_peft(
 
     Raises:
       ValueError: If a weight has no name or two have one, a name or pattern fits
-        nothing, a leaf is abstract, not finite or of another dtype, or the folder holds
-        other files. The folder is then as it was.
+        nothing, a leaf is abstract, not finite or of another dtype, the folder holds
+        other files, or another process has other adapters or names. The folder is then
+        as it was.
       OSError: If the folder cannot be written.
       RuntimeError: If it failed in another process, of which it tells.
 
@@ -109,7 +111,7 @@ def export_peft(
       >>> sorted(os.listdir(folder))
       ['adapter_config.json', 'adapter_model.safetensors']
     """
-    with agreed("export_peft"):
+    with agreed("export_peft") as same:
         target = free_folder(folder) if is_first() else os.fspath(folder)
         dtype = _known_dtype(dtype)
         leaves = flatten(params)
@@ -122,6 +124,8 @@ def export_peft(
         parts = [part for own in adapters.values() for part in own]
         for part in parts:
             check_savable(part, leaves[part])
+        same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
+        same["names"] = {path_name(p): named for p, named in plan.namings.items()}
     leaves |= in_memory(leaves, parts)
     with agreed("export_peft"):
         for part in parts:

@@ -21,6 +21,7 @@ from lora_jax._peft.nearest import nearest
 from lora_jax._peft.patterns import readable, template_of
 from lora_jax._peft.proofs import Index, Proof, narrower, prove, values_of
 from lora_jax._peft.twins import resolve
+from lora_jax._processes import agreed, outline
 from lora_jax._targets import Selector, choose, is_adaptable
 from lora_jax._tree import (
     Path,
@@ -71,7 +72,9 @@ def find_names(
       ValueError: If a weight is abstract, or no tensor: the message says what came
         nearest, such as the same rows in another order, or the tensor plus one; if
         tensors are equal and their names do not tell which one it is; if what is the
-        input there is the output of the adapter here; or a file is truncated.
+        input there is the output of the adapter here; a file is truncated; or another
+        process has other weights or tensors.
+      RuntimeError: If it failed in another process, of which it tells.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, numpy as np
@@ -82,13 +85,16 @@ def find_names(
       >>> lj.find_names(params, torch)
       {'block_*/query/kernel': 'layers.{}.q_proj'}
     """
-    leaves = flatten(params)
-    chosen = _chosen(leaves, targets, exclude)
-    _check_values(chosen, leaves)
-    own = _own_axes(leaves)
+    with agreed("find_names") as same:
+        leaves = flatten(params)
+        chosen = _chosen(leaves, targets, exclude)
+        _check_values(chosen, leaves)
+        own = _own_axes(leaves)
+        tensors = tensors_of(checkpoint)
+        same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
+        same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
     proofs: dict[Path, list[Proof]] = {}
     lost: dict[Path, str] = {}
-    tensors = tensors_of(checkpoint)
     with _progress(len(chosen)) as tick:
         index = Index(tensors)
         for path in chosen:

@@ -35,7 +35,7 @@ from lora_jax._peft.parts import (
     parts_of,
 )
 from lora_jax._peft.plan import Plan, check_inputs, given_axes, plan_of
-from lora_jax._processes import agreed
+from lora_jax._processes import agreed, outline
 from lora_jax._targets import is_floating
 from lora_jax._tree import Path, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite
@@ -74,7 +74,9 @@ def import_peft(
     Raises:
       FileNotFoundError: If a file is missing.
       ValueError: If the folder is no LoRA or DoRA (aLoRA, biases and other methods are
-        refused), is truncated, or does not fit `base` and `names` exactly.
+        refused), is truncated, or does not fit `base` and `names` exactly; or another
+        process has another folder, base or names.
+      RuntimeError: If it failed in another process, of which it tells.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -86,11 +88,15 @@ def import_peft(
       (4, 2)
     """
     source = os.fspath(folder)
-    with agreed("import_peft"):
+    with agreed("import_peft") as same:
         config, tensors = read_config(source), read_tensors(source)
         leaves = _plain(base, dtype)
         given = given_axes(axes, leaves)
         index = index_of(names, leaves, given)
+        named = {path_name(p): naming for p, naming in index.namings.items()}
+        same["folder"] = [config, tensors]
+        same["names"] = [named, axes and dict(axes), kinds and dict(kinds), str(dtype)]
+        same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.namings}
     parts = parts_of(source, config, tensors, index, leaves)
     plan = _plan(leaves, index, parts, given, kinds)
     check_inputs(plan, leaves, bool(config.get("fan_in_fan_out")))
