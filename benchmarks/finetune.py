@@ -242,13 +242,13 @@ def start_lora(
         params = lj.combine(adapters, base)
         return lj.lora(model.apply)({"params": params}, ids, mask)
 
-    params = adapt(on_device(pretrained), args, method)
+    params = adapt(training.copied(pretrained), args, method)
     adapters, base = lj.split(params)
     rate = args.lora_lr
     if method == "lora+":
         apart = math.sqrt(args.lora_plus_ratio)  # around the rate of LoRA
         rate = dict(lora_a=rate / apart, lora_b=rate * apart, lora_w=rate)
-    made = start(apply, on_device(adapters), base, rate, data, args)
+    made = start(apply, training.copied(adapters), base, rate, data, args)
     return made._replace(start=params)
 
 
@@ -260,12 +260,7 @@ def start_full(
     def apply(params, _, ids, mask):
         return model.apply({"params": params}, ids, mask)
 
-    return start(apply, on_device(pretrained), {}, args.full_lr, data, args)
-
-
-def on_device(params: dict) -> dict:
-    """Copies the parameters: each method donates its own, so they must not share."""
-    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params)
+    return start(apply, training.copied(pretrained), {}, args.full_lr, data, args)
 
 
 def start(

@@ -185,7 +185,7 @@ def trains(job: speed.Job) -> dict[str, Way]:
     first, base = lj.split(lj.take(stacked, 0))
     one = first, tx.init(first)
     alone = compiled(step, one, base, *(x[0] for x in apart))
-    states = [copied(one) for _ in range(job.batch)]
+    states = [training.copied(one) for _ in range(job.batch)]
     given = [tuple(x[i] for x in apart) for i in range(job.batch)]
 
     def in_turn() -> None:
@@ -200,21 +200,21 @@ def trains(job: speed.Job) -> dict[str, Way]:
         "one after the other": Way(
             in_turn,
             job.batch * alone.cost_analysis()["flops"],
-            held(alone) + others,
+            training.allocated(alone) + others,
         ),
     }
 
 
 def trained(step: Callable[..., Any], state: Any, frozen: Any, batch: Any) -> Way:
     """Returns a step, compiled, that trains on from a copy of its state."""
-    made, state = compiled(step, state, frozen, *batch), copied(state)
+    made, state = compiled(step, state, frozen, *batch), training.copied(state)
 
     def run() -> None:
         nonlocal state
         state, loss = made(state, frozen, *batch)
         jax.block_until_ready((state, loss))
 
-    return Way(run, made.cost_analysis()["flops"], held(made))
+    return Way(run, made.cost_analysis()["flops"], training.allocated(made))
 
 
 def serves(job: speed.Job) -> dict[str, Way]:
@@ -231,7 +231,7 @@ def serves(job: speed.Job) -> dict[str, Way]:
     for name, (fn, *args) in given.items():
         made = jax.jit(fn).lower(*args).compile()
         go = lambda made=made, args=args: jax.block_until_ready(made(*args))
-        ways[name] = Way(go, made.cost_analysis()["flops"], held(made))
+        ways[name] = Way(go, made.cost_analysis()["flops"], training.allocated(made))
     return ways
 
 
@@ -252,17 +252,6 @@ def order(job: speed.Job) -> jax.Array:
 
 def compiled(step: Callable[..., Any], state: Any, *args: Any) -> Any:
     return jax.jit(step, donate_argnums=0).lower(state, *args).compile()
-
-
-def copied(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-
-
-def held(compiled: Any) -> int:
-    """Returns all bytes of a compiled function: of arguments, temporaries, results."""
-    stats = compiled.memory_analysis()
-    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + results
 
 
 def peers(job: speed.Job) -> dict[str, Way]:
@@ -365,22 +354,10 @@ def table(adapters: dict[str, Any], kind: str) -> str:
     for n, results in adapters.items():
         first = np.array(results[kind][base]["ms"])
         for name, found in results[kind].items():
-            ms = np.array(found["ms"])
-            low, high = np.percentile(ms / first, [25, 75])
-            counts = ["", "", ""]
+            told, held = speed.cells(found, first, results["floor"][kind], 0), ""
             if found["flops"] is not None:
-                counts = [
-                    f"{found['flops'] / 1e9:.1f}",
-                    f"{found['flops'] / results['floor'][kind]:.3f}",
-                    f"{found['bytes'] / 1e6:,.0f}",
-                ]
-            cells = [
-                f"{np.median(ms) / np.median(first):.2f}",
-                f"{low:.2f} to {high:.2f}",
-                f"{np.median(ms):,.0f}",
-                *counts,
-            ]
-            lines.append(f"| {n} | {name} | {' | '.join(cells)} |")
+                held = f"{found['bytes'] / 1e6:,.0f}"
+            lines.append(f"| {n} | {name} | {' | '.join([*told, held])} |")
     return "\n".join(lines)
 
 
@@ -392,8 +369,7 @@ def aims(results: dict[str, Any]) -> str:
             found = median(results, kind, name) / median(results, kind, KINDS[kind])
         else:
             found = results[kind][name]["flops"] / results["floor"][kind]
-        met = "met" if found <= most else "not met"
-        lines.append(f"| {what} | {found:.3f} | {most:.2f} | {met} |")
+        lines.append(speed.verdict(what, found, most))
     return "\n".join(lines)
 
 
@@ -576,7 +552,11 @@ def measure(lowered: Any, sizes: dict[str, int], on_tpu: bool) -> dict[str, Any]
             raise
         return sizes | memory.refusal(str(error))
     # XLA's own peak leaves the temporaries out on CPU.
-    peak = made.memory_analysis().peak_memory_in_bytes if on_tpu else held(made)
+    peak = (
+        made.memory_analysis().peak_memory_in_bytes
+        if on_tpu
+        else training.allocated(made)
+    )
     return sizes | {"peak": peak}
 
 

@@ -292,7 +292,7 @@ def steps(job: Job) -> dict[str, Contender]:
 
 def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contender:
     """Returns one training step, compiled, with its own copy of what it donates."""
-    trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), trainable)
+    trainable = training.copied(trainable)
     state, batch = (trainable, tx.init(trainable)), task(job).batch
     jitted = jax.jit(training.step(apply, tx), donate_argnums=0)
     compiled = jitted.lower(state, frozen, *batch).compile()
@@ -491,25 +491,36 @@ def table(results: dict[str, Any]) -> str:
         ]
         first = np.array(results[kind][base]["ms"])
         for name, found in results[kind].items():
-            ms = np.array(found["ms"])
-            low, high = np.percentile(ms / first, [25, 75])
-            counts = ["", "", ""]
+            told, held = cells(found, first, results["floor"][kind], 1), ""
             if found["flops"] is not None:
-                counts = [
-                    f"{found['flops'] / 1e9:.1f}",
-                    f"{found['flops'] / results['floor'][kind]:.3f}",
-                    f"{found['temporaries'] / 1e6:.1f}",
-                ]
-            cells = [
-                f"{np.median(ms) / np.median(first):.2f}",
-                f"{low:.2f} to {high:.2f}",
-                f"{np.median(ms):,.1f}",
-                *counts,
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+                held = f"{found['temporaries'] / 1e6:.1f}"
+            lines.append(f"| {name} | {' | '.join([*told, held])} |")
         least = results["floor"][kind] / 1e9
         lines += [f"| floor | | | | {least:.1f} | 1 | |", ""]
     return "\n".join(lines)
+
+
+def cells(
+    found: dict[str, Any], first: np.ndarray, floor: float, digits: int
+) -> list[str]:
+    """Returns a contender's times beside the first one's, and the FLOPs of XLA."""
+    ms, flops = np.array(found["ms"]), found["flops"]
+    low, high = np.percentile(ms / first, [25, 75])
+    counts = ["", ""]
+    if flops is not None:
+        counts = [f"{flops / 1e9:.1f}", f"{flops / floor:.3f}"]
+    return [
+        f"{np.median(ms) / np.median(first):.2f}",
+        f"{low:.2f} to {high:.2f}",
+        f"{np.median(ms):,.{digits}f}",
+        *counts,
+    ]
+
+
+def verdict(what: str, found: float, most: float) -> str:
+    """Returns the row of an aim."""
+    met = "met" if found <= most else "not met"
+    return f"| {what} | {found:.3f} | {most:.2f} | {met} |"
 
 
 def targets(results: dict[str, Any]) -> str:
@@ -520,8 +531,7 @@ def targets(results: dict[str, Any]) -> str:
         if found is None:
             lines.append(f"| {what} | not run | {most:.2f} | |")
         else:
-            met = "met" if found <= most else "not met"
-            lines.append(f"| {what} | {found:.3f} | {most:.2f} | {met} |")
+            lines.append(verdict(what, found, most))
     return "\n".join([*lines, ""])
 
 

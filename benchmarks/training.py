@@ -117,10 +117,15 @@ def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]
             f"The step takes {given} bytes of arguments, its trees hold {held}, and "
             f"{known['unread']} that trained copies replace: it leaves a part unused."
         )
+    peak = known["unread"] + allocated(compiled)
+    return known | {"temporaries": stats.temp_size_in_bytes, "peak": peak}
+
+
+def allocated(compiled: Any) -> int:
+    """Returns all bytes of a compiled function: of arguments, temporaries, results."""
+    stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    temporaries = stats.temp_size_in_bytes
-    peak = given + known["unread"] + outputs + temporaries
-    return known | {"temporaries": temporaries, "peak": peak}
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs
 
 
 def parts(state: Any, frozen: Any) -> dict[str, int]:
@@ -161,6 +166,11 @@ def nbytes(tree: Any) -> int:
         return -(-math.prod(shape) * bits // 8)
 
     return sum(map(held, jax.tree.leaves(tree)))
+
+
+def copied(tree: Any) -> Any:
+    """Returns copies on the device: a step that donates takes what it is given."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def versions() -> dict[str, str]:
