@@ -62,9 +62,8 @@ def _files(path: str) -> dict[str, set[str] | None]:
     if not os.path.isdir(path):
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     held = sorted(os.listdir(path))
-    found = [name for name in held if name.endswith(".safetensors")]
-    adapters = [name for name in found if name.startswith("adapter_")]
-    if found := [name for name in found if name not in adapters]:
+    whole = [name for name in held if name.endswith(".safetensors")]
+    if found := [name for name in whole if not name.startswith("adapter_")]:
         return {os.path.join(path, name): None for name in found}
     if pickles := [name for name in held if name.endswith((".bin", ".pt", ".pth"))]:
         raise FileNotFoundError(

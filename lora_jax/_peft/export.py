@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax._adapters import (
     Axes,
+    Copy,
     Ranked,
     adapter_of,
     axes_of_shapes,
@@ -116,7 +117,7 @@ def export_peft(
         dtype = _known_dtype(dtype)
         leaves = flatten(params)
         adapters = find_adapters(leaves)
-        plan = _plan(leaves, names, axes, kinds)
+        plan = _plan(leaves, adapters, names, axes, kinds)
         check_loads(plan, leaves, names, modules, task_type)
         check_inputs(plan, leaves, fan_in_fan_out)
         if portable:
@@ -130,7 +131,7 @@ def export_peft(
     with agreed("export_peft"):
         for part in parts:
             check_finite(repr(path_name(part)), leaves[part])
-        found = _modules(plan, leaves, portable)
+        found = _modules(plan, leaves, of_rank(adapters), portable)
         tensors = _factors(plan, leaves, found, dtype) | _copies(plan, leaves, dtype)
         config = _config(
             found,
@@ -153,12 +154,12 @@ def _known_dtype(dtype: Any) -> Any:
 
 def _plan(
     leaves: dict[Path, Any],
+    adapters: Mapping[Path, Ranked | Copy],
     names: Names,
     axes: Mapping[str, Axes] | None,
     kinds: Mapping[str, str] | None,
 ) -> Plan:
     """The plan of all that trains, which must have names."""
-    adapters = find_adapters(leaves)
     check_names(names, leaves)
     namings = {path: _placed(names, path) for path in adapters}
     given = given_axes(axes, leaves)
@@ -200,10 +201,14 @@ def _own_axes(
     return own, aligned
 
 
-def _modules(plan: Plan, leaves: dict[Path, Any], portable: bool) -> dict[str, Module]:
+def _modules(
+    plan: Plan,
+    leaves: dict[Path, Any],
+    adapters: Mapping[Path, Ranked],
+    portable: bool,
+) -> dict[str, Module]:
     """The adapter of each module that has one: no rank is left to some."""
     found: dict[str, Module] = {}
-    adapters = of_rank(find_adapters(leaves))
     for path, weight in plan.adapted.items():
         parts = [leaves[part] for part in adapters[path]]
         found |= modules_of(weight, *parts, fold=portable)

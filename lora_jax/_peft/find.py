@@ -1,5 +1,6 @@
 """A model's weights by their names in PyTorch, read off its checkpoint's values."""
 
+import itertools
 import math
 import os
 import sys
@@ -9,6 +10,8 @@ from typing import Any
 
 from lora_jax._adapters import (
     Axes,
+    Copy,
+    Ranked,
     axes_of_shapes,
     find_adapters,
     is_adapter,
@@ -16,7 +19,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._peft.checkpoint import tensors_of
 from lora_jax._peft.layouts import CONV1D
-from lora_jax._peft.names import Name
+from lora_jax._peft.names import Name, escaped
 from lora_jax._peft.nearest import nearest
 from lora_jax._peft.patterns import readable, template_of
 from lora_jax._peft.proofs import Index, Proof, narrower, prove, values_of
@@ -87,9 +90,10 @@ def find_names(
     """
     with agreed("find_names") as same:
         leaves = flatten(params)
-        chosen = _chosen(leaves, targets, exclude)
+        adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
+        chosen = _chosen(leaves, adapters, targets, exclude)
         _check_values(chosen, leaves)
-        own = _own_axes(leaves)
+        own = _own_axes(leaves, of_rank(adapters))
         tensors = tensors_of(checkpoint)
         same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
@@ -99,10 +103,8 @@ def find_names(
         index = Index(tensors)
         for path in chosen:
             weight = values_of(unbox(leaves[path]))
-            found = prove(weight, index)
-            for other in narrower(weight) if not found else ():
-                found = found or prove(other, index)
-            if found:
+            forms = itertools.chain([weight], narrower(weight))
+            if found := next(filter(None, (prove(w, index) for w in forms)), None):
                 proofs[path] = found
             else:
                 lost[path] = nearest(weight, tensors) if len(lost) < SHOWN else ""
@@ -114,12 +116,15 @@ def find_names(
 
 
 def _chosen(
-    leaves: dict[Path, Any], targets: Selector | None, exclude: Selector
+    leaves: dict[Path, Any],
+    adapters: Mapping[Path, Ranked | Copy],
+    targets: Selector | None,
+    exclude: Selector,
 ) -> list[Path]:
-    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
-    if targets is None and any(map(is_adapter, leaves)):
-        adapters = find_adapters(leaves)
+    if targets is None and adapters:
         weights = [path for path in leaves if path in adapters]
+    else:
+        weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     return [*choose(leaves, weights, 1, targets or "*", exclude, "rank")]
 
 
@@ -139,13 +144,12 @@ def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
             )
 
 
-def _own_axes(leaves: dict[Path, Any]) -> dict[Path, Axes]:
+def _own_axes(
+    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
+) -> dict[Path, Axes]:
     """The inputs and outputs of each adapter."""
-    if not any(map(is_adapter, leaves)):
-        return {}
-    found = find_adapters(leaves)
     shapes = lambda parts: [unbox(leaves[part]).shape for part in parts]
-    return {p: axes_of_shapes(*shapes((p, *a))) for p, a in of_rank(found).items()}
+    return {p: axes_of_shapes(*shapes((p, *own))) for p, own in adapters.items()}
 
 
 def _picked(path: Path, proofs: Sequence[Proof], own: Axes | None) -> Proof:
@@ -209,26 +213,24 @@ def _names(proofs: Mapping[Path, Proof]) -> dict[Path, Name]:
         for j, equals in enumerate(own)
     }
     chosen = resolve(claims)
-    return {
-        path: _name(path, proof, {k[1:]: x for k, x in chosen.items() if k[0] == path})
-        for path, proof in proofs.items()
-    }
+    return {path: _name(path, proof, chosen) for path, proof in proofs.items()}
 
 
 def _name(
     path: Path,
     proof: Proof,
-    chosen: Mapping[tuple[tuple[int, ...], int], tuple[str, ...]],
+    chosen: Mapping[tuple[Path, tuple[int, ...], int], tuple[str, ...]],
 ) -> Name:
     counts = [proof.shape[d] for d in proof.cut.batch]
-    first = next(iter(proof.parts.values()))
+    at, first = next(iter(proof.parts.items()))
     sizes = [[equals[0].shape[0] for equals in own] for own in proof.parts.values()]
-    columns: list[dict[tuple[int, ...], str]] = []
-    for j in range(len(first)):
-        for k in range(len(chosen[next(iter(proof.parts)), j])):
-            columns.append({at: chosen[at, j][k] for at in proof.parts})
+    columns = [
+        {at: chosen[path, at, j][k] for at in proof.parts}
+        for j in range(len(first))
+        for k in range(len(chosen[path, at, j]))
+    ]
     templates = [
-        template_of(names, counts) if counts else _escaped(names[()])
+        template_of(names, counts) if counts else escaped(names[()])
         for names in columns
     ]
     if None in templates or any(own != sizes[0] for own in sizes):
@@ -243,10 +245,6 @@ def _name(
     if len(first) > 1 and len({*sizes[0]}) > 1:
         return dict(zip(templates, sizes[0], strict=True))
     return tuple(templates)
-
-
-def _escaped(name: str) -> str:
-    return name.replace("{", "{{").replace("}", "}}")
 
 
 def _lost(lost: Mapping[Path, str], count: int) -> str:

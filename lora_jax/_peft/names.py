@@ -59,7 +59,7 @@ def transformers_names(params: Any) -> dict[str, Name]:
       >>> lj.transformers_names({"transformer": params})["transformer/wte/embedding"]
       ('transformer.wte', 'lm_head')
     """
-    paths = {_inner(path) for path in flatten(params) if not is_adapter(path)}
+    paths = {inner(path) for path in flatten(params) if not is_adapter(path)}
     for root, mark in FAMILIES.items():
         if any(path.startswith((mark, f"{root}/{mark}")) for path in paths):
             break
@@ -111,7 +111,7 @@ def check_names(names: Names, paths: Iterable[Path]) -> None:
 def naming_of(names: Names, path: Path) -> Naming | None:
     """The modules of one leaf, or `None` if the map does not speak of it."""
     if callable(names):
-        value, found, order = names(_inner(path)), (), None
+        value, found, order = names(inner(path)), (), None
     else:
         value = order = None
         for i, (pattern, name) in enumerate(names.items()):
@@ -137,7 +137,7 @@ def naming_of(names: Names, path: Path) -> Naming | None:
         raise ValueError(f"{where} counts layers or experts in some of its parts only.")
     # A captured path becomes a dotted name; layers and experts are filled in later, by
     # a second format, which takes its braces for ours.
-    found = [re.sub(r"([{}])", r"\1\1", text.replace("/", ".")) for text in found]
+    found = [escaped(text.replace("/", ".")) for text in found]
     kept = {stack: f"{{{stack}}}" for stack in STACKS}
     try:
         templates = tuple(template.format(*found, **kept) for template in templates)
@@ -173,7 +173,7 @@ def captures(pattern: str, path: Path) -> list[str] | None:
     star = "([^/](?:.*?[^/])??)"
     middle = star.join(map(re.escape, pattern.split("*")))
     # A whole tree of variables has one component more, which PyTorch knows nothing of.
-    for name in dict.fromkeys([_inner(path), path_name(path)]):
+    for name in dict.fromkeys([inner(path), path_name(path)]):
         found = re.fullmatch(rf"(?:.*?/)??{middle}(?:/.*)?", name)
         if found:
             return list(found.groups())
@@ -185,8 +185,14 @@ def near(name: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, sorted(set(names)), n=6, cutoff=0.0)
 
 
-def _inner(path: Path) -> str:
+def inner(path: Path) -> str:
+    """The path as maps write it: PyTorch knows nothing of a tree of variables."""
     return path_name(path).removeprefix("params/")
+
+
+def escaped(name: str) -> str:
+    """A name as a template that says the same."""
+    return re.sub(r"([{}])", r"\1\1", name)
 
 
 def _counted(template: str, where: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lora_jax._peft.checkpoint import Tensor
-from lora_jax._peft.proofs import Cut, Weight, cuts, matrix
+from lora_jax._peft.proofs import Weight, cuts, matrix
 
 MOST = 64  # tensors of one size that are looked at
 CLOSE = 1e-2  # how near, beside its size, what is called the same is
@@ -23,7 +23,8 @@ def nearest(weight: Weight, tensors: Sequence[Tensor]) -> str:
             share, what = _compared(x, y, tensor.name, lines)
             share -= len(cut.batch) / 10  # of a stack only the first is looked at
             if share > best:
-                best, said = share, what + _of_stack(cut)
+                of_stack = ", for the first of the stack" if cut.batch else ""
+                best, said = share, what + of_stack
     return said
 
 
@@ -40,10 +41,6 @@ def _alike(
             y = np.asarray(tensor.rows(0, tensor.shape[0])).astype(np.float32)
             y = y.reshape(len(y), -1)
             yield tensor, y if lines == "rows" else y.T, lines
-
-
-def _of_stack(cut: Cut) -> str:
-    return ", for the first of the stack" if cut.batch else ""
 
 
 def _compared(x: np.ndarray, y: np.ndarray, name: str, lines: str) -> tuple[float, str]:
@@ -69,10 +66,8 @@ def _compared(x: np.ndarray, y: np.ndarray, name: str, lines: str) -> tuple[floa
     size = float(np.sqrt(np.mean(other**2)))
     shifted = np.linalg.norm(flat - other - shift) <= CLOSE * np.linalg.norm(other)
     if shifted and abs(shift) > CLOSE * size:
-        return (
-            0.99,
-            f"it is {name!r} {'plus' if shift > 0 else 'minus'} {abs(shift):.4g}",
-        )
+        sign = "plus" if shift > 0 else "minus"
+        return 0.99, f"it is {name!r} {sign} {abs(shift):.4g}"
     cosine = float(flat @ other) / norm
     ratio = float(flat @ other) / (float(other @ other) or 1.0)
     near = np.linalg.norm(flat - ratio * other) <= CLOSE * np.linalg.norm(flat)

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax._peft.names import Name, naming_of
-from lora_jax._tree import Path, path_name
+from lora_jax._peft.names import Name, escaped, inner, naming_of
+from lora_jax._tree import Path
 
 NUMBER = re.compile(r"\d+")
 
@@ -13,14 +13,16 @@ def template_of(
     names: Mapping[tuple[int, ...], str], counts: Sequence[int]
 ) -> str | None:
     """The one name that counts a stack: "layers.{layer}.q"; `None` if there is none."""
-    first = next(iter(names.values()))
-    tokens = _split(first)
+    split = {at: _split(name) for at, name in names.items()}
+    tokens = next(iter(split.values()))
+    if len({len(own) for own in split.values()}) > 1:
+        return None
     used: set[int] = set()
     for dim, size in enumerate(counts):
         numbered = [
             i
             for i in range(1, len(tokens), 2)
-            if all(_token(names[at], i) == str(at[dim]) for at in names)
+            if all(own[i] == str(at[dim]) for at, own in split.items())
         ]
         if size == 1:  # one layer: its number is the first 0, if it has any
             numbered = [i for i in numbered if i not in used][:1]
@@ -32,7 +34,7 @@ def template_of(
     labels = ["layer", "expert"] if len(order) == 2 else ["layer"]
     if len(order) == 1 and "expert" in tokens[order[0] - 1].rpartition(".")[0][-8:]:
         labels = ["expert"]
-    made = [text.replace("{", "{{").replace("}", "}}") for text in tokens]
+    made = [escaped(text) for text in tokens]
     for i, label in zip(order, labels, strict=True):
         made[i] = f"{{{label}}}"
     template = "".join(made)
@@ -47,14 +49,14 @@ def readable(found: Mapping[Path, Name]) -> dict[str, Name]:
     """The same map with a star for each number that counts layers, where it can be."""
     groups: dict[str, list[Path]] = {}
     for path in found:
-        groups.setdefault(NUMBER.sub("#", _inner(path)), []).append(path)
+        groups.setdefault(NUMBER.sub("#", inner(path)), []).append(path)
     names: dict[str, Name] = {}
     for members in groups.values():
         made = _pattern(members, found) if len(members) > 1 else None
-        names |= made or {_inner(path): found[path] for path in members}
-    if any(_said(names, p) != _said({_inner(p): found[p]}, p) for p in found):
+        names |= made or {inner(path): found[path] for path in members}
+    if any(_said(names, p) != _said({inner(p): found[p]}, p) for p in found):
         # A pattern of one group meets another's path.
-        return {_inner(path): name for path, name in found.items()}
+        return {inner(path): name for path, name in found.items()}
     return names
 
 
@@ -62,15 +64,14 @@ def _pattern(
     members: Sequence[Path], found: Mapping[Path, Name]
 ) -> dict[str, Name] | None:
     """One pattern, and its name, for paths that differ in numbers alone."""
-    numbers = [NUMBER.findall(_inner(path)) for path in members]
+    numbers = [NUMBER.findall(inner(path)) for path in members]
     stars = [i for i, own in enumerate(zip(*numbers, strict=True)) if len({*own}) > 1]
     counted = {i: [own[i] for own in numbers] for i in stars}
-    texts = NUMBER.split(_inner(members[0]))
+    texts = NUMBER.split(inner(members[0]))
     pattern = texts[0]
     for i, text in enumerate(texts[1:]):
         pattern += ("*" if i in stars else numbers[0][i]) + text
-    templates = {_with_places([_names(found[p]) for p in members], counted)}
-    (made,) = templates
+    made = _with_places([_names(found[p]) for p in members], counted)
     if made is None:
         return None
     first = found[members[0]]
@@ -92,7 +93,7 @@ def _with_places(
         return None
     made = []
     for column in zip(*names, strict=True):
-        split = [re.split(r"(\d+)", name) for name in column]
+        split = [_split(name) for name in column]
         if len({len(own) for own in split}) > 1:
             return None
         text, used = "", []
@@ -119,14 +120,6 @@ def _said(names: Mapping[str, Name], path: Path) -> object:
     return found and found._replace(order=None)
 
 
-def _inner(path: Path) -> str:
-    return path_name(path).removeprefix("params/")
-
-
 def _split(name: str) -> list[str]:
+    """Text and numbers in turn, text first."""
     return re.split(r"(\d+)", name)
-
-
-def _token(name: str, i: int) -> str | None:
-    tokens = _split(name)
-    return tokens[i] if i < len(tokens) else None
