@@ -82,11 +82,7 @@ def _best(
         return shared, len(words & named)
 
     scores = sorted(map(score, equals), reverse=True)
-    if scores[0] == scores[1]:
-        return None
-    # Not by a word alone where the neighbours speak of something else.
-    best = max(equals, key=score)
-    return best if scores[0] > (scores[1][0], scores[1][1]) else None
+    return None if scores[0] in scores[1:] else max(equals, key=score)
 
 
 def _common(one: Sequence[object], other: Sequence[object]) -> int:

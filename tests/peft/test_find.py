@@ -12,6 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax._peft.checkpoint import Tensor
+from lora_jax._peft.names import naming_of
+from lora_jax._peft.twins import resolve
 
 L, D, H, K, F, V = 3, 8, 2, 4, 12, 20  # layers, width, heads, head width, mlp, words
 
@@ -216,6 +219,13 @@ def test_equal_tensors_are_told_apart_by_their_neighbours_or_refused():
     params = {"first": {"kernel": np.ones((D, K), np.float32)}}
     with pytest.raises(ValueError, match=r"'first/kernel' may be any of.*k_proj.*v_pr"):
         lj.find_names(arrays(params), t)
+
+
+def test_one_of_two_equal_tensors_that_another_weight_is():
+    """Its first part is told by value, of the second the rest is left."""
+    one, other = (Tensor(f"{n}.weight", (2, 2), None) for n in "ab")
+    claims = {(("x",), (), 0): [one], (("y",), (), 0): [one, other]}
+    assert resolve(claims) == {(("x",), (), 0): ("a",), (("y",), (), 0): ("b",)}
 
 
 @pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
@@ -445,8 +455,6 @@ def test_a_wrong_pairing_cannot_come_out(seed):
     # Each weight must be, in every value, the tensor that the map gives it.
     leaves = jax.tree.leaves_with_path(params)
     paths = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
-    from lora_jax._peft.names import naming_of
-
     seen = set()
     for path, x in paths.items():
         naming = naming_of(names, tuple(path.split("/")))
