@@ -37,15 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def moved(params, seed=0):
-    """Random factors: B of zero would hide every mistake."""
-    adapters, base = lj.split(params)
-    leaves, treedef = jax.tree.flatten(adapters)
-    rng = np.random.default_rng(seed)
-    drawn = [jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype) for x in leaves]
-    return lj.combine(treedef.unflatten(drawn), base)
-
-
 def saved(name, config, folder):
     """A random PyTorch model, and its folder of safetensors."""
     torch.manual_seed(0)
@@ -68,20 +59,25 @@ def logits(module, folder=None):
         return module(torch.tensor(IDS)).logits.numpy()
 
 
-def check(fn, params, module, source, folder, **given):
+@pytest.fixture
+def check(randomized):
     """Find, export, compare with PEFT, import, compare with what went out."""
-    export = {k: given.pop(k) for k in ("fan_in_fan_out",) if k in given}
-    axes = lj.find_axes(fn, params)
-    adapted = moved(lj.lorafy(params, 2, alpha=3.0, axes=axes, **given))
-    names = lj.find_names(adapted, source)
-    lj.export_peft(folder, adapted, names, axes=axes, **export)
-    np.testing.assert_allclose(fn(params), logits(module), atol=1e-4)
-    got, want = np.asarray(jax.jit(lj.lora(fn))(adapted)), logits(module, folder)
-    assert np.abs(want - logits(module)).max() > 0.01
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    back = lj.import_peft(folder, lj.strip(adapted), names, axes=axes)
-    np.testing.assert_allclose(jax.jit(lj.lora(fn))(back), got, atol=1e-5)
-    return names
+
+    def run(fn, params, module, source, folder, **given):
+        export = {k: given.pop(k) for k in ("fan_in_fan_out",) if k in given}
+        axes = lj.find_axes(fn, params)
+        adapted = randomized(lj.lorafy(params, 2, alpha=3.0, axes=axes, **given))
+        names = lj.find_names(adapted, source)
+        lj.export_peft(folder, adapted, names, axes=axes, **export)
+        np.testing.assert_allclose(fn(params), logits(module), atol=1e-4)
+        got, want = np.asarray(jax.jit(lj.lora(fn))(adapted)), logits(module, folder)
+        assert np.abs(want - logits(module)).max() > 0.01
+        np.testing.assert_allclose(got, want, atol=1e-4)
+        back = lj.import_peft(folder, lj.strip(adapted), names, axes=axes)
+        np.testing.assert_allclose(jax.jit(lj.lora(fn))(back), got, atol=1e-5)
+        return names
+
+    return run
 
 
 FLAX = {
@@ -98,7 +94,7 @@ FLAX = {
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize("family", FLAX)
-def test_the_flax_models_of_transformers(family, tmp_path):
+def test_the_flax_models_of_transformers(family, tmp_path, check):
     name, sizes = FLAX[family]
     module = saved((name, sizes), family, tmp_path / "torch")
     flax = getattr(transformers, f"Flax{name}")
@@ -146,7 +142,7 @@ TUNIX = {
 
 @pytest.mark.filterwarnings("ignore")  # tunix's own
 @pytest.mark.parametrize("family", TUNIX)
-def test_the_loaders_of_tunix(family, tmp_path):
+def test_the_loaders_of_tunix(family, tmp_path, check):
     package = f"tunix.models.{family.split()[0]}"
     models = pytest.importorskip(f"{package}.model")
     end = "params_safetensors" if family == "gemma3" else "params"
@@ -194,7 +190,7 @@ def keras_model(source, backbone, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # Keras's own
-def test_the_converter_of_keras_hub(tmp_path, monkeypatch):
+def test_the_converter_of_keras_hub(tmp_path, monkeypatch, check):
     sizes = LLAMA | dict(rms_norm_eps=1e-6, tie_word_embeddings=True)
     source = tmp_path / "torch"
     module = saved(("Qwen2ForCausalLM", sizes), "Qwen2", source)
