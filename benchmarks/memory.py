@@ -213,14 +213,16 @@ def size(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace, **changed: Any) -> Job:
     """Returns what to compile; what the options get wrong is found before that.
+
+    `changed` are fields of the model's architecture.
 
     Raises:
       RuntimeError: If there is no such device, or nothing to compile for it with.
       ValueError: If an option does not fit the model or the device.
     """
-    arch = ARCHITECTURES[args.model]
+    arch = dataclasses.replace(ARCHITECTURES[args.model], **changed)
     if args.layers:
         arch = dataclasses.replace(arch, layers=args.layers)
     sequence = tokens(args, arch)
@@ -380,13 +382,18 @@ def distribute(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
     """Returns a method's step on a batch of n, lowered, and its arguments' shapes."""
     if name == "full":
-        trainable, frozen = job.params, {}
         loss = lambda params, _, *batch: job.loss(params, *batch)
-    else:
-        trainable, frozen = lj.split(job.adapted)
-        merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
-        fn = lj.lora(job.loss) if name == "lora" else merged
-        loss = lambda adapters, base, *batch: fn(lj.combine(adapters, base), *batch)
+        return lower_step(job, loss, job.params, {}, n)
+    merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
+    fn = lj.lora(job.loss) if name == "lora" else merged
+    loss = lambda adapters, base, *batch: fn(lj.combine(adapters, base), *batch)
+    return lower_step(job, loss, *lj.split(job.adapted), n)
+
+
+def lower_step(
+    job: Job, loss: Callable[..., jax.Array], trainable: Any, frozen: Any, n: int
+) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Returns the same for `loss(trainable, frozen, *batch)`."""
     tx = optax.adamw(1e-3)
     put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     optimizer = optax.tree_map_params(

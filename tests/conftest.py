@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
 
@@ -41,6 +42,19 @@ def third_party():
     """Models of other people, which were not written for the strictest JAX."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def uncached():
+    """Without JAX's cache, which cannot read what was compiled for an absent chip."""
+
+    def enable(yes):
+        jax.config.update("jax_enable_compilation_cache", yes)
+        compilation_cache.reset_cache()
+
+    enable(False)
+    yield
+    enable(True)
 
 
 @pytest.fixture

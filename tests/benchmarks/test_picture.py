@@ -1,6 +1,7 @@
 """The README's picture: drawn from files of results, and from nothing else."""
 
 import json
+from pathlib import Path
 
 import picture
 import pytest
@@ -85,3 +86,8 @@ def test_refuses_a_folder_without_results(results, tmp_path, capsys):
         picture.main(given)
     assert "memory.json has no results" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_one_of_the_readme_is_small():
+    drawn = (Path(picture.__file__).parent / "picture.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG") and len(drawn) < 150_000

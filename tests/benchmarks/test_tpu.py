@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import memory
 import pytest
 import training
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 from models.architectures import ARCHITECTURES, Architecture
 
 pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install -e '.[tpu]'")
-pytestmark = pytest.mark.usefixtures("third_party")
+pytestmark = pytest.mark.usefixtures("third_party", "uncached")
 
 # No weight is as long as a batch of 4 x 160 tokens: a shape tells what it is of.
 RANK, LAYERS, WIDTH, MLP, VOCAB, TIME = 4, 2, 512, 1024, 2048, 160
@@ -26,19 +25,6 @@ KERNELS = [  # input, output; the longer is sharded, of two equal ones the first
     ("mlp/down", MLP, WIDTH, 0),
 ]
 TABLE = "bf16", (VOCAB, WIDTH)
-
-
-@pytest.fixture(autouse=True)
-def uncached():
-    """Without JAX's cache, which cannot read what was compiled for an absent chip."""
-
-    def enable(yes):
-        jax.config.update("jax_enable_compilation_cache", yes)
-        compilation_cache.reset_cache()
-
-    enable(False)
-    yield
-    enable(True)
 
 
 @pytest.fixture
