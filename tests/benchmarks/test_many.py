@@ -26,6 +26,7 @@ def tiny(third_party, optax_promotion, monkeypatch):
     monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
 
 
+@pytest.mark.slow
 def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     given = ["--adapters", "16", "1", "--repeats", "2", "--output", str(tmp_path)]
@@ -123,6 +124,7 @@ def test_what_is_said_is_made_of_the_numbers():
     assert "| aim |" not in said  # 16 were not run
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_a_chip_would_hold(tmp_path, monkeypatch, capsys):
     llama = dataclasses.replace(SMALL, positions=0, norm="rms", gated=True, bias=False)
     tiny = dataclasses.replace(llama, activation="silu", tied=True, layers=2)

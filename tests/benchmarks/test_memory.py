@@ -130,6 +130,7 @@ def test_a_loss_in_chunks_is_the_loss(name):
     same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "table"), [("llama", "nf4"), ("gemma", "int8")])
 def test_a_loss_in_chunks_is_the_loss_of_what_is_stored(name, table):
     whole = "tokens/embedding" if KINDS[name].tied else "head/kernel"
@@ -338,7 +339,6 @@ def test_a_refusal_is_told(text, peak, tmp_path, refused, capsys):
         ("nf4", "int8"),
         ("int4", "float32"),
         ("float32", None),
-        (None, "int8"),
     ],
 )
 def test_what_the_base_is_stored_in_is_counted_and_told(
