@@ -240,9 +240,12 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
     }
-    peaks = {"flops": FLOPS, "bandwidth": BANDWIDTH, "clock": CLOCK}
-    versions = training.versions() | {"device": "TPU v5e, absent"}
-    return {"settings": settings, "peaks": peaks, "versions": versions}
+    return {
+        "settings": settings,
+        "sequence": memory.tokens(args, ARCHITECTURES[args.model]),
+        "peaks": {"flops": FLOPS, "bandwidth": BANDWIDTH, "clock": CLOCK},
+        "versions": training.versions() | {"device": "TPU v5e, absent"},
+    }
 
 
 # Single operations, whose bound is known.
@@ -301,11 +304,10 @@ def add(
 def heading(results: dict[str, Any]) -> str:
     """Returns what was compiled, in a line."""
     given = results["settings"]
-    sequence = f" x {given['sequence']}" if given["sequence"] else ""
     remat = "remat" if given["remat"] else "no remat"
     return (
         f"{given['model']}, {given['layers']} layers, on a TPU v5e that is not there: "
-        f"batch {given['batch']}{sequence}, {given['dtype']}, {remat}"
+        f"batch {given['batch']} x {results['sequence']:,}, {given['dtype']}, {remat}"
     )
 
 
