@@ -11,7 +11,6 @@ benchmarks/results. Takes some minutes on two CPU cores.
 """
 
 import argparse
-import json
 import statistics
 import textwrap
 import time
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with files.stoppable(parser, args.output):
-        try:
+        with files.refusing(parser, OSError):
             with files.during("before training"):
                 job = to_peft.prepare(args)
                 plain = to_peft.function(job.model)
@@ -47,10 +46,6 @@ def main(argv: list[str] | None = None) -> None:
                     how: to_peft.adapt(plain, params, args)
                     for how, params in bases.items()
                 }
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         run(job, plain, trees, args)
     print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
 
@@ -86,9 +81,8 @@ def run(
                 "step_ms": 1000 * statistics.median(fitted[how].seconds),
                 "memory": method.memory,
             }
-        about = {"settings": finetune.settings(args), "versions": training.versions()}
-        text = json.dumps({"bases": found} | about, indent=2) + "\n"
-        (new / "few_bits.json").write_text(text, encoding="utf-8")
+        about = {"settings": training.settings(args), "versions": training.versions()}
+        files.write_json(new / "few_bits.json", {"bases": found} | about)
         figure(new / "few_bits.png", found, args.steps)
         print(f"{table(found)}\n\n{samples(found)}")
 

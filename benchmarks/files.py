@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -34,6 +36,11 @@ def written(folder: Path) -> Iterator[Path]:
             signal.signal(signal.SIGINT, before)
 
 
+def write_json(path: Path, found: Any) -> None:
+    """Writes what a job found, to be read by eye too."""
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def stoppable(parser: argparse.ArgumentParser, folder: Path) -> Iterator[None]:
     """Ends the program at Ctrl-C in one line that says what was done."""
@@ -43,6 +50,19 @@ def stoppable(parser: argparse.ArgumentParser, folder: Path) -> Iterator[None]:
         what = " ".join(["stopped", *map(str, stop.args)])
         text = f"{parser.prog}: {what}; nothing was written to {folder}\n"
         parser.exit(128 + signal.SIGINT, text)
+
+
+@contextlib.contextmanager
+def refusing(
+    parser: argparse.ArgumentParser, missing: type[Exception]
+) -> Iterator[None]:
+    """Ends the program in one line: for a wrong option, or for what is `missing`."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
+    except missing as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ benchmarks/results. Takes a few minutes on two CPU cores.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -65,13 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with files.stoppable(parser, args.output):
-        try:
+        with files.refusing(parser, OSError):
             with files.during("before training"):
                 job = prepare(args)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         run(*job, args)
     print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
 
@@ -107,18 +102,12 @@ def run(
                 found[name] = judge_lora(model, params, pretrained, held, path, start)
             step_ms = 1000 * statistics.median(fitted[name].seconds)
             found[name] |= {"step_ms": step_ms, "memory": method.memory}
-        found["settings"] = settings(args)
+        found["settings"] = training.settings(args)
         found["versions"] = training.versions()
-        text = json.dumps(found, indent=2) + "\n"
-        (new / "finetune.json").write_text(text, encoding="utf-8")
+        files.write_json(new / "finetune.json", found)
         losses = {name: fit.losses for name, fit in fitted.items()}
         report.figure(new / "finetune.png", found, losses)
         print(report.table(found))
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options as JSON can hold them."""
-    return {k: str(x) if isinstance(x, Path) else x for k, x in vars(args).items()}
 
 
 # The command line.

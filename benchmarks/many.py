@@ -21,7 +21,6 @@ two.
 import argparse
 import functools
 import gc
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     with files.stoppable(parser, args.output):
         if args.device is None:
             return run(args)
-        try:
+        with files.refusing(parser, RuntimeError):
             place = memory.devices(args.device)[0]
-        except ValueError as error:
-            parser.error(str(error))
-        except RuntimeError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         plan(args, place)
 
 
@@ -137,8 +132,7 @@ def run(args: argparse.Namespace) -> None:
     text = told(found)
     with files.written(args.output) as new:
         (new / "many.md").write_text(text + "\n", encoding="utf-8")
-        data = json.dumps(found, indent=2) + "\n"
-        (new / "many.json").write_text(data, encoding="utf-8")
+        files.write_json(new / "many.json", found)
         figure(new / "many.png", found["adapters"])
     print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
 
@@ -485,8 +479,7 @@ def plan(args: argparse.Namespace, place: Any) -> None:
                 bar.update()
     text = planned(args, found)
     with files.written(args.output) as new:
-        data = json.dumps(found, indent=2) + "\n"
-        (new / "many_plan.json").write_text(data, encoding="utf-8")
+        files.write_json(new / "many_plan.json", found)
     print(f"{text}\nThe file is in {args.output}")
 
 

@@ -23,7 +23,6 @@ sequence at a time.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -74,16 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with files.stoppable(parser, args.output):
-        try:
+        with files.refusing(parser, RuntimeError):
             job = prepare(args)
-        except ValueError as error:
-            parser.error(str(error))
-        except RuntimeError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         found = {"methods": compare(job)} | about(job)
         with files.written(args.output) as new:
-            text = json.dumps(found, indent=2) + "\n"
-            (new / "memory.json").write_text(text, encoding="utf-8")
+            files.write_json(new / "memory.json", found)
             figure(new / "memory.png", found)
             print(f"{heading(found)}\n\n{table(found)}\n\n{words(found)}")
     count = sum(len(x["peaks"]) for x in found["methods"].values())
@@ -127,16 +121,12 @@ def about(job: Job) -> dict[str, Any]:
     """Returns what the numbers depend on."""
     each = 1 if job.arch.patch else job.args.chunk or job.sequence
     rows = job.args.batch // job.mesh.size * each
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(job.args).items()
-    }
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(job.params)),
         "sequence": job.sequence,
         "logits": 4 * rows * job.arch.vocab,  # bytes on each chip at a time
         "chips": job.mesh.size,
-        "settings": settings,
+        "settings": training.settings(job.args),
         "versions": training.versions()
         | {"device": job.mesh.devices.flat[0].device_kind},
     }

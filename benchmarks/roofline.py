@@ -22,7 +22,6 @@ benchmarks/results. A compilation takes about a minute on two CPU cores.
 
 import argparse
 import copy
-import json
 import re
 import time
 from collections.abc import Callable
@@ -64,12 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with files.stoppable(parser, args.output):
-        try:
+        with files.refusing(parser, RuntimeError):
             lowered = steps(args)
-        except ValueError as error:
-            parser.error(str(error))
-        except RuntimeError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         found, texts = {"steps": {}, "alone": []}, {}
         with tqdm(lowered.items(), unit=" compiled", disable=None) as bar:
             for name, lower in bar:
@@ -79,8 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             found["alone"] = alone(4096, 2048, 8192, args.rank)
         found |= about(args)
         with files.written(args.output) as new:
-            text = json.dumps(found, indent=2) + "\n"
-            (new / "roofline.json").write_text(text, encoding="utf-8")
+            files.write_json(new / "roofline.json", found)
             figure(new / "roofline.png", found)
             (new / "programs").mkdir()
             for name, text in texts.items():
@@ -236,12 +230,8 @@ def kind_of(operation: hlo.Operation, rank: int) -> str:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """Returns what the numbers depend on."""
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-    }
     return {
-        "settings": settings,
+        "settings": training.settings(args),
         "sequence": memory.tokens(args, ARCHITECTURES[args.model]),
         "peaks": {"flops": FLOPS, "bandwidth": BANDWIDTH, "clock": CLOCK},
         "versions": training.versions() | {"device": "TPU v5e, absent"},

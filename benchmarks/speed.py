@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import gc
 import importlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,8 +129,7 @@ def run(args: argparse.Namespace) -> None:
     text = "\n".join(texts)
     with files.written(args.output) as new:
         (new / "speed.md").write_text(text + "\n", encoding="utf-8")
-        data = json.dumps(found, indent=2) + "\n"
-        (new / "speed.json").write_text(data, encoding="utf-8")
+        files.write_json(new / "speed.json", found)
         figure(new / "speed.png", found["jobs"])
     print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
 

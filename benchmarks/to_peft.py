@@ -12,7 +12,6 @@ an error unless both say the same. Takes under five minutes on two CPU cores.
 import argparse
 import functools
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with files.stoppable(parser, args.output):
-        try:
+        with files.refusing(parser, OSError):
             with files.during("before training"):
                 check_place(args.output / "adapter")
                 job = prepare(args)
@@ -75,10 +74,6 @@ def main(argv: list[str] | None = None) -> None:
                 # What would keep the last export from its place shows now.
                 with tempfile.TemporaryDirectory() as trial:
                     export(params, Path(trial, "adapter"), args)
-        except ValueError as error:
-            parser.error(str(error))
-        except OSError as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
         fell = run(job, plain, params, args)
     print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
     if not fell:
@@ -103,7 +98,7 @@ def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
             "losses": fitted.losses,
             "step_ms": 1000 * statistics.median(fitted.seconds),
             "memory": memory,
-            "settings": finetune.settings(args),
+            "settings": training.settings(args),
             "versions": training.versions(),
         }
         figure(new / "to_peft.png", found)
@@ -112,8 +107,7 @@ def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
         if args.check:
             found["versions"] |= {name: version(name) for name in PEERS}
             found["check"] = check(new / "adapter", args, plain, params, job)
-        text = json.dumps(found, indent=2) + "\n"
-        (new / "to_peft.json").write_text(text, encoding="utf-8")
+        files.write_json(new / "to_peft.json", found)
     return found["after"]["loss"] < found["before"]["loss"]
 
 

@@ -1,10 +1,12 @@
 """One training step, the same whatever trains, and the memory that XLA gives it."""
 
+import argparse
 import math
 import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -171,6 +173,11 @@ def nbytes(tree: Any) -> int:
 def copied(tree: Any) -> Any:
     """Returns copies on the device: a step that donates takes what it is given."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options as JSON can hold them."""
+    return {k: str(x) if isinstance(x, Path) else x for k, x in vars(args).items()}
 
 
 def versions() -> dict[str, str]:

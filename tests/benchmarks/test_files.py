@@ -31,6 +31,27 @@ def fill(new):
         (new / name).write_text("new")
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (ValueError("--rank 0"), 2, "error: --rank 0"),
+        (OSError("no wheel"), 1, "^job: no wheel$"),
+    ],
+)
+def test_what_cannot_begin_ends_in_one_line(error, status, says, capsys):
+    parser = argparse.ArgumentParser(prog="job")
+    with pytest.raises(SystemExit) as stop, files.refusing(parser, OSError):
+        raise error
+    assert stop.value.code == status
+    assert re.search(says, capsys.readouterr().err.strip())
+
+
+def test_an_error_of_ours_is_none_of_the_options():
+    with pytest.raises(RuntimeError, match="ours"):
+        with files.refusing(argparse.ArgumentParser(), OSError):
+            raise RuntimeError("ours")
+
+
 def test_files_and_folders_take_the_places_of_old_ones(folder):
     with files.written(folder) as new:
         fill(new)

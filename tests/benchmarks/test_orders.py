@@ -77,6 +77,13 @@ def test_what_cannot_be_compiled_for_is_refused(capsys):
     assert "abacus is not what can be planned for" in capsys.readouterr().err
 
 
+def test_bounds_are_of_one_chip_alone(capsys):
+    for device in ("cpu", "tpu-v6e", "tpu-v5e:2x2"):
+        with pytest.raises(SystemExit):
+            orders.main(["--device", device])
+        assert f"invalid choice: '{device}'" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("uncached")
 def test_all_is_planned_for_a_chip_that_is_absent(tmp_path, monkeypatch, capsys):
     pytest.importorskip("libtpu")
