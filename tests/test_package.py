@@ -12,7 +12,9 @@ import pytest
 import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
-ENGINE = "shapes quantized factors ops dora jaxpr run products views rules uses".split()
+ENGINE = (
+    "shapes quantized factors thin ops dora jaxpr run products views rules uses"
+).split()
 PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "
     "proofs nearest twins patterns find"

@@ -10,6 +10,7 @@ Read in this order:
   shapes.py    sizes and reshapes, of shapes alone
   quantized.py a weight in few bits: its views, and the plain array
   factors.py   a weight and its adapter as one array, and the views of it
+  thin.py      products with thin arrays, and how they are added to plain ones
   ops.py       the factored products, as namesakes of those of `jax.lax`
   dora.py      the magnitudes of DoRA, and the norms that divide them
   jaxpr.py     JAX's jaxprs: the only file that knows how a release writes them

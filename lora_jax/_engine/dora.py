@@ -22,8 +22,8 @@ from lora_jax._engine.factors import (
     stacked,
     wider,
 )
-from lora_jax._engine.ops import einsum
 from lora_jax._engine.quantized import dequantize, is_quantized, spread
+from lora_jax._engine.thin import einsum
 
 
 def weight(

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._engine import quantized
+from lora_jax._engine import quantized, thin
 from lora_jax._engine.factors import (
     Factors,
     bare,
@@ -34,15 +34,12 @@ from lora_jax._engine.factors import (
     squeeze_absent,
     view,
     wider,
-    x64,
 )
 from lora_jax._engine.quantized import through
 from lora_jax._engine.shapes import size
+from lora_jax._engine.thin import RANK, Labels
 
-Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
-RANK, GROUP = -1, -2
-FEW = 3  # rows or columns, of which any order of a product is as fast
-COLUMNS = 8  # at most so many are added one by one, where that is faster
+GROUP = -2  # a label beside RANK
 
 
 def dot_general(
@@ -111,9 +108,10 @@ def _dot_general(
         both = (None if z is None else z.astype(dtype) for z in (x, dropped))
         x, dropped = (None if z is None else _gained(z, f, x_labels) for z in both)
         f = dataclasses.replace(f, gain=None)
-    y = through(product, x, f.w, looped=looped)
     if not f.rank:
-        return y
+        return through(product, x, f.w, looped=looped)
+    x = thin.made_once(x)
+    y = through(product, x, f.w, looped=looped)
 
     dtype = _compute_dtype(x, f, y)
     parts = []
@@ -127,13 +125,13 @@ def _dot_general(
     kept = list(dict.fromkeys(n for n in (*x_labels, *first[2]) if n in needed))
     precision = params.get("precision")
     x = x if dropped is None else dropped
-    h = einsum(x.astype(dtype), x_labels, *first[1:], kept, precision)
+    h = thin.einsum(x.astype(dtype), x_labels, *first[1:], kept, precision)
     rows, columns = [*x_free, RANK], [*f_free, RANK]
     in_order = [*x_free, *f_free] == out and (kept, second[2]) == (rows, columns)
-    if in_order and not _is_explicit(y):
-        y = _add_product(y, h, second[1], precision)
+    if in_order and not thin.is_explicit(y):
+        y = thin.add(y, h, second[1], precision)
     else:
-        product = einsum(h, kept, *second[1:], out, precision, y.dtype)
+        product = thin.einsum(h, kept, *second[1:], out, precision, y.dtype)
         y = y + _like(y, product.astype(y.dtype))
     return _gained(y, f, out)
 
@@ -149,76 +147,14 @@ def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
     return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _add_product(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    """`y + h b`: y (*rows, *columns), a thin h (*rows, r) and b (*columns, r).
-
-    XLA for CPU does not add in a product: it would write `h b`, as large as y, and read
-    it again. A sum of r outer products it fuses with the addition and with what comes
-    after: a step of the transformer of benchmarks/speed.py has 450 instead of 534 MB of
-    temporaries at r = 8, and its forward pass takes 1.08 instead of 1.15 of the plain
-    one's time. From r = 16 on the product is faster.
-    """
-    if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
-        return y + _outer(h, b, precision, y.dtype)
-    return _add_columns(y, h, b, precision)
-
-
-@functools.partial(jax.jit, static_argnums=3, inline=True)
-def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    """Jitted, so that JAX traces it once for a shape."""
-
-    def columns(y, h, b):
-        rows, wide, ones = h.ndim - 1, wider(y.dtype), [1] * h.shape[-1]
-        left = lax.expand_dims(h.astype(wide), range(rows, y.ndim - 1))
-        right = lax.expand_dims(jnp.moveaxis(b.astype(wide), -1, 0), range(1, rows))
-        total = y.astype(wide)
-        for u, v in zip(lax.split(left, ones, -1), lax.split(right, ones), strict=True):
-            total += u * v
-        # Whatever reads it would sum again, but for the barrier.
-        return lax.optimization_barrier(total.astype(y.dtype))
-
-    product = lambda y, h, b: y + _outer(h, b, precision, y.dtype)
-    return lax.platform_dependent(y, h, b, cpu=columns, default=product)
-
-
-@_add_product.defjvp
-def _add_product_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
-    """The gradient of b is a sum over rows, which XLA for CPU wants in one dimension.
-
-    Over more it makes a transposed copy of y's cotangent for that sum, and a step takes
-    1.08 instead of 0.61 of the full one's time. All else is left in its dimensions: in
-    matrices, XLA for TPU moves 5 % more bytes (GPT-2 medium, 4 x 1,024 tokens, v5e).
-    """
-    (y, h, b), (dy, dh, db) = primals, tangents
-    flat = lambda x: jnp.reshape(x, (-1, x.shape[-1]))
-    with x64([y.dtype]):
-        by_h = _outer(dh, b, precision, y.dtype)
-        by_b = jnp.reshape(_outer(flat(h), flat(db), precision, y.dtype), y.shape)
-        return _add_product(y, h, b, precision), dy + by_h + by_b
-
-
-def _outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
-    """`h b`: (*rows, r) and (*columns, r) to (*rows, *columns)."""
-    out = list(range(h.ndim + b.ndim - 2))
-    rows, columns = out[: h.ndim - 1], out[h.ndim - 1 :]
-    product = einsum(h, [*rows, RANK], b, [*columns, RANK], out, precision, dtype)
-    return product.astype(dtype)
-
-
 def _like(y: jax.Array, product: jax.Array) -> jax.Array:
     """The product sharded as the plain one is, on a mesh of explicit axes."""
-    if not _is_explicit(y):
+    if not thin.is_explicit(y):
         return product
     sizes = zip(product.shape, y.shape, jax.typeof(y).sharding.spec, strict=True)
     spec = (names if n == whole else None for n, whole, names in sizes)
     mesh = jax.typeof(y).sharding.mesh
     return jax.sharding.reshard(product, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def _is_explicit(x: jax.Array) -> bool:
-    """Whether x is on a mesh of explicit axes, where types tell what is where."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def conv_general_dilated(
@@ -271,8 +207,8 @@ def conv_general_dilated(
     else:
         h = convolve(x, _window(f, first, out_channel, groups, dtype))
         channel, matrix = dimension_numbers.out_spec[1], _matrix(second, out)
-        if groups == 1 and channel == y.ndim - 1 and not _is_explicit(y):
-            y = _add_product(y, h, matrix.astype(dtype), precision)
+        if groups == 1 and channel == y.ndim - 1 and not thin.is_explicit(y):
+            y = thin.add(y, h, matrix.astype(dtype), precision)
             return _gained(y, f, labels)
         product = _mix(h, matrix, channel, groups, precision)
     return _gained(y + product.astype(y.dtype), f, labels)
@@ -313,7 +249,7 @@ def _mix(
         n for d in range(x.ndim) for n in ([*group, label] if d == channel else [d])
     ]
     sizes = dict(enumerate(x.shape)) | {GROUP: groups, old: x.shape[channel] // groups}
-    y = einsum(
+    y = thin.einsum(
         *(jnp.reshape(x, [sizes[n] for n in split(old)]), split(old)),
         *(matrix.astype(x.dtype), [*group, channel, RANK], split(new), precision),
     )
@@ -356,7 +292,7 @@ def ragged_dot_general(
     y = through(whole, x, f.w, looped=looped)
     dtype = _compute_dtype(x, f, y)
 
-    def thin(x, factor, x_dims, absent, summed, row):
+    def multiply(x, factor, x_dims, absent, summed, row):
         """The product with a factor that has all but the `absent` dimensions."""
         kept = [d for d in range(f.ndim) if d not in absent]
         sizes = [f.shape[d] if d in kept else 1 for d in range(f.ndim)]
@@ -374,7 +310,7 @@ def ragged_dot_general(
         )
         return product(x.astype(dtype), factor, ragged_dot_dimension_numbers=dims)
 
-    h = thin(
+    h = multiply(
         x if drop is None else drop(x),
         first,
         (x_sum, x_batch),
@@ -385,7 +321,7 @@ def ragged_dot_general(
     # (batch..., rows and other dimensions of x..., r)
     order = [*x_batch, *(d for d in range(x.ndim) if d not in (*x_sum, *x_batch))]
     dims = [h.ndim - 1], list(range(len(x_batch)))
-    delta = thin(h, second, dims, sorted(f_sum), [RANK], order.index(row))
+    delta = multiply(h, second, dims, sorted(f_sum), [RANK], order.index(row))
     return y + delta.astype(y.dtype)
 
 
@@ -486,59 +422,6 @@ def scaled(f: Factors) -> jax.Array:
     return f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
 
 
-def einsum(
-    x: jax.Array,
-    x_labels: Labels,
-    y: jax.Array,
-    y_labels: Labels,
-    out: Labels,
-    precision: Any = None,
-    dtype: Any = None,
-) -> jax.Array:
-    """The product of `x` and a thin `y`; a label of `out` in neither gets size 1."""
-    x_labels, y_labels = list(x_labels), list(y_labels)
-    lonely = [n for n in x_labels if n not in y_labels and n not in out]
-    if lonely:
-        x = jnp.sum(x, axis=tuple(x_labels.index(n) for n in lonely))
-        x_labels = [n for n in x_labels if n not in lonely]
-    sizes = dict(zip(x_labels, x.shape, strict=True))
-    sizes |= dict(zip(y_labels, y.shape, strict=True))
-    batch = [n for n in x_labels if n in y_labels and n in out]
-    summed = [n for n in x_labels if n in y_labels and n not in out]
-    x_free = [n for n in x_labels if n not in y_labels]
-    y_free = [n for n in y_labels if n not in x_labels]
-
-    options: dict[str, Any] = {"precision": precision}
-    if dtype is not None and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
-        options["preferred_element_type"] = dtype
-    have = [n for n in out if n in sizes]
-    swap = not batch and have == [*y_free, *x_free]
-    labels = [*batch, *y_free, *x_free] if swap else [*batch, *x_free, *y_free]
-    if _is_explicit(x):
-        options["out_sharding"] = _spec(labels, (x, x_labels), (y, y_labels))
-    length = lambda side: size(sizes[n] for n in side)
-    short, long = sorted((y_free, summed), key=length)
-    # In a batch, that of `vmap` too, XLA for CPU, up to jax 0.11, cannot compile the
-    # gradient of the barrier, a sum over the rows of x, where two or three are too few.
-    if not batch and min(length(x_free), length(long)) > FEW:
-        # The short side of y first, because of its gradient: XLA for CPU finds it as
-        # (r, k) in a tenth of the time of (k, r), 0.4 against 4.1 ms for 1,536 tokens
-        # of 1,536 numbers at r = 8. But for the barrier it would be turned back.
-        order = [*short, *long]
-        y = jnp.transpose(y, [y_labels.index(n) for n in order])
-        y, y_labels = lax.optimization_barrier(y), order
-    dims = [
-        ([x_labels.index(n) for n in group], [y_labels.index(n) for n in group])
-        for group in (summed, batch)
-    ]
-    if swap:
-        z = lax.dot_general(y, x, [pair[::-1] for pair in dims], **options)
-    else:
-        z = lax.dot_general(x, y, dims, **options)
-    z = jnp.transpose(z, [labels.index(n) for n in have])
-    return jnp.reshape(z, [sizes.get(n, 1) for n in out])
-
-
 def _compute_dtype(x: jax.Array, f: Factors, y: jax.Array) -> Any:
     """The factors' dtype in a product `y`: the wider of its operands'.
 
@@ -550,19 +433,3 @@ def _compute_dtype(x: jax.Array, f: Factors, y: jax.Array) -> Any:
         if jnp.issubdtype(z.dtype, jnp.inexact) and z.dtype.itemsize > 1
     ]
     return dtypes[0] if len({*dtypes}) == 1 else wider(*dtypes or [y.dtype])
-
-
-def _spec(labels: Labels, *operands: tuple[jax.Array, Labels]) -> NamedSharding:
-    """The result's sharding on a mesh of explicit axes: its operands', each once."""
-    axes: dict[int, Any] = {}
-    for array, own in operands:
-        for n, names in zip(own, jax.typeof(array).sharding.spec, strict=True):
-            taken = {name for other in axes.values() for name in _names(other)}
-            if n in labels and n not in axes and taken.isdisjoint(_names(names)):
-                axes[n] = names
-    mesh = jax.typeof(operands[0][0]).sharding.mesh
-    return NamedSharding(mesh, PartitionSpec(*(axes.get(n) for n in labels)))
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -1,7 +1,6 @@
 """The factored products equal the products with the materialised weight."""
 
 import re
-import string
 
 import jax
 import jax.numpy as jnp
@@ -73,28 +72,6 @@ def test_dot_general_swapped(product):
     check(got, lax.dot_general(materialize(f), x, dims))
 
 
-def test_einsum_against_numpy():
-    """Labels in random orders: kept, summed, shared, and in neither operand."""
-    sizes = dict(zip(range(6), (2, 3, 4, 5, 2, 3), strict=True))
-    for _ in range(40):
-        x_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
-        y_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
-        alone = [n for n in y_labels if n not in x_labels]
-        out = [n for n in x_labels if RNG.random() < 0.6] + alone
-        out = RNG.permutation(out).astype(int).tolist()
-        x, y = (normal(*(sizes[n] for n in labels)) for labels in (x_labels, y_labels))
-        letters = [
-            "".join(string.ascii_letters[n] for n in g)
-            for g in (x_labels, y_labels, out)
-        ]
-        want = np.einsum(f"{letters[0]},{letters[1]}->{letters[2]}", x, y)
-        check(ops.einsum(jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, out), want)
-        padded = ops.einsum(
-            jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, [5, *out]
-        )
-        check(padded, want[None])
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("preferred", [None, "float32"])
 def test_the_result_has_the_plain_dtype(dtype, preferred):
@@ -108,7 +85,7 @@ def test_the_result_has_the_plain_dtype(dtype, preferred):
     np.testing.assert_allclose(got.astype(np.float32), x @ (w + a @ b / 2), atol=atol)
 
 
-@pytest.mark.parametrize("rank", [2, 9])
+@pytest.mark.parametrize("rank", [2, 17])
 def test_factors_of_few_digits_are_scaled_in_more(rank):
     w, a, b = normal(4, 5), normal(4, rank), normal(rank, 5)
     low = [jnp.asarray(z, jnp.bfloat16) for z in (a, b)]
@@ -191,7 +168,7 @@ def dot_ranks(fn, platform, r):
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_thin_products_keep_their_dimensions(platform):
     """In fewer dimensions XLA for TPU moves more bytes."""
-    assert dot_ranks(lambda fn: fn, platform, 9) == [[3, 3], [3, 2], [3, 3]]
+    assert dot_ranks(lambda fn: fn, platform, 17) == [[3, 3], [3, 2], [3, 3]]
     # On a CPU a few columns are added one by one.
     thin = [] if platform == "cpu" else [[3, 3]]
     assert dot_ranks(lambda fn: fn, platform, 2) == [[3, 3], [3, 2], *thin]

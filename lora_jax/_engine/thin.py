@@ -1,0 +1,171 @@
+"""The thin products, and how what comes out of one is added to a plain product.
+
+A thin array has the rank for one of its dimensions. Into the rank a product is cheap;
+out of it, it is as large as what it is added to.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax._engine.factors import wider, x64
+from lora_jax._engine.shapes import size
+
+Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
+RANK = -1  # the label of the rank
+FEW = 3  # rows or columns, of which any order of a product is as fast
+COLUMNS = 16  # at most so many are added one by one, where that is faster
+
+
+def einsum(
+    x: jax.Array,
+    x_labels: Labels,
+    y: jax.Array,
+    y_labels: Labels,
+    out: Labels,
+    precision: Any = None,
+    dtype: Any = None,
+) -> jax.Array:
+    """The product of `x` and a thin `y`; a label of `out` in neither gets size 1."""
+    x_labels, y_labels = list(x_labels), list(y_labels)
+    lonely = [n for n in x_labels if n not in y_labels and n not in out]
+    if lonely:
+        x = jnp.sum(x, axis=tuple(x_labels.index(n) for n in lonely))
+        x_labels = [n for n in x_labels if n not in lonely]
+    sizes = dict(zip(x_labels, x.shape, strict=True))
+    sizes |= dict(zip(y_labels, y.shape, strict=True))
+    batch = [n for n in x_labels if n in y_labels and n in out]
+    summed = [n for n in x_labels if n in y_labels and n not in out]
+    x_free = [n for n in x_labels if n not in y_labels]
+    y_free = [n for n in y_labels if n not in x_labels]
+
+    options: dict[str, Any] = {"precision": precision}
+    if dtype is not None and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
+        options["preferred_element_type"] = dtype
+    have = [n for n in out if n in sizes]
+    swap = not batch and have == [*y_free, *x_free]
+    labels = [*batch, *y_free, *x_free] if swap else [*batch, *x_free, *y_free]
+    if is_explicit(x):
+        options["out_sharding"] = _spec(labels, (x, x_labels), (y, y_labels))
+    length = lambda side: size(sizes[n] for n in side)
+    short, long = sorted((y_free, summed), key=length)
+    # In a batch, that of `vmap` too, XLA for CPU, up to jax 0.11, cannot compile the
+    # gradient of the barrier, a sum over the rows of x, where two or three are too few.
+    if not batch and min(length(x_free), length(long)) > FEW:
+        # The short side of y first, because of its gradient: XLA for CPU finds it as
+        # (r, k) in a tenth of the time of (k, r), 0.4 against 4.1 ms for 1,536 tokens
+        # of 1,536 numbers at r = 8. But for the barrier it would be turned back.
+        order = [*short, *long]
+        y = jnp.transpose(y, [y_labels.index(n) for n in order])
+        y, y_labels = lax.optimization_barrier(y), order
+    dims = [
+        ([x_labels.index(n) for n in group], [y_labels.index(n) for n in group])
+        for group in (summed, batch)
+    ]
+    if swap:
+        z = lax.dot_general(y, x, [pair[::-1] for pair in dims], **options)
+    else:
+        z = lax.dot_general(x, y, dims, **options)
+    z = jnp.transpose(z, [labels.index(n) for n in have])
+    return jnp.reshape(z, [sizes.get(n, 1) for n in out])
+
+
+@jax.custom_jvp
+def made_once(x: jax.Array) -> jax.Array:
+    """An array that two products read, made once.
+
+    Where each example has an adapter of its own, they read x in shapes of their own,
+    and XLA for CPU would take the last steps to x, as those of a gelu, for each of
+    them: a mixed batch of 16 (benchmarks/many.py) takes 1.19 instead of 1.12 of the
+    plain pass. Where derivatives are taken, x is kept for those, and made once anyhow.
+    """
+    once = lax.optimization_barrier
+    return lax.platform_dependent(x, cpu=once, default=lambda x: x)
+
+
+made_once.defjvp(lambda primals, tangents: (*primals, *tangents))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def add(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+    """`y + h b`: y (*rows, *columns), a thin h (*rows, r) and b (*columns, r).
+
+    XLA for CPU does not add in a product: it would write `h b`, as large as y, and read
+    it again. A sum of r outer products it fuses with the addition, and y becomes the
+    result in place: NUMBERS. From r = 16 on the product is faster.
+    """
+    if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
+        return y + outer(h, b, precision, y.dtype)
+    return _add_columns(y, h, b, precision)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+    """Jitted, so that JAX traces it once for a shape."""
+
+    def columns(y, h, b):
+        shape, rows, wide = y.shape, h.ndim - 1, wider(y.dtype)
+        # In matrices, as XLA for CPU multiplies: a sum in other dimensions than those
+        # of the product is another array in memory.
+        y = lax.collapse(lax.collapse(y, rows, y.ndim), 0, rows)
+        h, b = (lax.collapse(z, 0, z.ndim - 1).astype(wide) for z in (h, b))
+        y = lax.optimization_barrier(y)
+        total, ones = y.astype(wide), [1] * h.shape[-1]
+        for u, v in zip(lax.split(h, ones, 1), lax.split(b.T, ones), strict=True):
+            total += u * v
+        # Whatever reads it would sum again, but for the barrier.
+        total = lax.optimization_barrier(total.astype(y.dtype))
+        return jnp.reshape(total, shape)
+
+    product = lambda y, h, b: y + outer(h, b, precision, y.dtype)
+    return lax.platform_dependent(y, h, b, cpu=columns, default=product)
+
+
+@add.defjvp
+def _add_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
+    """The gradient of b is a sum over rows, which XLA for CPU wants in one dimension.
+
+    Over more it makes a transposed copy of y's cotangent for that sum, and a step takes
+    1.08 instead of 0.61 of the full one's time. All else is left in its dimensions: in
+    matrices, XLA for TPU moves 5 % more bytes (GPT-2 medium, 4 x 1,024 tokens, v5e).
+    """
+    (y, h, b), (dy, dh, db) = primals, tangents
+    flat = lambda x: jnp.reshape(x, (-1, x.shape[-1]))
+    with x64([y.dtype]):
+        by_h = outer(dh, b, precision, y.dtype)
+        by_b = jnp.reshape(outer(flat(h), flat(db), precision, y.dtype), y.shape)
+        return add(y, h, b, precision), dy + by_h + by_b
+
+
+def outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
+    """`h b`: (*rows, r) and (*columns, r) to (*rows, *columns)."""
+    out = list(range(h.ndim + b.ndim - 2))
+    rows, columns = out[: h.ndim - 1], out[h.ndim - 1 :]
+    product = einsum(h, [*rows, RANK], b, [*columns, RANK], out, precision, dtype)
+    return product.astype(dtype)
+
+
+def is_explicit(x: jax.Array) -> bool:
+    """Whether x is on a mesh of explicit axes, where types tell what is where."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def _spec(labels: Labels, *operands: tuple[jax.Array, Labels]) -> NamedSharding:
+    """The result's sharding on a mesh of explicit axes: its operands', each once."""
+    axes: dict[int, Any] = {}
+    for array, own in operands:
+        for n, names in zip(own, jax.typeof(array).sharding.spec, strict=True):
+            taken = {name for other in axes.values() for name in _names(other)}
+            if n in labels and n not in axes and taken.isdisjoint(_names(names)):
+                axes[n] = names
+    mesh = jax.typeof(operands[0][0]).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(*(axes.get(n) for n in labels)))
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)

@@ -1,0 +1,96 @@
+"""The thin products, and how they are added to what a plain one made."""
+
+import re
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax._engine import thin
+
+RNG = np.random.default_rng(0)
+FUSED_LAST = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="XLA for CPU of an earlier jax removes barriers before it fuses",
+)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def check(got, want):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_einsum_against_numpy():
+    """Labels in random orders: kept, summed, shared, and in neither operand."""
+    sizes = dict(zip(range(6), (2, 3, 4, 5, 2, 3), strict=True))
+    for _ in range(40):
+        x_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
+        y_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
+        alone = [n for n in y_labels if n not in x_labels]
+        out = [n for n in x_labels if RNG.random() < 0.6] + alone
+        out = RNG.permutation(out).astype(int).tolist()
+        x, y = (normal(*(sizes[n] for n in labels)) for labels in (x_labels, y_labels))
+        letters = [
+            "".join(string.ascii_letters[n] for n in g)
+            for g in (x_labels, y_labels, out)
+        ]
+        want = np.einsum(f"{letters[0]},{letters[1]}->{letters[2]}", x, y)
+        check(
+            thin.einsum(jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, out), want
+        )
+        padded = thin.einsum(
+            jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, [5, *out]
+        )
+        check(padded, want[None])
+
+
+ROWS_AND_COLUMNS = [((3,), (5,)), ((2, 3), (5,)), ((3,), (2, 5)), ((2, 3), (4, 5))]
+
+
+@pytest.mark.parametrize("r", [1, 3, thin.COLUMNS, thin.COLUMNS + 1])
+@pytest.mark.parametrize(("rows", "columns"), ROWS_AND_COLUMNS)
+def test_a_sum_of_any_dimensions(rows, columns, r):
+    y, h, b = normal(*rows, *columns), normal(*rows, r), normal(*columns, r)
+    want = y + np.tensordot(h, b, ([-1], [-1]))
+    check(thin.add(*map(jnp.asarray, (y, h, b)), None), want)
+    some = [jnp.stack([z, 2 * z]) for z in (y, h, b)]
+    check(
+        jax.jit(jax.vmap(lambda *args: thin.add(*args, None)))(*some)[1],
+        2 * y + 4 * (want - y),
+    )
+
+
+FN = lambda p, x: jnp.tanh(x) @ p["kernel"]
+
+
+def compiled(fn, *args):
+    return jax.jit(fn).lower(*args).compile()
+
+
+@FUSED_LAST
+@pytest.mark.parametrize("shape", [(24, 64), (2, 12, 64), (2, 3, 4, 64)])
+def test_a_product_becomes_the_sum_in_place(shape):
+    x, plain = jnp.ones(shape), {"kernel": jnp.ones((64, 512))}
+    params = lj.lorafy(plain, 4)
+    parts = compiled(FN, plain, x), compiled(lj.lora(FN), params, x)
+    before, after = (c.memory_analysis().temp_size_in_bytes for c in parts)
+    assert after - before < 24 * 512 * 4 / 2
+
+
+@FUSED_LAST
+def test_what_a_mixed_batch_multiplies_is_made_once():
+    """Its two products read it in shapes of their own, and XLA would make each."""
+    fn = lambda p, x: jax.nn.gelu(x + p["bias"][None, None]) @ p["kernel"]
+    base = {"kernel": jnp.ones((64, 512)), "bias": jnp.ones(64)}
+    params = lj.stack([lj.lorafy(base, 4, targets="kernel")] * 3)
+    mixed = jax.vmap(lj.lora(fn), (lj.in_axes(params), 0))
+    text = compiled(mixed, params, jnp.ones((3, 1, 8, 64))).as_text()
+    readers = re.findall(r" fusion\([^)]*bias", text[text.index("ENTRY") :])
+    assert len(readers) == 1
