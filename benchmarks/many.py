@@ -219,7 +219,7 @@ def serves(job: speed.Job) -> dict[str, Way]:
     given = {
         "plain": (task.apply, task.plain, x),
         "one adapter": (run, lj.take(stacked, 0), x),
-        "mixed batch": (mixed(run), stacked, order(job), x[:, None]),
+        "mixed batch": (mixed(run), stacked, order(job), x),
     }
     ways = {}
     for name, (fn, *args) in given.items():
@@ -230,11 +230,15 @@ def serves(job: speed.Job) -> dict[str, Way]:
 
 
 def mixed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn(stacked, ids, x)`: for each example in x the adapter of its id."""
+    """Returns `fn(stacked, ids, x)`: as `run`, each example with the adapter of its id.
+
+    Of more examples than ids, as many in a row have the same one.
+    """
 
     def fn(stacked, ids, x):
-        own = lj.take(stacked, ids)
-        return jax.vmap(run, in_axes=(lj.in_axes(own), 0))(own, x)
+        own, apart = lj.take(stacked, ids), (len(ids), -1, *x.shape[1:])
+        y = jax.vmap(run, in_axes=(lj.in_axes(own), 0))(own, jnp.reshape(x, apart))
+        return jnp.reshape(y, (len(x), *y.shape[2:]))
 
     return fn
 
@@ -283,7 +287,7 @@ def peers(job: speed.Job) -> dict[str, Way]:
 
     peft_run = functools.partial(run, model, adapter_names=own)
     ours = jax.jit(mixed(lj.lora(task.apply)))
-    want = ours(stacked, order(job), task.inputs[0][:, None])[:, 0]
+    want = ours(stacked, order(job), *task.inputs)
     off = np.abs(peft_run().numpy() - want).max()
     if off > 1e-3 * np.abs(want).max():
         raise RuntimeError(f"PEFT's logits of the mixed batch differ by {off:.1e}.")
@@ -524,7 +528,7 @@ def programs(
         fn, given = last, (plain, tokens(n * args.batch, args.sequence))
         if several:
             fn = mixed(lj.lora(last))
-            given = put(adapt(stack=n)), tokens(n), tokens(n, *shape)
+            given = put(adapt(stack=n)), tokens(n), given[1]
         sizes = {"parameters": training.nbytes(given[0]), "optimizer": 0}
         return jax.jit(fn).lower(*given), sizes
 

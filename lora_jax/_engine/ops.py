@@ -3,8 +3,8 @@
 Knows arrays and `Factors`, not trees. Each function takes the arguments of its namesake
 in `jax.lax` and adds, to the product with the plain weight, the product with the thin
 factors: first with the one that holds more of what is summed over, then with the other.
-Derivatives of every order and in both modes are JAX's own, but for one rule that says
-which products they are made of.
+Derivatives of every order and in both modes are JAX's own, but for a rule of thin.py
+that says which products they are made of.
 
 Never `x (w + a b)`, not even where tokens are many and the weight is small: it saves a
 pass over the output, but then a step takes 1.17 instead of 0.63 of the full one's time,

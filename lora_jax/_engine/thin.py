@@ -102,7 +102,7 @@ def add(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
     at r = 16. At r = 32 the product is faster.
     """
     if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
-        return y + outer(h, b, precision, y.dtype)
+        return y + _outer(h, b, precision, y.dtype)
     return _add_columns(y, h, b, precision)
 
 
@@ -124,7 +124,7 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
         total = lax.optimization_barrier(total.astype(y.dtype))
         return jnp.reshape(total, shape)
 
-    product = lambda y, h, b: y + outer(h, b, precision, y.dtype)
+    product = lambda y, h, b: y + _outer(h, b, precision, y.dtype)
     return lax.platform_dependent(y, h, b, cpu=columns, default=product)
 
 
@@ -139,12 +139,12 @@ def _add_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
     (y, h, b), (dy, dh, db) = primals, tangents
     flat = lambda x: jnp.reshape(x, (-1, x.shape[-1]))
     with x64([y.dtype]):
-        by_h = outer(dh, b, precision, y.dtype)
-        by_b = jnp.reshape(outer(flat(h), flat(db), precision, y.dtype), y.shape)
+        by_h = _outer(dh, b, precision, y.dtype)
+        by_b = jnp.reshape(_outer(flat(h), flat(db), precision, y.dtype), y.shape)
         return add(y, h, b, precision), dy + by_h + by_b
 
 
-def outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
+def _outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
     """`h b`: (*rows, r) and (*columns, r) to (*rows, *columns)."""
     out = list(range(h.ndim + b.ndim - 2))
     rows, columns = out[: h.ndim - 1], out[h.ndim - 1 :]

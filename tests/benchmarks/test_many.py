@@ -71,12 +71,18 @@ def test_each_example_has_its_own_adapter():
     ids = many.order(job)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
     run = jax.jit(many.mixed(lj.lora(task.apply)))
-    got = run(stacked, ids, task.inputs[0][:, None])
+    got = run(stacked, ids, *task.inputs)
     for i, id in enumerate(ids.tolist()):
         alone = lj.merge(lj.take(stacked, id))
-        want = task.apply(alone, task.inputs[0][i][None])
+        (want,), (plain,) = (
+            task.apply(params, task.inputs[0][i][None])
+            for params in (alone, task.plain)
+        )
         np.testing.assert_allclose(got[i], want, atol=1e-4)
-        assert np.abs(want - task.apply(task.plain, task.inputs[0][i][None])).max() > 0
+        assert np.abs(want - plain).max() > 0
+    pairs = run(stacked, ids[:2], *task.inputs)
+    each = run(stacked, np.repeat(ids[:2], 2), *task.inputs)
+    np.testing.assert_allclose(pairs, each, atol=1e-4)
 
 
 def test_peft_computes_the_same(monkeypatch):
