@@ -111,18 +111,20 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
     """Jitted, so that JAX traces it once for a shape."""
 
     def columns(y, h, b):
-        shape, rows, wide = y.shape, h.ndim - 1, wider(y.dtype)
-        # In matrices, as XLA for CPU multiplies: a sum in other dimensions than those
-        # of the product is another array. The barrier keeps what reshapes y out of it.
-        y = lax.collapse(lax.collapse(y, rows, y.ndim), 0, rows)
-        h, b = (lax.collapse(z, 0, z.ndim - 1).astype(wide) for z in (h, b))
-        y = lax.optimization_barrier(y)
-        total, ones = y.astype(wide), [1] * h.shape[-1]
-        for u, v in zip(lax.split(h, ones, 1), lax.split(b.T, ones), strict=True):
+        rows, wide, ones = h.ndim - 1, wider(y.dtype), [1] * h.shape[-1]
+        left = lax.expand_dims(h.astype(wide), range(rows, y.ndim - 1))
+        right = lax.expand_dims(jnp.moveaxis(b.astype(wide), -1, 0), range(1, rows))
+        # XLA for CPU multiplies matrices. But for the second barrier, what gives the
+        # product its dimensions would be fused with the sum, and but for the first its
+        # dimensions of one, as of `vmap`, might have another order in memory than the
+        # sum's: either way, the sum would be another array.
+        matrix = lax.collapse(lax.collapse(y, rows, y.ndim), 0, rows)
+        product = jnp.reshape(lax.optimization_barrier(matrix), y.shape)
+        total = lax.optimization_barrier(product).astype(wide)
+        for u, v in zip(lax.split(left, ones, -1), lax.split(right, ones), strict=True):
             total += u * v
         # Whatever reads it would sum again, but for the barrier.
-        total = lax.optimization_barrier(total.astype(y.dtype))
-        return jnp.reshape(total, shape)
+        return lax.optimization_barrier(total.astype(y.dtype))
 
     product = lambda y, h, b: y + _outer(h, b, precision, y.dtype)
     return lax.platform_dependent(y, h, b, cpu=columns, default=product)

@@ -74,14 +74,42 @@ def compiled(fn, *args):
     return jax.jit(fn).lower(*args).compile()
 
 
+def temporaries(fn, *args):
+    return compiled(fn, *args).memory_analysis().temp_size_in_bytes
+
+
 @FUSED_LAST
 @pytest.mark.parametrize("shape", [(24, 64), (2, 12, 64), (2, 3, 4, 64)])
 def test_a_product_becomes_the_sum_in_place(shape):
     x, plain = jnp.ones(shape), {"kernel": jnp.ones((64, 512))}
-    params = lj.lorafy(plain, 4)
-    parts = compiled(FN, plain, x), compiled(lj.lora(FN), params, x)
-    before, after = (c.memory_analysis().temp_size_in_bytes for c in parts)
+    before = temporaries(FN, plain, x)
+    assert temporaries(lj.lora(FN), lj.lorafy(plain, 4), x) - before < 24 * 512 * 4 / 2
+
+
+@FUSED_LAST
+@pytest.mark.parametrize("shape", [(8, 64), (1, 8, 64), (2, 4, 64)])
+def test_so_does_that_of_a_mixed_batch(shape):
+    plain = {"kernel": jnp.ones((64, 512))}
+    params = lj.stack([lj.lorafy(plain, 4)] * 3)
+    mixed = jax.vmap(lj.lora(FN), (lj.in_axes(params), 0))
+    before = temporaries(FN, plain, jnp.ones((24, 64)))
+    after = temporaries(mixed, params, jnp.ones((3, *shape)))
     assert after - before < 24 * 512 * 4 / 2
+
+
+def test_a_step_sums_once():
+    """The magnitudes of DoRA are derived from the sum, which is kept for that."""
+    rows, k, n, r = 128, 64, 512, 4
+    x, plain = jnp.ones((4, 32, k)), {"kernel": jnp.ones((k, n))}
+    loss = lambda params, x: jnp.tanh(lj.lora(FN)(params, x)).sum()
+    step = jax.value_and_grad(lambda some, rest, x: loss(lj.combine(some, rest), x))
+
+    def flops(dora):
+        args = *lj.split(lj.lorafy(plain, r, dora=dora)), x
+        return compiled(step, *args).cost_analysis()["flops"]
+
+    norms, gains, one_sum = 2 * k * n * (r + 1), 4 * rows * n, 2 * rows * n * r
+    assert flops(True) - flops(False) < norms + gains + one_sum / 2
 
 
 @FUSED_LAST
