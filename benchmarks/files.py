@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,14 @@ def refusing(
 
 
 @contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
-    """Lets `stoppable` say what Ctrl-C came in, such as "before training"."""
+def during(what: str | Callable[[], str]) -> Iterator[None]:
+    """Lets `stoppable` say what Ctrl-C came in, such as "before training".
+
+    A function is called at Ctrl-C: it says how far a loop has come that stands wholly
+    within, so that no time between two of its steps is left out.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(*stop.args or [what]) from None
+        said = stop.args or [what() if callable(what) else what]
+        raise KeyboardInterrupt(*said) from None

@@ -299,18 +299,18 @@ def fit(
     shown = (
         contextlib.nullcontext(show) if show else progress(list(methods), args.steps)
     )
-    with shown as show:
+    step = 1
+    with files.during(lambda: f"in step {step} of {args.steps}"), shown as show:
         for step, batch in enumerate(batches(data, args), 1):
-            with files.during(f"in step {step} of {args.steps}"):
-                for name, method in methods.items():
-                    began = time.perf_counter()
-                    states[name], loss = jax.block_until_ready(
-                        method.step(states[name], method.frozen, *batch)
-                    )
-                    fitted[name].seconds.append(time.perf_counter() - began)
-                    fitted[name].losses.append(float(loss))
-                    check_loss(name, step, loss, args)
-                show(fitted)
+            for name, method in methods.items():
+                began = time.perf_counter()
+                states[name], loss = jax.block_until_ready(
+                    method.step(states[name], method.frozen, *batch)
+                )
+                fitted[name].seconds.append(time.perf_counter() - began)
+                fitted[name].losses.append(float(loss))
+                check_loss(name, step, loss, args)
+            show(fitted)
     return {
         name: fit._replace(trainable=states[name][0]) for name, fit in fitted.items()
     }

@@ -1,5 +1,6 @@
 """The main job runs end to end on a tiny model, and refuses what cannot work."""
 
+import argparse
 import json
 import re
 import signal
@@ -239,6 +240,29 @@ def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypat
         finetune.main(["--targets", "layer_6", "--output", str(tmp_path)])
     assert error.value.code == 2
     assert "--targets layer_6: No weight matches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["batches", "show"])
+def test_ctrl_c_between_the_steps_says_how_far_it_came(monkeypatch, where):
+    """No moment is left out: that of the next batch, or of what is shown."""
+
+    def batches(*_):
+        for step in range(1, 5):
+            if where == "batches" and step == 3:
+                raise KeyboardInterrupt
+            yield ()
+
+    shown = []
+
+    def show(_):
+        shown.append(None)
+        if where == "show" and len(shown) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "batches", batches)
+    with pytest.raises(KeyboardInterrupt, match=r"^in step 2 of 4$"):
+        finetune.fit({}, (), argparse.Namespace(steps=4), show)
+    assert len(shown) == 2
 
 
 @pytest.mark.slow
