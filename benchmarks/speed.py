@@ -278,7 +278,8 @@ def steps(job: Job) -> dict[str, Contender]:
     whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
     lora, only = lj.lora(apply), lj.adapters_only(tx)
     only_b = optax.partition({"lora_a": optax.set_to_zero(), "lora_b": tx}, lj.labels)
-    biases = [choose(task(job).plain, is_bias(job), keep) for keep in (True, False)]
+    those = is_bias(job)
+    biases = [choose(task(job).plain, those, keep) for keep in (True, False)]
     return {
         "full": step(job, tx, whole(apply), task(job).plain, {}),
         "split": step(job, tx, *halves(lora, adapted(job))),
