@@ -157,9 +157,11 @@ def check_own(leaves: dict[Path, Any]) -> None:
     """Checks that a tree holds no adapters that another library, or a restore, left.
 
     Raises:
-      ValueError: If a leaf is an adapter of another library, one of ours in a tree
-        whose keys were joined, or in a box that came back from a checkpoint as a dict.
+      ValueError: If a leaf is an adapter of another library or one of ours in a tree
+        whose keys were joined, or if a box or a quantized weight came back from a
+        checkpoint as a dict, or is broken.
     """
+    quantized_leaves(leaves)
     for path in leaves:
         named = "lora" in path_name(path[-2:])
         if named and (library := _library_of(path, leaves)):

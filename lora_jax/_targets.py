@@ -39,7 +39,6 @@ from lora_jax._tree import (
     leaf_name,
     listed,
     path_name,
-    quantized_leaves,
     sibling,
     unbox,
 )
@@ -91,7 +90,6 @@ def plan(
     ranks, alphas = check_rank(rank), _check_alpha(alpha)
     axes = check_axes(axes or {}, leaves)
     check_own(leaves)
-    quantized_leaves(leaves)  # raises if one is broken
     weights = [
         path
         for path, leaf in leaves.items()
