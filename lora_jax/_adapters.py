@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lora_jax._tree import (
     Path,
+    check_restored,
     components,
     is_array,
     leaf_name,
@@ -159,9 +160,9 @@ def check_own(leaves: dict[Path, Any]) -> None:
     Raises:
       ValueError: If a leaf is an adapter of another library or one of ours in a tree
         whose keys were joined, or if a box or a quantized weight came back from a
-        checkpoint as a dict, or is broken.
+        checkpoint as a dict.
     """
-    quantized_leaves(leaves)
+    check_restored(leaves)
     for path in leaves:
         named = "lora" in path_name(path[-2:])
         if named and (library := _library_of(path, leaves)):

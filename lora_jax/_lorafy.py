@@ -32,6 +32,7 @@ from lora_jax._targets import (
     Patterns,
     Selector,
     also_trained,
+    check_axes,
     check_held,
     plan,
     report_left_out,
@@ -111,15 +112,15 @@ def lorafy(
         or `..._bias`, and those that are named, or whose module is named, `..norm`,
         `norm_1`, `ln_f` or the like. Default: every leaf named `kernel` of two or more
         dimensions, and a warning that lists other weights that are no tables
-        (`embedding`, `wte`, `positions`, ...). With `axes`: every weight in it that is
-        no table.
+        (`embedding`, `wte`, `positions`, ...). With `axes` as from `find_axes`: every
+        weight in it that is no table.
       exclude: What to leave out, in the same form.
       also: Patterns of further leaves that train, such as a new head, norms or biases:
         floating, of any shape. Each gets a copy of itself, in float32 beside a narrower
         one, so that small updates are not rounded away.
       axes: `{path: Axes(batch, inputs, outputs)}`, which `find_axes` reads from a
-        function, where Flax's names do not say which dimensions of a weight are which.
-        With `targets` it may name weights that have no adapter.
+        function, or only those of weights whose names in Flax do not say which
+        dimensions are which. With `targets` it may name others, too.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
       rslora: Scale by alpha / sqrt(rank) instead.
       dora: Decompose each weight into magnitudes and directions: it becomes
@@ -172,8 +173,9 @@ def lorafy(
     if stack is not None and (not isinstance(stack, int) or stack < 1):
         raise ValueError(f"stack must be a whole number above 0, found {stack!r}.")
     if targets is None and not isinstance(rank, Mapping):
+        named = check_axes(axes or {}, leaves)
         report_left_out(
-            leaves, plans, held=held, copied=copied, exclude=exclude, axes=axes
+            leaves, plans, held=held, copied=copied, exclude=exclude, axes=named
         )
     several = () if stack is None else (stack,)
     # Each new leaf must find its place before any array is made.

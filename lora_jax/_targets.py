@@ -39,6 +39,7 @@ from lora_jax._tree import (
     leaf_name,
     listed,
     path_name,
+    quantized_leaves,
     sibling,
     unbox,
 )
@@ -90,6 +91,7 @@ def plan(
     ranks, alphas = check_rank(rank), _check_alpha(alpha)
     axes = check_axes(axes or {}, leaves)
     check_own(leaves)
+    quantized_leaves(leaves)  # raises if one is broken
     weights = [
         path
         for path, leaf in leaves.items()
@@ -97,8 +99,7 @@ def plan(
         or (path_name(path) in axes and is_floating(path, leaf))
     ]
     if targets is None and axes and not isinstance(ranks, Mapping):
-        used = [path for path in weights if path_name(path) in axes]
-        named = {path_name(path) for path in used if not is_table(path)}
+        named = {path_name(path) for path in _chosen_by_axes(weights, leaves, axes)}
         targets = lambda path, _: path in named
     ranks = choose(leaves, weights, ranks, targets, exclude, "rank")
     if isinstance(alphas, Mapping):
@@ -152,13 +153,14 @@ def report_left_out(
     held: Mapping[Path, str],
     copied: Sequence[Path],
     exclude: Selector,
-    axes: Mapping[str, Axes] | None,
+    axes: Mapping[str, Axes],
 ) -> None:
     """Warns of weights that the default targets leave out because of their names."""
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     chosen = {*plans, *copied, *_select(leaves, weights, exclude, "exclude")}
     left = [path for path in weights if path not in chosen]
-    if axes:  # `find_axes` names what products use; a caller may name less by hand
+    complete = lists_all(axes, leaves)
+    if complete:  # no product uses the others, unless a caller's list is too short
         left = [path for path in left if leaf_name(path) == "kernel"]
         why = "axes does not name them"
     else:
@@ -172,7 +174,7 @@ def report_left_out(
         found = _collapsed(left)
         warn(
             f"{len(left)} weight(s) get no adapter because {why}: {listed(found)}. "
-            + _advice_on(left, found, chosen, leaves, held, bool(axes))
+            + _advice_on(left, found, chosen, leaves, held, complete)
         )
 
 
@@ -182,11 +184,11 @@ def _advice_on(
     chosen: Container[Path],
     leaves: dict[Path, Any],
     held: Mapping[Path, str],
-    axes: bool,
+    complete: bool,
 ) -> str:
     """The line that includes the weights that are left out, or silences the warning."""
     silent = "to leave them out without this warning."
-    if axes:
+    if complete:
         return (
             "Write targets=['kernel', ...] to adapt them too, or "
             f"exclude=[{listed(found)}] {silent}"
@@ -225,6 +227,29 @@ def warn(message: str) -> None:
     while frame and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def _chosen_by_axes(
+    weights: list[Path], leaves: dict[Path, Any], axes: Mapping[str, Axes]
+) -> list[Path]:
+    """The default targets where the caller names axes: no table in either case."""
+    named = lambda path: path_name(path) in axes and not is_table(path)
+    if lists_all(axes, leaves):
+        return [path for path in weights if named(path)]
+    return [path for path in weights if named(path) or leaf_name(path) == "kernel"]
+
+
+def lists_all(axes: Mapping[str, Axes], leaves: dict[Path, Any]) -> bool:
+    """Whether axes list the weights that a function uses, as those of `find_axes` do.
+
+    By hand one names only weights whose own names say nothing, or not what is right: so
+    an entry that repeats what a name says is not written by hand.
+    """
+    return any(
+        axes.get(path_name(path)) == _axes_by_name(path, leaves)
+        for path, leaf in leaves.items()
+        if path_name(path) in axes and is_array(unbox(leaf))
+    )
 
 
 def also_trained(
@@ -395,7 +420,7 @@ def _undecided(paths: list[Path], leaves: dict[Path, Any], others: bool) -> NoRe
     raise ValueError(
         f"Which dimensions of {name!r}, of shape {shape}, are inputs and which outputs "
         "cannot be told from its name. Say how it is used, axes=find_axes(fn, params, "
-        "*args), or directly, targets=[...] and "
+        "*args), or directly, "
         f"axes={{{name!r}: Axes(batch, inputs, outputs)}}, or leave it out: {exclude}."
     )
 

@@ -168,16 +168,7 @@ def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
       ValueError: If the parts of one make no array, or came back from a checkpoint as
         a plain dict.
     """
-    for path, leaf in leaves.items():
-        scale = unbox(leaves.get((*path[:-1], "scale")))
-        if path[-1] == "values" and _are_parts(unbox(leaf), scale):
-            raise ValueError(
-                f"{path_name(path[:-1])!r} is a dict of 'values' and 'scale', as a "
-                "Quantized comes back from a checkpoint that is restored without a "
-                "target. Restore it into a tree of the same structure, "
-                "checkpointer.restore(path, target) in Orbax, or write "
-                "Quantized(values, scale, (dtype,)) in its place."
-            )
+    check_restored(leaves)
     found = {p: w for p, x in leaves.items() if is_quantized(w := unbox(x))}
     for path, w in found.items():
         if why := wrong(w):
@@ -186,6 +177,25 @@ def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
                 "quantize(params, how), or see Quantized."
             )
     return found
+
+
+def check_restored(leaves: dict[Path, Any]) -> None:
+    """Checks that no quantized weight came back from a checkpoint as a plain dict.
+
+    Raises:
+      ValueError: If one did.
+    """
+    for path, leaf in leaves.items():
+        if path[-1] != "values":
+            continue
+        if _are_parts(unbox(leaf), unbox(leaves.get((*path[:-1], "scale")))):
+            raise ValueError(
+                f"{path_name(path[:-1])!r} is a dict of 'values' and 'scale', as a "
+                "Quantized comes back from a checkpoint that is restored without a "
+                "target. Restore it into a tree of the same structure, "
+                "checkpointer.restore(path, target) in Orbax, or write "
+                "Quantized(values, scale, (dtype,)) in its place."
+            )
 
 
 def _are_parts(values: Any, scale: Any) -> bool:

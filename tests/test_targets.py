@@ -578,11 +578,34 @@ def test_axes_alone_adapt_what_they_name_apart_from_tables():
     }
 
 
-def test_axes_that_leave_a_kernel_out_are_reported():
-    params = {"a": {"kernel": w(3, 4, 4)}, "b": {"kernel": w(4, 4)}, "w": w(4, 4)}
-    axes = {"a/kernel": lj.Axes((0,), (1,), (2,))}
+def test_axes_of_what_names_do_not_tell_add_to_the_kernels():
+    params = {"a": {"kernel": w(3, 4, 4)}, "b": {"kernel": w(4, 4)}, "v": w(4, 2, 2)}
+    stack, turned = lj.Axes((0,), (1,), (2,)), lj.Axes((), (1,), (0,))
+    axes = {"a/kernel": stack, "b/kernel": turned, "v": lj.Axes((), (0,), (1, 2))}
+    kernels = {"a/kernel", "b/kernel"}
+    assert weights(lj.lorafy(params, 2, axes=axes)) == kernels | {"v"}
+    message, adapted, _ = left_out(params, axes={"a/kernel": stack})
+    assert adapted == kernels
+    assert "because their names are not kernel: 'v'. Write axes=" in message
+    plain = {"a": params["a"], "b": params["b"]}
+    for names in ({"a/kernel"}, {"a/kernel", "b/kernel"}):
+        few = {name: axes[name] for name in names}
+        assert weights(lj.lorafy(plain, 2, axes=few)) == kernels
+
+
+def test_a_list_of_axes_that_leaves_a_kernel_out_is_reported():
+    params = {
+        "a": {"kernel": w(3, 4, 4)},
+        "b": {"kernel": w(4, 4)},
+        "c": {"kernel": w(4, 4)},
+        "w": w(4, 4),
+    }
+    axes = {
+        "a/kernel": lj.Axes((0,), (1,), (2,)),
+        "c/kernel": lj.Axes((), (0,), (1,)),
+    }
     message, adapted, _ = left_out(params, axes=axes)
-    assert adapted == {"a/kernel"}
+    assert adapted == {"a/kernel", "c/kernel"}
     assert "because axes does not name them: 'b/kernel'. Write targets=" in message
     assert "or exclude=['b/kernel'] to leave" in message
     again = lj.lorafy(params, 2, axes=axes, exclude=["b/kernel"])
