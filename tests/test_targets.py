@@ -470,6 +470,7 @@ EVERYDAY = {  # trees whose other leaves nobody expects an adapter for
         "ln_f": {"g": w(3, 4)},
         "attn": {"in_bias": w(3, 4), "q_norm": w(2, 4), "gamma": w(3, 4)},
         "input_layernorm": {"w": w(3, 4)},
+        "layer_normalization_1": {"weight": w(3, 4)},
     },
     "vectors, counts and keys": {
         "gate": w(4),
