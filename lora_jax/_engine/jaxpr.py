@@ -11,7 +11,7 @@ import math
 import os
 import sysconfig
 import textwrap
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jax import lax
 from jax.extend import core
 
 from lora_jax._engine import quantized
-from lora_jax._engine.factors import x64
+from lora_jax._engine.factors import canonical, x64
 from lora_jax._engine.quantized import Quantized, is_quantized, like
 
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
@@ -54,6 +54,7 @@ class Trace(NamedTuple):
 
     jaxpr: Any
     restore: Callable[[Sequence[Any]], Any]  # flat results to the function's own
+    inputs: tuple[Any, ...] = ()  # the tracers that the function got
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Trace:
@@ -63,10 +64,12 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
     """
     args = jax.tree.map(like, args, is_leaf=is_quantized)
     static: list[Any] = []
+    inputs: tuple[Any, ...] = ()
     out_tree = None
 
     def flat(*args):
-        nonlocal static, out_tree
+        nonlocal static, out_tree, inputs
+        inputs = tuple(jax.tree.leaves(args))
         leaves, out_tree = jax.tree.flatten(fn(*args))
         static = [None if isinstance(x, jax.Array) else x for x in leaves]
         return [x for x in leaves if isinstance(x, jax.Array)]
@@ -81,7 +84,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
         leaves = [next(rest) if t else x for t, x in zip(traced, static, strict=True)]
         return jax.tree.unflatten(out_tree, leaves)
 
-    return Trace(jaxpr, restore)
+    return Trace(jaxpr, restore, inputs)
 
 
 def _array(x: Any, like: Any) -> Any:
@@ -108,6 +111,7 @@ def trace_call(
       bits for one: the others reach `fn` as they are.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
+    leaves = [canonical(x) for x in leaves]
     dynamic = [
         i
         for i, x in enumerate(leaves)
@@ -128,9 +132,15 @@ def evaluate(
     jaxpr: Any,
     args: Sequence[Any],
     apply: Callable[[int, Any, list[Any]], Sequence[Any]],
+    known: Mapping[int, Any] | None = None,
 ) -> list[Any]:
-    """Runs `apply(index, equation, operands) -> results` over the equations."""
+    """Runs `apply(index, equation, operands) -> results` over the equations.
+
+    Constants that are tracers of a finished trace are replaced: `known` has the value
+    for the `id` of each.
+    """
     jaxpr, consts = _opened(jaxpr)
+    consts = [known.get(id(c), c) for c in consts] if known else consts
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
@@ -214,6 +224,21 @@ def manual_axes(eqn: Any) -> frozenset:
 def varying_axes(x: jax.Array) -> frozenset:
     """The axes of `shard_map` along which devices may hold different values of x."""
     return _varying(jax.typeof(x))
+
+
+def vary_like(w: Any, parts: Sequence[Any]) -> Any:
+    """A weight, varying along every axis of `shard_map` that a part of its adapter has.
+
+    W + scale * A B varies along all of them. A function traced on a W of fewer axes has
+    the wrong types wherever that sum is materialized: in a carry, in a custom rule.
+    """
+    axes = frozenset().union(*map(varying_axes, parts))
+
+    def vary(x):
+        missing = axes - varying_axes(x)
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, w) if axes else w
 
 
 def zeros(aval: Any) -> jax.Array | np.ndarray:

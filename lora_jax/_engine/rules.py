@@ -6,10 +6,11 @@ call carries the factors inside. No rule, or a rule that gives `None`: the weigh
 materialised for this one use, which is slower and never wrong.
 """
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +83,7 @@ def run_jaxpr(
             count(here, rule, operands)
         return map(settled, results)
 
-    return evaluate(jaxpr, args, apply)
+    return evaluate(jaxpr, args, apply, run.known)
 
 
 def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -156,16 +157,21 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     for told in new.values():
         note(run, told._replace(name=owner(told.name)))
     shapes = _avals_of(operands)
+    # A line inside the jitted function is the same for every caller. Where there is none
+    # the note names the line of the call, which the next caller has to replace.
+    call_line = place_of(run)
     if new:
+        own_line = lambda told: "" if told.place == call_line else told.place
         shared.told[shapes] = [
-            told._replace(name=Label("", told.name.of))
+            told._replace(name=Label("", told.name.of), place=own_line(told))
             for told in new.values()
             if told.name.of
         ]
     else:
         for i, told in enumerate(shared.told.get(shapes, ())):
             here = run._replace(trail=(*run.trail, (i, 1)))
-            note(here, told._replace(name=owner(told.name), place=place_of(run)))
+            line = told.place or call_line
+            note(here, told._replace(name=owner(told.name), place=line))
     return [
         dataclasses.replace(x, name=owner(x.name)) if isinstance(x, Factors) else x
         for x in results
@@ -221,13 +227,18 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
     run = run._replace(key=None)  # no rule knows of a mask
-    inner, here = run._replace(counting=False), listener()
+    quiet, here, outer = run._replace(counting=False), listener(), operands
+    closed = custom_consts(eqn)
     call = jax.custom_jvp(_function_of(run, eqn))
 
+    @_closures_named(run, operands)
     def call_jvp(primals, tangents):
         (operands,), (dots,) = primals, tangents
         operands = _named_here(operands, here)
+        inner = _closed_over(quiet, outer, operands)
         moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
+        if any(isinstance(operands[i], Factors) for i in moving if i < closed):
+            raise _closure_error(run, operands)  # JAX would drop its tangent silently
         _form_gradients(inner, operands, moving)
         dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
         jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
@@ -286,6 +297,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         except Exception:  # `vmap` makes operands of the constants of a rule
             return None
 
+    @_closures_named(run, operands)
     def forward(operands):
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)
         primals = operands
@@ -311,6 +323,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
             known[moving] = traced, way_back(traced, results[n:], cotangents)
         return out, (operands, marks, [] if marks else results[n:])
 
+    @_closures_named(run, operands)
     def backward(saved, cotangents):
         operands, marks, residuals = saved
         operands, residuals = (_named_here(x, here) for x in (operands, residuals))
@@ -335,6 +348,17 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return custom(operands)
 
 
+def _closed_over(run: Run, outer: Sequence[Any], own: Sequence[Any]) -> Run:
+    """The run of a derivative rule that may close over tracers of a finished trace.
+
+    What the function closes over are its first operands. The rule closes over the same
+    values, but JAX does not pass them to it: it holds the tracers that `fn` got.
+    """
+    values = zip(outer[: custom_consts(run.eqn)], own, strict=False)
+    pairs = ((t, new) for old, new in values for t, v in run.inputs if v is old)
+    return run._replace(known={id(t): new for t, new in pairs} | (run.known or {}))
+
+
 def _named_here(operands: Sequence[Any], here: int) -> list[Any]:
     """The operands of a rule that JAX may run later, while another form is traced.
 
@@ -346,6 +370,32 @@ def _named_here(operands: Sequence[Any], here: int) -> list[Any]:
         dataclasses.replace(x, name=Label(x.name)) if isinstance(x, Factors) else x
         for x in operands
     ]
+
+
+@contextlib.contextmanager
+def _closures_named(run: Run, operands: Sequence[Any]) -> Iterator[None]:
+    """Explains the error of a derivative rule that closes over a traced value.
+
+    The function was traced before the rule runs, so whatever the rule closes over is a
+    value of a finished trace. JAX itself gives the same error under `jax.jit`. The
+    function closes over the same values, which are operands of the call, and first.
+    """
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise _closure_error(run, operands) from error
+
+
+def _closure_error(run: Run, operands: Sequence[Any]) -> ValueError:
+    name, n = run.eqn.primitive.name.removesuffix("_call"), custom_consts(run.eqn)
+    own = [x for x in operands[:n] if isinstance(x, Factors)]
+    what = repr(str(factors.joined(own))) if own else "a value made of the weights"
+    line = f" at {at}" if (at := place_of(run)) else ""
+    return ValueError(
+        f"A jax.{name} function{line} closes over {what}: its rule, which runs later, "
+        "has no derivative for that. Pass it as an argument, f(x, w) with a rule for "
+        "both, in place of f(x) with w from outside."
+    )
 
 
 def _form_gradients(run: Run, operands: Sequence[Any], moving: Sequence[int]) -> None:

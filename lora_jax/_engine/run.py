@@ -28,6 +28,8 @@ class Run(NamedTuple):
     key: jax.Array | None = None  # None: no dropout
     counting: bool = False  # whether to note every product, with its FLOPs
     looped: bool = False  # in the body of a loop
+    inputs: tuple[tuple[Any, Any], ...] = ()  # tracers of `fn`, each with its operand
+    known: Any = None  # the same for a derivative rule: `evaluate`
     leads_to: Callable[..., bool] | None = None  # of a jaxpr's equations: `look_ahead`
     eqn: Any = None  # where the evaluation stands in it,
     trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
