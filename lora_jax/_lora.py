@@ -173,8 +173,8 @@ def _check_transformation(args: Any, kwargs: Any) -> None:
     """
     if any(type(x).__name__ == "JetTracer" for x in jax.tree.leaves((args, kwargs))):
         raise ValueError(
-            "jax.experimental.jet has no rule for jax.custom_jvp, which lora(fn) needs. "
-            "Take the Taylor series of the merged model, "
+            "jax.experimental.jet has no rule for jax.custom_jvp, which lora(fn) "
+            "needs. Take the Taylor series of the merged model, "
             "jet(lambda x: fn(merge(params), x), ...), or nest jax.jvp over lora(fn)."
         )
 

@@ -12,6 +12,7 @@ the sum has a gain, along its outputs.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -138,6 +139,11 @@ def delta(f: Factors) -> jax.Array:
     )
     product = jnp.expand_dims(product, [d for d in range(f.ndim) if d not in kept])
     return jnp.broadcast_to(product, f.shape)
+
+
+def delta_flops(f: Factors) -> int:
+    """The FLOPs of `delta`."""
+    return 2 * math.prod(f.shape[d] for d in varying(f)) * f.rank
 
 
 def materialize(f: Factors) -> jax.Array:

@@ -263,6 +263,79 @@ def result_dtypes(eqn: Any) -> list[Any]:
     return [v.aval.dtype for v in eqn.outvars]
 
 
+def operand_dtypes(eqn: Any) -> list[Any]:
+    return [v.aval.dtype for v in eqn.invars]
+
+
+def flow(
+    jaxpr: Any,
+    states: Sequence[Any],
+    step: Callable[[Any, list[Any]], Sequence[Any]],
+    join: Callable[[Sequence[Any]], Any],
+    nothing: Any,
+    enter: Callable[[Any, list[Any]], None] = lambda eqn, states: None,
+) -> list[Any]:
+    """What is known of a jaxpr's outputs, given what is known of its inputs.
+
+    Runs `step(equation, states) -> states` over all equations that an input reaches, in
+    calls, loops and branches too; `enter(equation, states)` first where there are such.
+    A loop is repeated until its carry no longer changes, so that states must be sets
+    that only grow under `join`. `nothing` is the state of constants.
+    """
+    jaxpr, _ = _opened(jaxpr)
+    known = dict(zip(jaxpr.invars, states, strict=True))
+    read = lambda v: nothing if isinstance(v, core.Literal) else known.get(v, nothing)
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        if any(x != nothing for x in operands):
+            results = flow_through(eqn, operands, step, join, nothing, enter)
+            known.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def flow_through(
+    eqn: Any,
+    operands: list[Any],
+    step: Callable[[Any, list[Any]], Sequence[Any]],
+    join: Callable[[Sequence[Any]], Any],
+    nothing: Any,
+    enter: Callable[[Any, list[Any]], None] = lambda eqn, states: None,
+) -> Sequence[Any]:
+    """One equation of `flow`: what is known of its results."""
+    inside = lambda inner, states: flow(inner, states, step, join, nothing, enter)
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        enter(eqn, operands)
+        return inside(call_jaxpr(eqn), operands)
+    if name == "scan":
+        consts, carry = scan_counts(eqn)
+        return _flow_loop(params["jaxpr"], consts, carry, operands, inside, join)
+    if name == "while":
+        n, consts = params["cond_nconsts"], params["body_nconsts"]
+        body, own = params["body_jaxpr"], operands[n:]
+        results = _flow_loop(body, consts, len(eqn.outvars), own, inside, join)
+        inside(params["cond_jaxpr"], [*operands[:n], *results])
+        return results
+    if name == "cond":
+        branches = [inside(branch, operands[1:]) for branch in params["branches"]]
+        return [join(x) for x in zip(*branches, strict=True)]
+    return step(eqn, operands)
+
+
+def _flow_loop(
+    body: Any, consts: int, carry: int, operands: list[Any], inside: Any, join: Any
+) -> list[Any]:
+    before = operands[consts : consts + carry]
+    while True:
+        results = inside(
+            body, [*operands[:consts], *before, *operands[consts + carry :]]
+        )
+        after = [join(pair) for pair in zip(before, results[:carry], strict=True)]
+        if after == before:
+            return [*after, *results[carry:]]
+        before = after
+
+
 def contains(jaxpr: Any, name: str) -> bool:
     """Whether a primitive stands in a jaxpr, or in one within it."""
     return any(
@@ -276,6 +349,13 @@ def _inner(eqn: Any) -> list[Any]:
         v for x in eqn.params.values() for v in (x if isinstance(x, tuple) else [x])
     )
     return [v for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def ids_of(jaxpr: Any) -> set[int]:
+    """The `id`s of all equations of a jaxpr, and of those within it."""
+    eqns = _opened(jaxpr)[0].eqns
+    inner = (ids_of(sub) for eqn in eqns for sub in _inner(eqn))
+    return {*map(id, eqns)}.union(*inner)
 
 
 def result_shapes(jaxpr: Any) -> list[tuple[int, ...]]:

@@ -21,7 +21,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import Factors, Label, materialize, settled
+from lora_jax._engine.casts import exact_casts
+from lora_jax._engine.factors import JOIN, Factors, Label, materialize, settled
 from lora_jax._engine.jaxpr import (
     CALLS,
     Trace,
@@ -30,6 +31,8 @@ from lora_jax._engine.jaxpr import (
     contains,
     custom_consts,
     evaluate,
+    flow_through,
+    ids_of,
     knows_what_moves,
     look_ahead,
     loop_body,
@@ -47,6 +50,7 @@ from lora_jax._engine.run import (
     Note,
     Rule,
     Run,
+    by_weight,
     calls,
     count,
     form,
@@ -58,14 +62,23 @@ from lora_jax._engine.run import (
     plain_one,
     weights,
 )
-from lora_jax._engine.views import VIEWS, is_view
+from lora_jax._engine.views import VIEWS, always_follows, is_product, is_view
 
 
 def run_jaxpr(
-    run: Run, jaxpr: Any, args: Sequence[Any], beyond: Any = None
+    run: Run,
+    jaxpr: Any,
+    args: Sequence[Any],
+    beyond: Any = None,
+    leaving: Sequence[int] = (),
 ) -> list[Any]:
-    """The results of a jaxpr on arrays and `Factors`; they are such themselves."""
+    """The results of a jaxpr on arrays and `Factors`; they are such themselves.
+
+    `beyond` is as in `look_ahead`, and `leaving` as in `exact_casts`.
+    """
     leads_to = look_ahead(jaxpr, beyond)
+    if run.exact is None:
+        run = run._replace(exact=exact_casts(jaxpr, [*map(_names, args)], leaving))
 
     def apply(index, eqn, operands):
         if not any(isinstance(x, Factors) for x in operands):
@@ -84,6 +97,10 @@ def run_jaxpr(
         return map(settled, results)
 
     return evaluate(jaxpr, args, apply, run.known)
+
+
+def _names(x: Any) -> list[str]:
+    return x.name.split(JOIN) if isinstance(x, Factors) else []
 
 
 def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -157,8 +174,8 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     for told in new.values():
         note(run, told._replace(name=owner(told.name)))
     shapes = _avals_of(operands)
-    # A line inside the jitted function is the same for every caller. Where there is none
-    # the note names the line of the call, which the next caller has to replace.
+    # A line inside the jitted function is the same for every caller. Where there is
+    # none the note names the line of the call, which the next caller has to replace.
     call_line = place_of(run)
     if new:
         own_line = lambda told: "" if told.place == call_line else told.place
@@ -188,7 +205,8 @@ def _form(run: Run, eqn: Any) -> Form:
     jaxpr, params = call_jaxpr(eqn), eqn.params
     shardings = params["in_shardings"], params["out_shardings"]
     options = params.get("compiler_options_kvs", ())
-    keyless = Run(run.materialize, run.rate, looped=run.looped)
+    exact = run.exact and run.exact & ids_of(jaxpr)
+    keyless = Run(run.materialize, run.rate, looped=run.looped, exact=exact)
     how = (keyless, params["inline"], shardings, options)
     forms = _forms.setdefault(jaxpr, {})
     if how not in forms:
@@ -227,7 +245,8 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
     run = run._replace(key=None)  # no rule knows of a mask
-    quiet, here, outer = run._replace(counting=False), listener(), operands
+    quiet = run._replace(counting=False, exact=None)  # of another jaxpr
+    here, outer = listener(), operands
     closed = custom_consts(eqn)
     call = jax.custom_jvp(_function_of(run, eqn))
 
@@ -272,7 +291,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     of the function's that does not, both ways are traced at once, and never again.
     """
     run = run._replace(key=None)  # no rule knows of a mask
-    inner, here = run._replace(counting=False), listener()
+    inner, here = run._replace(counting=False, exact=None), listener()
     n, known = len(eqn.outvars), _rules.setdefault(call_jaxpr(eqn), {})
 
     def rule(moving, operands):
@@ -316,7 +335,8 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
                 jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))
             ]
             traced = known[moving][0] if moving in known else rule(moving, operands)
-        results = run_jaxpr(inner, traced.jaxpr, operands)
+        saved = range(n, len(result_shapes(traced.jaxpr)))  # the way back may use any
+        results = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)
         out = plain(inner, results[:n], "custom_vjp_call")
         if marks and moving not in known:
             cotangents = [*map(_zero_cotangent, out)]
@@ -331,7 +351,8 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         if marks:
             moving = tuple(i for i, x in enumerate(marks) if x.shape[-1] > 1)
             traced, pulled = known[moving]
-            residuals = run_jaxpr(inner, traced.jaxpr, operands)[n:]
+            saved = range(n, len(result_shapes(traced.jaxpr)))
+            residuals = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)[n:]
         else:
             pulled = way_back(rule_for_all(operands), residuals, cotangents)
         results = run_jaxpr(inner, pulled.jaxpr, [*residuals, *cotangents])
@@ -487,19 +508,23 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     slices, restore = zip(*stacks, strict=True) if stacks else ((), ())
     keys = None if run.key is None else jax.random.split(run.key, length)
 
-    def step(run, carry, x):
-        slices, key = x
+    def step(run, constants, carry, x):
+        (consts, fixed), (slices, key) = constants, x
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
         run = run._replace(key=key, looped=True)
         results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
 
-    def trial(run, carry, xs):
-        return step(run, carry, jax.tree.map(lambda x: x[0], xs))[0]
+    def first(run, constants, carry, xs):
+        return step(run, constants, carry, jax.tree.map(lambda x: x[0], xs))[0]
 
     xs = (list(slices), keys)
     carry = _free(init, fixed)
+    constants = (consts, fixed)
+    if length:
+        constants = _materialized_once(run, operands, constants, first, carry, xs)
+    step, trial = (functools.partial(_with_second, f, constants) for f in (step, first))
     carry = (
         _steady(run, operands, carry, trial, xs)
         if length
@@ -535,6 +560,76 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
     return [
         fixed[i] if i in fixed else next(rest) for i in range(len(carry) + len(fixed))
     ]
+
+
+def _with_second(fn: Callable[..., Any], second: Any, first: Any, *rest: Any) -> Any:
+    return fn(first, second, *rest)
+
+
+def _materialized_once(
+    run: Run, operands: Sequence[Any], constants: Any, step: Any, *args: Any
+) -> Any:
+    """A loop's constants, as arrays where its body would materialize them.
+
+    XLA does not move the sum W + scale * A B out of the loop, so that each step would
+    compute it again, and its derivative as well. One abstract step shows which weights
+    the body materializes. Most bodies need none: there every weight goes to a product
+    by way of views that its factors can always follow.
+
+    Args:
+      run: The evaluation, at the loop.
+      operands: Of the loop's equation.
+      constants: A tree of arrays and `Factors`.
+      step: `step(run, constants, *args)`, one step of the loop.
+      *args: Its other arguments.
+    """
+    leaves, treedef = jax.tree.flatten(constants, is_leaf=_is_factors)
+    weights = {i: x for i, x in enumerate(leaves) if _is_factors(x) and x.rank}
+    if not weights or run.materialize == "error":
+        return constants  # as an error it has to be raised where it is met
+    if _meets_only_products(run, operands):
+        return constants
+    marks = {f"constant {i} of the loop": i for i in weights}
+    marked = list(leaves)
+    for mark, i in marks.items():
+        marked[i] = dataclasses.replace(leaves[i], name=Label(mark))
+    quiet = run._replace(materialize="allow", counting=False)
+    with noting() as found:
+        jax.eval_shape(
+            lambda leaves, *args: step(quiet, treedef.unflatten(leaves), *args),
+            marked,
+            *args,
+        )
+    once = run._replace(trail=(*run.trail[:-1], (run.trail[-1][0], 1)))
+    seen: set[int] = set()
+    for told in by_weight(found):
+        i = marks.get(str(told.name))
+        if i is None or not told.formed:
+            continue
+        cost = 0 if i in seen else factors.delta_flops(weights[i])
+        note(once, told._replace(name=weights[i].name, flops=cost))
+        seen.add(i)
+        leaves[i] = materialize(weights[i])
+    return treedef.unflatten(leaves)
+
+
+def _is_factors(x: Any) -> bool:
+    return isinstance(x, Factors)
+
+
+def _meets_only_products(run: Run, operands: Sequence[Any]) -> bool:
+    """Whether a loop's weights go to products alone, by views that always follow."""
+    blocked = []
+
+    def step(eqn, states):
+        if is_product(eqn):
+            return [False] * len(eqn.outvars)
+        if not always_follows(run, eqn):
+            blocked.append(eqn)
+        return [True] * len(eqn.outvars)
+
+    flow_through(run.eqn, [*map(_is_factors, operands)], step, any, False)
+    return not blocked
 
 
 def _steady(
@@ -646,14 +741,28 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     # Under `vmap` each example has its own end: the others go on without it.
     ((*mapped,),) = result_shapes(params["cond_jaxpr"])
 
-    def go(run, carry):
-        carry = [*cond_consts, *_filled(carry, fixed)]
-        return run_jaxpr(run, params["cond_jaxpr"], carry)[0]
+    def more(run, constants, carry):
+        cond_consts, _, fixed = constants
+        operands = [*cond_consts, *_filled(carry, fixed)]
+        return run_jaxpr(run, params["cond_jaxpr"], operands)[0]
+
+    def next_carry(run, constants, carry):
+        _, body_consts, fixed = constants
+        run = run._replace(looped=True)
+        operands = [*body_consts, *_filled(carry, fixed)]
+        return _free(run_jaxpr(run, params["body_jaxpr"], operands), fixed)
+
+    def first(run, constants, carry):
+        return more(run, constants, carry), next_carry(run, constants, carry)
+
+    carry, constants = _free(init, fixed), (cond_consts, body_consts, fixed)
+    every = [*cond_consts, *operands]
+    constants = _materialized_once(run, every, constants, first, carry)
+    fixed = constants[-1]
+    go = functools.partial(_with_second, more, constants)
 
     def step(run, carry):
-        run = run._replace(looped=True)
-        results = [*body_consts, *_filled(carry, fixed)]
-        results = _free(run_jaxpr(run, params["body_jaxpr"], results), fixed)
+        results = next_carry(run, constants, carry)
         if not mapped:
             return results
         running = go(run, carry)
@@ -673,7 +782,6 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         key, own = (None, None) if key is None else jax.random.split(key)
         return key, _alike(run, carry, step(run._replace(key=own), carry))
 
-    carry = _free(init, fixed)
     carry = (
         plain(run, carry, "while")
         if mapped
