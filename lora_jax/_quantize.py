@@ -79,7 +79,7 @@ def quantize(
       >>> params = {"kernel": jnp.ones((128, 3))}
       >>> params = lj.lorafy(lj.quantize(params, "nf4"), rank=2)
       >>> params["kernel"].values.dtype.name, params["kernel"].scale.shape
-      ('uint4', (2, 3))
+      ('int4', (2, 3))
       >>> fn = lambda params, x: x @ params["kernel"]
       >>> lj.lora(fn)(params, jnp.ones((5, 128))).shape
       (5, 3)
@@ -95,7 +95,7 @@ def quantize(
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     chosen = choose(leaves, weights, formats, targets, exclude, "how")
     known = check_axes(axes or {}, leaves)
-    sizes: dict[Path, tuple[int, ...]] = {}
+    plans: dict[Path, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for path, name in chosen.items():
         w = unbox(leaves[path])
         if path in stored:
@@ -109,10 +109,10 @@ def quantize(
                 f"exclude=[{path_name(path)!r}]."
             )
         dims = known.get(path_name(path)) or _axes(path, leaves, bool(known))
-        sizes[path] = _scale_shape(path, w, name, dims, block)
+        plans[path] = _scale_shape(path, w, name, dims, block), dims.batch
     new = {}
-    for path, shape in sizes.items():
-        q = quantize_array(unbox(leaves[path]), chosen[path], shape)
+    for path, plan in plans.items():
+        q = quantize_array(unbox(leaves[path]), chosen[path], *plan)
         if not (is_abstract(q) or is_traced(q)) and not jnp.isfinite(q.scale).all():
             raise ValueError(
                 f"{path_name(path)!r} is not finite: it has no scale. Restore it, or "

@@ -13,7 +13,7 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = (
-    "shapes quantized factors thin ops dora jaxpr run products views rules uses"
+    "shapes per_layer quantized factors thin ops dora jaxpr run products views rules uses"
 ).split()
 PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "
