@@ -15,12 +15,12 @@ def per_layer(
 ) -> Any:
     """`fn(*arrays)`, where `fn` acts on each layer of a stack alone.
 
-    A loop takes one layer per step. Where a mesh cuts the stack into parts, a step takes
-    one layer of each part, so that each device works on a layer that it has, and no
-    device gathers the stack.
+    A loop takes one layer per step. Where a mesh cuts the stack into parts, a step
+    takes one layer of each part: each device works on a layer that it has, and none
+    gathers the stack.
 
     Args:
-      fn: Takes arrays and returns a tree of arrays, all with the dimensions of `layers`.
+      fn: Takes and returns arrays with the dimensions of `layers`.
       arrays: A dimension of `layers` may have size 1 in some of them, as in
         broadcasting.
       layers: The dimensions to loop over, and the parts that a mesh cuts each into.
@@ -59,7 +59,7 @@ def _split(x: jax.Array, layers: Mapping[int, int]) -> jax.Array:
 def _taken(
     x: jax.Array, at: Mapping[int, jax.Array], layers: Mapping[int, int]
 ) -> jax.Array:
-    """One layer of each part: the dimensions of `layers` have the sizes of the parts."""
+    """One layer of each part: the dimensions of `layers` count the parts."""
     for d, parts in layers.items():  # in order: those before `d` are one dimension
         axis = d + (parts > 1)
         if x.shape[axis] > 1:
@@ -69,9 +69,7 @@ def _taken(
     return x
 
 
-def _joined(
-    x: jax.Array, layers: Mapping[int, int], steps: Sequence[int]
-) -> jax.Array:
+def _joined(x: jax.Array, layers: Mapping[int, int], steps: Sequence[int]) -> jax.Array:
     """The results of all steps, (steps, ...), as one array."""
     x = jnp.reshape(x, (*steps, *x.shape[1:]))
     for i, (d, parts) in enumerate(layers.items()):

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,11 +48,10 @@ class Quantized:
     that count from 0 to 15, as in qwix and bitsandbytes, are stored minus 8:
     `Quantized((codes.astype(jnp.int8) - 8).astype(jnp.int4), scale, (dtype,), "nf4")`.
 
-    As a pytree it has two leaves, `values` and `scale`, and the rest is static. With a
-    codebook the first leaf's key is the codebook's name, "nf4". So Orbax,
-    `flax.serialization` and pickle store it, and a checkpoint of NF4 codes cannot be
-    restored as int4. Restore with a target, `quantize(params, how)` of the same
-    parameters, abstract or not: without one Orbax returns a dict of the two arrays.
+    As a pytree it has two leaves, whose keys are the name of the format and "scale";
+    the rest is static. Orbax, `flax.serialization` and pickle store it, and none
+    restores it in another format. Restore with a target, `quantize(params, how)` of the
+    same parameters, abstract or not: without one Orbax returns a dict of two arrays.
 
     Attributes:
       values: The codes, of the array's shape, `int8` or `int4`.
@@ -60,8 +59,8 @@ class Quantized:
         `values`, and is the number of blocks along that dimension.
       dtypes: The dtype of the product `values * scale`, and those it is cast to in
         turn; the last is the array's dtype. Usually one.
-      codebook: "nf4" if the codes, `int4`, stand for the 16 values of NF4; `None` if
-        they are the values themselves.
+      format: "int8", "int4" or "nf4", whose codes are `int4` and stand for 16 values.
+        By default that of the dtype of `values`.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -78,12 +77,14 @@ class Quantized:
     values: Any
     scale: Any
     dtypes: tuple[Any, ...]
-    codebook: str | None = None
+    format: str | None = None
 
     def __post_init__(self) -> None:
-        # Equal trees need equal treedefs, so a dtype is stored in one form. The arrays
-        # are not checked: JAX puts any object in their places.
+        # Equal trees need equal treedefs, so a dtype is stored in one form.
         object.__setattr__(self, "dtypes", tuple(map(jnp.dtype, self.dtypes)))
+        if self.format is None and hasattr(self.values, "dtype"):
+            name = str(self.values.dtype)
+            object.__setattr__(self, "format", name if name in FORMATS else None)
 
     shape = property(lambda self: self.values.shape)
     ndim = property(lambda self: len(self.values.shape))
@@ -91,21 +92,23 @@ class Quantized:
     dtype = property(lambda self: self.dtypes[-1])
 
 
-# Not `register_dataclass`, whose keys are the names of the fields: int4 and NF4 codes
-# have the same dtype, and only the key tells a checkpoint of the one from the other.
+# Not `register_dataclass`, whose keys are the names of the fields. With the format as a
+# key a checkpoint of another format does not fit a target: Orbax would cast int8 to
+# int4, and could not tell the codes of NF4 from int4.
 def _parts(x: Quantized) -> tuple[tuple[Any, Any], tuple[Any, ...]]:
-    return (x.values, x.scale), (x.dtypes, x.codebook)
+    return (x.values, x.scale), (x.dtypes, x.format)
 
 
 def _parts_with_keys(x: Quantized) -> tuple[Any, tuple[Any, ...]]:
     parts, static = _parts(x)
-    keys = GetAttrKey(values_name(x)), GetAttrKey("scale")
+    keys = map(GetAttrKey, keys_of(x))
     return tuple(zip(keys, parts, strict=True)), static
 
 
 def _from_parts(static: tuple[Any, ...], parts: Sequence[Any]) -> Quantized:
-    x = object.__new__(Quantized)  # JAX does this often, and the dtypes are checked
-    names = ("values", "scale", "dtypes", "codebook")
+    # Without `__post_init__`: JAX puts any object in the places of the arrays.
+    x = object.__new__(Quantized)
+    names = ("values", "scale", "dtypes", "format")
     for name, part in zip(names, (*parts, *static), strict=True):
         object.__setattr__(x, name, part)
     return x
@@ -116,9 +119,9 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def values_name(x: Quantized) -> str:
-    """The key of the codes in checkpoints."""
-    return "values" if x.codebook is None else str(x.codebook)
+def keys_of(x: Quantized) -> tuple[str, str]:
+    """The names of the two arrays in a checkpoint."""
+    return x.format or "values", "scale"
 
 
 def is_quantized(x: Any) -> bool:
@@ -151,10 +154,11 @@ def wrong(x: Quantized) -> str | None:
         )
     if jnp.dtype(values.dtype) not in map(jnp.dtype, FORMATS.values()):
         return f"its values are {values.dtype}, and may be int8 or int4"
-    if x.codebook is not None and x.codebook not in CODEBOOKS:
-        return f"its codebook is {x.codebook!r}, and may be None or 'nf4'"
-    if x.codebook is not None and values.dtype != jnp.int4:
-        return f"its values are {values.dtype}, and those of {x.codebook!r} are int4"
+    if x.format not in FORMATS:
+        return f"its format is {x.format!r}, and may be {', '.join(map(repr, FORMATS))}"
+    if values.dtype != FORMATS[x.format]:
+        needed = jnp.dtype(FORMATS[x.format]).name
+        return f"its values are {values.dtype}, and those of {x.format!r} are {needed}"
     if not all(jnp.issubdtype(d, jnp.floating) for d in (scale.dtype, *x.dtypes)):
         return f"its scale and dtypes must be floating: {scale.dtype}, {x.dtypes}"
     pairs = zip(values.shape, scale.shape, strict=False)
@@ -165,8 +169,7 @@ def wrong(x: Quantized) -> str | None:
 
 def format_name(x: Quantized) -> str:
     """As "nf4/64": the format, and how many elements share a scale."""
-    name = x.codebook or jnp.dtype(x.values.dtype).name
-    return f"{name}/{math.prod(_blocks(x))}"
+    return f"{x.format}/{math.prod(_blocks(x))}"
 
 
 def nbytes(x: Any) -> int:
@@ -196,11 +199,10 @@ def quantize_array(
         the intermediate floats are those of one layer.
     """
     sizes, dtypes = tuple(sizes), (jnp.dtype(w.dtype),)
-    codebook = how if how in CODEBOOKS else None
     own = [d for d in batch if sizes[d] == w.shape[d]]  # where each layer has scales
     loops = tuple(loops_over(w, own).items())
     if isinstance(w, jax.core.Tracer):
-        return Quantized(*_make(w, how, sizes, loops), dtypes, codebook)
+        return Quantized(*_make(w, how, sizes, loops), dtypes, how)
     sharding = getattr(w, "sharding", None)
     places = None
     if isinstance(sharding, NamedSharding):
@@ -213,7 +215,7 @@ def quantize_array(
     else:
         make = jax.jit(_make, static_argnums=(1, 2, 3), out_shardings=places)
         parts = make(w, how, sizes, loops)  # compiled once for equal weights
-    return Quantized(*parts, dtypes, codebook)
+    return Quantized(*parts, dtypes, how)
 
 
 def _make(
@@ -271,11 +273,12 @@ def _dequantize(x: Quantized) -> jax.Array:
     if dtype.itemsize < 4 and dtype != jnp.bfloat16:
         dtype = jnp.dtype(jnp.float32)
     values = jnp.reshape(x.values, split)
-    convert = lax.convert_element_type if x.codebook is None else _selected
+    convert = _selected if x.format in CODEBOOKS else lax.convert_element_type
     values, scale = convert(values, dtype), jnp.reshape(x.scale, scales).astype(dtype)
     if _comes_back(dtypes) and dtype == jnp.bfloat16:
         # Products of bfloat16 are exact in float32, and `rounded` rounds them once.
-        values, scale = widened(values, jnp.float32), widened(scale, jnp.float32)
+        exact = lambda x: lax.reduce_precision(x.astype(jnp.float32), 8, 7)
+        values, scale = exact(values), exact(scale)
     w = jnp.reshape(values * scale, x.shape)
     for i, dtype in enumerate(dtypes):
         w = rounded(w, dtype) if _comes_back(dtypes[i:]) else w.astype(dtype)
@@ -320,11 +323,11 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 def widened(x: Any, dtype: Any) -> jax.Array:
     """`dequantize(x).astype(dtype)`, with no more digits than the plain array has."""
     w = dequantize(x)
+    if not is_quantized(x) or jnp.finfo(w.dtype).nmant >= jnp.finfo(dtype).nmant:
+        return w.astype(dtype)
     if w.dtype == jnp.bfloat16:
         return lax.reduce_precision(w.astype(dtype), jnp.finfo(dtype).nexp, 7)
-    narrow = jnp.finfo(w.dtype).nmant < jnp.finfo(dtype).nmant
-    barrier = is_quantized(x) and narrow
-    return (lax.optimization_barrier(w) if barrier else w).astype(dtype)
+    return lax.optimization_barrier(w).astype(dtype)
 
 
 def through(
@@ -618,7 +621,7 @@ def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
     first = xs[0]
     if not all(map(is_quantized, xs)):
         return None
-    if len({(x.values.dtype, x.dtypes) for x in xs}) > 1:
+    if len({(x.format, x.dtypes) for x in xs}) > 1:
         return None
     # The finest blocks of all, along each dimension.
     for d in range(first.ndim):
