@@ -105,7 +105,7 @@ def _placed_like(adapters: Any, state: Any) -> Any:
         return state
     places = [x.sharding for x in leaves if getattr(x, "committed", False)]
     if len({frozenset(place.device_set) for place in places}) != 1:
-        return state  # on no device in particular, or on several that do not go together
+        return state  # uncommitted, or layers on devices of their own
     place = places[0]
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
