@@ -59,8 +59,8 @@ def adapters_only(
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
       >>> apply, x = lj.lora(lambda params, x: x @ params["kernel"]), jnp.ones((5, 4))
-      >>> clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-      >>> tx = lj.adapters_only(clipped)
+      >>> clip, sgd = optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)
+      >>> tx = lj.adapters_only(optax.chain(clip, sgd))
       >>> @jax.jit(donate_argnums=(0, 1))
       ... def step(params, state):
       ...     grads = jax.grad(lambda params: jnp.mean(apply(params, x) ** 2))(params)
@@ -70,7 +70,7 @@ def adapters_only(
       >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
       >>> params, state, norm = step(params, tx.init(params))
       >>> [x.shape for x in jax.tree.leaves(state)]
-      [(), (4, 2), (2, 3), (4, 2), (2, 3)]
+      [(4, 2), (2, 3)]
     """
     tx = optax.with_extra_args_support(tx)
 
