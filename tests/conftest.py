@@ -107,8 +107,10 @@ def randomized():
         adapters, base = lj.split(params)
         leaves, treedef = jax.tree.flatten(adapters)
         rng = np.random.default_rng(seed)
+        # From JAX 0.12 on, `jnp.asarray` compiles a program for each shape.
         drawn = [
-            jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype) for x in leaves
+            jax.device_put(np.asarray(0.5 * rng.standard_normal(x.shape), x.dtype))
+            for x in leaves
         ]
         return lj.combine(treedef.unflatten(drawn), base)
 

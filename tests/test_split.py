@@ -49,7 +49,9 @@ def adapted(kind, also=()):
 
 
 def normal(key, shape, dtype):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    return jax.device_put(
+        np.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    )
 
 
 def names(tree):
