@@ -16,7 +16,9 @@ from lora_jax._peft.checks import VLLM_RANKS
 
 def tree():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: jax.device_put(
+        np.asarray(rng.standard_normal(shape), jnp.float32)
+    )
     return {
         "tokens": {"embedding": draw(7, 4)},
         "conv": {"kernel": draw(3, 2, 4, 5), "bias": draw(5)},
