@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_jax._adapters import find_adapters, is_adapter
+from lora_jax._adapters import check_own, find_adapters, is_adapter
 from lora_jax._tree import Path, flatten, is_box, listed, path_name, unflatten
 
 
@@ -59,6 +59,7 @@ def attach(adapters: Any, base: Any) -> Any:
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
     leaves, given = flatten(base), flatten(adapters)
+    check_own(given)
     new = {path: x for path, x in given.items() if x is not None}
     for path, x in given.items():
         if x is None and is_adapter(path):

@@ -166,6 +166,8 @@ def extract(
       Halko et al., "Finding structure with randomness", 2011.
       https://arxiv.org/abs/0909.4061
     """
+    if targets is None and not axes and not isinstance(rank, Mapping):
+        targets = "kernel"  # no warning: what is left out has not moved, or raises
     start = flatten(
         lorafy(base, rank, targets=targets, exclude=exclude, also=also, axes=axes)
     )
