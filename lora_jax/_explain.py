@@ -12,7 +12,15 @@ from lora_jax._adapters import (
     axes_of_shapes,
     without_adapters,
 )
-from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
+from lora_jax._arguments import (
+    chosen,
+    leaves_of,
+    named,
+    on_states,
+    pick,
+    place,
+    replaced,
+)
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
 from lora_jax._engine.quantized import format_name
 from lora_jax._engine.run import Run, by_weight, noting
@@ -130,6 +138,7 @@ def explain(
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
     where = chosen(argnums, argnames)
+    fn, args, kwargs, _ = on_states(fn, args, kwargs, where, adapters=True)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
     adapters = {key: adapters_if_any(own) for key, own in leaves.items()}

@@ -33,6 +33,7 @@ from lora_jax._tree import (
     Path,
     flatten,
     is_abstract,
+    is_live,
     is_traced,
     open_box,
     path_name,
@@ -135,6 +136,11 @@ def lorafy(
       Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
       2023. https://arxiv.org/abs/2312.03732
     """
+    if is_live(params):
+        raise TypeError(
+            f"lorafy takes a tree of parameters, found the live module "
+            f"{type(params).__name__}. Write LoRA(model, rank), with the same options."
+        )
     leaves = flatten(params)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
     copied = also_trained(leaves, also, plans)

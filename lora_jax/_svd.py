@@ -30,9 +30,11 @@ from lora_jax._targets import (
 )
 from lora_jax._tree import (
     Path,
+    as_tree,
     flatten,
     is_array,
     is_quantized,
+    is_random,
     is_traced,
     listed,
     path_name,
@@ -167,7 +169,14 @@ def extract(
       https://arxiv.org/abs/0909.4061
     """
     start = flatten(
-        lorafy(base, rank, targets=targets, exclude=exclude, also=also, axes=axes)
+        lorafy(
+            as_tree(base),
+            rank,
+            targets=targets,
+            exclude=exclude,
+            also=also,
+            axes=axes,
+        )
     )
     after = flatten(tuned)
     adapters = find_adapters(start)
@@ -477,7 +486,7 @@ def _change(after: Any, before: Any) -> jax.Array:
 
 def _moved(before: dict[Path, Any], after: dict[Path, Any], path: Path) -> bool:
     x, y = unbox(before[path]), unbox(after[path])
-    if not is_array(x) or is_traced(x) or is_traced(y):
+    if is_random(before[path]) or not is_array(x) or is_traced(x) or is_traced(y):
         return False
     return not bool(jnp.array_equal(dequantize(x), dequantize(y)))
 
