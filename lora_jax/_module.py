@@ -237,11 +237,6 @@ class LoRA(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def set_mode(self, deterministic: bool | None = None, **others: Any) -> Any:
-        """For `nnx.set_mode`, the `nnx.view` of older Flax: returns what it left."""
-        self.set_view(deterministic)
-        return others
-
     def merge(self) -> nnx.Module:
         """Returns a plain model of the given class, with W + scale A B for each W.
 
@@ -389,8 +384,8 @@ def _rebuild(like: nnx.Module, leaves: dict[Path, Any]) -> Any:
 
 def _make_model(old: dict[Path, Any], new: dict[Path, Any]) -> bool:
     """Whether leaves are such as the old ones were, with one adapter or none."""
-    same = lambda x, y: is_box(x) == is_box(y) and (
-        is_array(unbox(y)) or not is_array(unbox(x))
+    same = lambda x, y: (
+        is_box(x) == is_box(y) and (is_array(unbox(y)) or not is_array(unbox(x)))
     )
     if not all(same(x, new[path]) for path, x in old.items() if path in new):
         return False
@@ -428,7 +423,9 @@ def _filled(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.replace(leaf.get_raw_value()) if isinstance(leaf, nnx.Variable) else leaf
+    return (
+        leaf.replace(leaf.get_raw_value()) if isinstance(leaf, nnx.Variable) else leaf
+    )
 
 
 register_live_modules(LiveModules(_state, _rebuild))
