@@ -28,7 +28,9 @@ def find_axes(
     head_dim), scanned ones, experts, and tables that are also the head.
 
     Args:
-      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run.
+      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run. Or a
+        live `nnx.Module`, or a method of one, which holds the parameters itself:
+        `find_axes(model, x)` finds those of its `nnx.Param`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them are
         without adapters: the tree that `lorafy` will get.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.

@@ -100,7 +100,8 @@ def explain(
     Nothing runs and nothing is allocated.
 
     Args:
-      fn: The function that `lora` would get, such as `model.apply`.
+      fn: The function that `lora` would get, such as `model.apply`. Or a module from
+        `LoRA`, or a method of one: `explain(module, x)`, `explain(module.encode, x)`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`; the parameters among them are
         a tree from `lorafy`.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.

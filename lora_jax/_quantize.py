@@ -52,7 +52,8 @@ def quantize(
 
     Args:
       params: A tree of parameters, as in `lorafy`: concrete, traced or abstract,
-        sharded or not. Leaves are taken one by one, and stay on their devices.
+        sharded or not. Leaves are taken one by one, and stay on their devices. Or a
+        live `nnx.Module`: the result is one of its class, for `LoRA(model, rank)`.
       how: "int8", "int4" or "nf4" (4 bits, in places of a normal distribution); or
         `{pattern: format}`, which is its own targets.
       targets: Which weights, as in `lorafy`. Default: every leaf named `kernel` of two

@@ -14,7 +14,7 @@ from lora_jax._tree import (
     Path,
     flatten,
     is_array,
-    is_random,
+    is_counter,
     path_name,
     unbox,
     unflatten,
@@ -200,7 +200,7 @@ def count(params: Any) -> Count:
     """
     leaves = flatten(params)
     adapters = adapters_if_any(leaves, stacks=True)
-    boxed = {p: x for p, x in leaves.items() if not is_random(x)}
+    boxed = {p: x for p, x in leaves.items() if not is_counter(x)}
     arrays = {p: unbox(x) for p, x in boxed.items() if is_array(unbox(x))}
     base = without_adapters(arrays, adapters)
     trained = sum(

@@ -33,8 +33,8 @@ from lora_jax._tree import (
     as_tree,
     flatten,
     is_array,
+    is_counter,
     is_quantized,
-    is_random,
     is_traced,
     listed,
     path_name,
@@ -486,7 +486,7 @@ def _change(after: Any, before: Any) -> jax.Array:
 
 def _moved(before: dict[Path, Any], after: dict[Path, Any], path: Path) -> bool:
     x, y = unbox(before[path]), unbox(after[path])
-    if is_random(before[path]) or not is_array(x) or is_traced(x) or is_traced(y):
+    if is_counter(before[path]) or not is_array(x) or is_traced(x) or is_traced(y):
         return False
     return not bool(jnp.array_equal(dequantize(x), dequantize(y)))
 

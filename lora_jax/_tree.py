@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
@@ -23,9 +24,15 @@ def is_box(x: Any) -> bool:
     return isinstance(x, AxisMetadata | nnx.Variable)
 
 
-def is_random(x: Any) -> bool:
-    """Whether a leaf is a key or a count of `nnx.Rngs`, and so no parameter."""
-    return isinstance(x, nnx.RngState)
+def is_counter(x: Any) -> bool:
+    """Whether a leaf is a key, a count or an index that a live module keeps.
+
+    It is no parameter: it differs between two runs of one model.
+    """
+    if not isinstance(x, nnx.Variable) or isinstance(x, nnx.Param):
+        return False
+    w = unbox(x)
+    return is_array(w) and not jnp.issubdtype(w.dtype, jnp.inexact)
 
 
 def is_array(x: Any) -> bool:
