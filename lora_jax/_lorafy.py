@@ -43,6 +43,7 @@ from lora_jax._tree import (
     fixed_leaves,
     flatten,
     is_abstract,
+    is_live,
     is_traced,
     open_box,
     path_name,
@@ -164,6 +165,11 @@ def lorafy(
       Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
       2023. https://arxiv.org/abs/2312.03732
     """
+    if is_live(params):
+        raise TypeError(
+            f"lorafy takes a tree of parameters, found the live module "
+            f"{type(params).__name__}. Write LoRA(model, rank), with the same options."
+        )
     leaves, held = flatten(params), fixed_leaves(params)
     check_held(held, leaves, None)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
