@@ -74,7 +74,8 @@ def by_hand(module, model):
         beside = "/".join(map(str, path[:-1]))
         if f"{beside}/lora_a" in leaves and path[-1] in ("kernel", "embedding"):
             a, b, s = (leaves[f"{beside}/lora_{n}"] for n in ("a", "b", "scale"))
-            x = x.replace(jax.device_put(np.asarray(x[...]) + s * a @ b, x.dtype))
+            whole = np.asarray(x[...]) + s * a @ b
+            x = x.replace(jax.device_put(whole.astype(x.dtype)))
         new.append((path, x))
     nnx.update(model, nnx.from_flat_state(new))
     return model
