@@ -243,5 +243,9 @@ def _check_restored(leaves: Mapping[Path, Any]) -> None:
                 f"{path_name(path)!r} is a mapping with {name!r} and 'scale': a "
                 "quantized weight that was restored without a target. Restore with a "
                 "target, quantize(params, how) of the same parameters, abstract or not"
-                + ("." if dtype == jnp.uint8 else f"; or write {line} for each such mapping x.")
+                + (
+                    "."
+                    if dtype == jnp.uint8
+                    else f"; or write {line} for each such mapping x."
+                )
             )
