@@ -21,6 +21,7 @@ from lora_jax._adapters import (
     Copy,
     Ranked,
     adapter_of,
+    adapters_if_any,
     axes_of_shapes,
     check_copy,
     copy_of,
@@ -79,6 +80,12 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         if is_first():
             check_target(path)
         leaves = flatten(params)
+        if not adapters_if_any(leaves, stacks=True):
+            raise ValueError(
+                "These parameters are quantized and have no adapters, and save stores "
+                "adapters alone. Write orbax.checkpoint.StandardCheckpointer().save("
+                "path, params), or params = lorafy(params, rank) first."
+            )
         adapters = find_adapters(leaves)
         parts = [part for own in adapters.values() for part in own]
         for part in parts:

@@ -33,7 +33,11 @@ def weight(
 
     Where the norm is zero there is nothing to divide, and the weight is zero.
     """
-    f = align(w, a, b, scale, name)
+    return with_magnitude(align(w, a, b, scale, name), magnitude)
+
+
+def with_magnitude(f: Factors, magnitude: Any) -> Factors:
+    """Factors with the gain that a magnitude gives them, if there is one."""
     if magnitude is None:
         return f
     outputs = [d for d in range(f.ndim) if f.b.shape[d] != 1]

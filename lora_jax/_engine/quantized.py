@@ -333,22 +333,23 @@ def widened(x: Any, dtype: Any) -> jax.Array:
 def through(
     fn: Callable[[Any, Any], Any], x: jax.Array, w: Any, *, looped: bool
 ) -> jax.Array:
-    """`fn(x, w)`, whose derivative makes the plain weight again, and keeps none.
+    """`fn(x, w)`, whose derivative dequantizes the weight again and keeps no floats.
 
-    Under `jax.checkpoint`, and no rule of our own, so that forward mode, `vmap` and
-    second derivatives go on working. In the body of a loop XLA cannot join what the two
-    directions make, and what keeps it from that costs one more pass over the weight
-    (v5e, scan and remat: 21.0 instead of 18.5 GB accessed). Elsewhere it would join
-    them, and all weights would be kept whole at once.
+    This is `jax.checkpoint` rather than a derivative rule of our own, so that forward
+    mode, `vmap` and second derivatives work. `prevent_cse` stops XLA from using the
+    floats of the forward pass in the backward pass, which would keep those of all
+    weights at once. In the body of a loop XLA cannot do that anyway, and `prevent_cse`
+    would cost one more pass over the weight (v5e, scan and remat: 21.0 GB accessed
+    instead of 18.5).
     """
     if not isinstance(w, Quantized):
         return fn(x, w)
-    whole = lambda x, w: fn(x, dequantize(w))
-    return jax.checkpoint(whole, prevent_cse=not looped)(x, w)
+    plain = lambda x, w: fn(x, dequantize(w))
+    return jax.checkpoint(plain, prevent_cse=not looped)(x, w)
 
 
 def part_specs(x: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] | None:
-    """A sharding of the array for both parts; `None` where blocks would be cut."""
+    """An array's sharding for both parts, or `None` if it would cut a block."""
     names = (*spec, *(None,) * (x.ndim - len(spec)))
     sides = [*zip(names, x.shape, x.scale.shape, strict=True)]
     if any(m > 1 and m % _ways(name, mesh) for name, _, m in sides):
@@ -357,7 +358,7 @@ def part_specs(x: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] 
 
 
 def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
-    """The same array, with a scale for each `block` numbers along a dimension."""
+    """The same array, with a scale for each `block` elements along a dimension."""
     times = x.shape[axis] // block // x.scale.shape[axis]
     if times == 1:
         return x
@@ -365,13 +366,13 @@ def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
 
 
 def wide_scaled(x: Quantized) -> Quantized:
-    """The same array, with scales as `dequantize` of it times a number has them."""
+    """The same array, with scales as wide as those of its product with a number."""
     dtype = _wider(x.scale.dtype, jnp.float32, x.dtype)
     return dataclasses.replace(x, scale=x.scale.astype(dtype))
 
 
 def constrained(x: Any, sharding: Any) -> Any:
-    """`lax.with_sharding_constraint`, of both parts."""
+    """`lax.with_sharding_constraint` for both parts."""
     if not isinstance(x, Quantized):
         return lax.with_sharding_constraint(x, sharding)
     at = sharding, _of_scale(sharding, x.shape, x.scale.shape)
@@ -380,7 +381,7 @@ def constrained(x: Any, sharding: Any) -> Any:
 
 
 def _of_scale(sharding: Any, shape: Sequence[int], sizes: Sequence[int]) -> Any:
-    """The sharding of a scale: its array's, where there is a block for each device."""
+    """The sharding of a scale: its array's, along dimensions with enough blocks."""
     if not isinstance(sharding, NamedSharding):
         return sharding
     names = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
@@ -392,7 +393,7 @@ def _of_scale(sharding: Any, shape: Sequence[int], sizes: Sequence[int]) -> Any:
 
 
 def _ways(name: Any, mesh: Any) -> int:
-    """In how many parts a dimension with this entry of a spec is cut."""
+    """The number of parts into which an entry of a spec cuts a dimension."""
     if name is None or name is PartitionSpec.UNCONSTRAINED:
         return 1
     names = name if isinstance(name, tuple) else (name,)
@@ -400,7 +401,7 @@ def _ways(name: Any, mesh: Any) -> int:
 
 
 def ways(w: Any) -> list[int]:
-    """In how many parts each dimension of an array is cut, as far as it tells."""
+    """The number of parts into which each dimension is cut, 1 where it is unknown."""
     traced = isinstance(w, jax.core.Tracer)
     sharding = jax.typeof(w).sharding if traced else getattr(w, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -429,17 +430,17 @@ def loops_over(w: Any, batch: Sequence[int]) -> dict[int, int]:
 
 
 # Views. A rule takes an equation's parameters and operands, and `plain`, the equation
-# as a function of plain operands. It gives the results, or `None`: then the array is
-# made whole for this one use.
+# as a function of plain operands. It returns the results, or `None` to dequantize the
+# array for this one use.
 
 
 def bind(
     primitive: str, params: dict[str, Any], args: list[Any], plain: Any
 ) -> list[Any]:
-    """An equation on quantised operands: a view of them, or what it is of plain ones.
+    """Evaluates an equation on quantized operands: as a view, or on plain arrays.
 
-    The operands of a rule's `*others` are plain, but for those that take several. What
-    is empty has no blocks, and is plain.
+    Only the first operand of a rule is quantized, except in `SEVERAL`. Empty arrays
+    have no blocks, and are plain.
     """
     rule = VIEWS.get(primitive)
     args = [_plain_if_empty(x) for x in args]
@@ -457,7 +458,7 @@ def _plain_if_empty(x: Any) -> Any:
 
 
 def _blocks(x: Quantized) -> list[int]:
-    """How many numbers share a scale, along each dimension."""
+    """How many elements share a scale, along each dimension."""
     return [n // m for n, m in zip(x.shape, x.scale.shape, strict=True)]
 
 
@@ -491,12 +492,16 @@ def _reshape(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
 
 
 def _run(old: list[int], scale: list[int], new: list[int]) -> list[int] | None:
-    """The scale's sizes after a reshape of some dimensions, read in their order."""
+    """The scale's sizes after a reshape of some dimensions, or `None`.
+
+    In row-major order the blocks of these dimensions are runs of equal length only if
+    nothing after the first divided dimension has more than one scale.
+    """
     pairs = zip(old, scale, strict=True)
     cut = next((i for i, (n, m) in enumerate(pairs) if n != m), len(old))
     if any(m != 1 for m in scale[cut + 1 :]):
         return None
-    left = math.prod(old[cut:]) // math.prod(scale[cut:])  # numbers to a scale
+    left = math.prod(old[cut:]) // math.prod(scale[cut:])  # elements to a scale
     sizes = []
     for n in reversed(new):
         if left % n and n % left:
@@ -516,7 +521,7 @@ def _broadcast(params: Any, x: Any, *dynamic: Any, plain: Any) -> list[Any] | No
 
 
 def _cut(x: Quantized, axis: int, edges: Sequence[int]) -> Quantized | None:
-    """The same array, in blocks that end at these places of a dimension, or none."""
+    """The same array, in blocks that end at these edges, or `None`."""
     block = _blocks(x)[axis]
     if x.scale.shape[axis] == 1 or block == 1:
         return x
@@ -525,34 +530,34 @@ def _cut(x: Quantized, axis: int, edges: Sequence[int]) -> Quantized | None:
 
 
 def _slice(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
-    (whole,), cuts = [x], []
+    cut, cuts = x, []
     starts, limits = params["start_indices"], params["limit_indices"]
     for d, stride in enumerate(params["strides"] or (1,) * x.ndim):
         start, limit = starts[d], limits[d]
-        whole = _cut(whole, d, [start, limit])
-        if whole is None:
+        cut = _cut(cut, d, [start, limit])
+        if cut is None:
             return None
-        block = _blocks(whole)[d]
-        if whole.scale.shape[d] == 1:
+        block = _blocks(cut)[d]
+        if cut.scale.shape[d] == 1:
             start, limit, stride = 0, 1, 1
         elif block > 1:
             if stride > 1:
                 return None
             start, limit = start // block, limit // block
         cuts.append((start, limit, stride))
-    scale = lax.slice(whole.scale, *zip(*cuts, strict=True))
+    scale = lax.slice(cut.scale, *zip(*cuts, strict=True))
     return _with(x, *plain([x.values]), scale)
 
 
 def _split(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
     axis, sizes = params["axis"], params["sizes"]
-    whole = _cut(x, axis, sizes)
-    if whole is None:
+    cut = _cut(x, axis, sizes)
+    if cut is None:
         return None
-    scales = [whole.scale] * len(sizes)
-    if whole.scale.shape[axis] > 1:
-        block = _blocks(whole)[axis]
-        scales = lax.split(whole.scale, [n // block for n in sizes], axis)
+    scales = [cut.scale] * len(sizes)
+    if cut.scale.shape[axis] > 1:
+        block = _blocks(cut)[axis]
+        scales = lax.split(cut.scale, [n // block for n in sizes], axis)
     return [
         part
         for pair in zip(plain([x.values]), scales, strict=True)
@@ -597,7 +602,7 @@ def _gather(params: Any, x: Any, indices: Any, *, plain: Any) -> list[Any] | Non
     odd = fill not in (None, 0) and not np.isnan(fill)
     if part or odd or any(blocks[d] > 1 for d in named):
         return None
-    # Out of bounds, the scale says what is there: 0 or, as lax.gather has it, NaN.
+    # Out of bounds the scale is the fill value, 0 or NaN, and so is the product.
     values = lax.gather(x.values, indices, **params | {"fill_value": 0})
     sides = zip(x.scale.shape, blocks, sizes, strict=True)
     some = [m if block > 1 else n for m, block, n in sides]
@@ -623,7 +628,7 @@ def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
         return None
     if len({(x.format, x.dtypes) for x in xs}) > 1:
         return None
-    # The finest blocks of all, along each dimension.
+    # Along each dimension the blocks of the result divide those of all operands.
     for d in range(first.ndim):
         block = math.gcd(*(_blocks(x)[d] for x in xs))
         if block < min(LEAST, *(_blocks(x)[d] for x in xs)):
@@ -635,18 +640,18 @@ def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
 
 
 def _wider(*dtypes: Any) -> Any:
-    """What JAX holds all of these in, also where it is told to promote none."""
+    """The dtype that JAX promotes these to, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
 
 def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
-    """Negation, or times a number, or one for each place that has its own scale."""
+    """Negation, or a product with a number, or with one number per scale."""
     x, *others = sorted(args, key=lambda y: not is_quantized(y))
     if x is not args[0] and by is jnp.divide:
         return None
     if others and len({jnp.finfo(dtype).nmant for dtype in x.dtypes}) > 1:
-        return None  # it was rounded before: another number would round elsewhere
+        return None  # the product of a rounded array is another one rounded later
 
     def fits(y):
         sizes = zip(jnp.shape(y), x.scale.shape, strict=False)
@@ -672,8 +677,8 @@ def _reshard(params: Any, x: Any, *, plain: Any) -> list[Any]:
 def _device_put(params: Any, *xs: Any, plain: Any) -> list[Any]:
     def move(x, to):
         if to is None:
-            # To nowhere: of an array that is no tracer JAX would say where it is, and
-            # refuse it beside a constraint of other devices.
+            # `device_put` would commit a concrete array to its current device, which
+            # can conflict with a sharding constraint later.
             return x if isinstance(x, Quantized) else jnp.asarray(x)
         if not isinstance(x, Quantized):
             return jax.device_put(x, to)
@@ -705,5 +710,5 @@ VIEWS: dict[str, Callable[..., list[Any] | None]] = {
     "reshard": _reshard,
     "device_put": _device_put,
 }
-# Those of which any operand may be quantised.
+# The primitives of which any operand may be quantized.
 SEVERAL = {"concatenate", "stack", "neg", "mul", "div", "device_put"}
