@@ -211,7 +211,8 @@ def _equal(x: Any, y: Any) -> bool:
     """Whether two leaves are equal, as far as can be known."""
     if is_quantized(x) and is_quantized(y):
         parts = (x.values, y.values), (x.scale, y.scale)
-        return x.dtypes == y.dtypes and all(_equal(a, b) for a, b in parts)
+        same = (x.dtypes, x.format) == (y.dtypes, y.format)
+        return same and all(_equal(a, b) for a, b in parts)
     if is_quantized(x) or is_quantized(y):
         return False
     described = [(getattr(z, "shape", None), getattr(z, "dtype", None)) for z in (x, y)]

@@ -58,8 +58,18 @@ def lora(
     not changed and need not know of adapters. Works inside and around `jit`, `grad`,
     `jvp`, `vmap`, `scan`, `remat` and shardings.
 
-    A cast to bfloat16 or float16 on the way to a product is of W alone: equal to that
-    type's rounding, but a sum beyond float16's range is a number, not infinite.
+    A cast to bfloat16 or float16 on the way to a product is of W alone, and the update
+    is added to the product: equal to the merged weights up to that type's rounding,
+    except that a sum beyond float16's range is a number and not infinite. So the
+    difference of two products of different precision, `x @ q(w) - x @ w` with a
+    rounding q, is here x q(W) - x W, the rounding error of W, while merged weights give
+    that of W + scale * A B: of the same size, but not equal. `explain` marks these
+    weights. Where a rounded weight meets the weight itself in any other way
+    (`w - q(w)`, `where(q(w) == w, ...)`, a custom rule), the sum is rounded, exactly.
+
+    `lora_scale` is a setting: its gradient is zero. A function with a rule of
+    `jax.custom_jvp` or `jax.custom_vjp` that closes over a weight should take it as an
+    argument instead. `jax.experimental.jet` has no rules for what a product needs.
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.

@@ -26,7 +26,7 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.factors import wider
-from lora_jax._engine.quantized import dequantize, is_quantized, values_of
+from lora_jax._engine.quantized import is_quantized, values_of, widened
 from lora_jax._processes import placed
 from lora_jax._targets import Patterns, Selector, also_trained, plan
 from lora_jax._tree import (
@@ -350,8 +350,7 @@ def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Ar
 @functools.partial(jax.jit, static_argnums=1)
 def norms(w: Any, axes: tuple[int, ...]) -> jax.Array:
     """|W| over these dimensions, in float32 or wider."""
-    w = dequantize(w)
-    return jnp.sqrt(jnp.sum(w.astype(wider(w.dtype)) ** 2, axes))
+    return jnp.sqrt(jnp.sum(widened(w, wider(w.dtype)) ** 2, axes))
 
 
 def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:

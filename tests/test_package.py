@@ -12,7 +12,8 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = (
-    "shapes quantized factors thin ops dora jaxpr run products views rules uses"
+    "shapes per_layer quantized factors thin ops dora jaxpr run products views rules "
+    "uses"
 ).split()
 PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "
@@ -20,9 +21,9 @@ PEFT = (
 ).split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
-    "_engine _tree _adapters _arguments _targets _processes _lorafy _quantize _axes "
-    "_lora _explain _layers _split _optimizer _merge _live _module _arithmetic _stack "
-    "_svd _detach _sample _write _save _peft"
+    "_engine _tree _adapters _arguments _targets _processes _lorafy _state _quantize "
+    "_axes _lora _explain _layers _split _optimizer _merge _live _module _arithmetic "
+    "_stack _svd _detach _sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [

@@ -65,10 +65,10 @@ def exact_casts(
             return [Origin(here(x.values), here(x.products))]
         if name in ONE_TO_ONE:
             return operands
-        _note_meetings(operands, found)
         out = join(operands)
         if name in PRODUCTS:
-            out = Origin(frozenset(), out.values | out.products)
+            return [Origin(products=out.values | out.products)] * len(eqn.outvars)
+        _note_meetings(operands, found)
         return [out] * len(eqn.outvars)
 
     def enter(eqn, operands):

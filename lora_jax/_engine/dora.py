@@ -22,7 +22,7 @@ from lora_jax._engine.factors import (
     stacked,
     wider,
 )
-from lora_jax._engine.quantized import dequantize, is_quantized, spread
+from lora_jax._engine.quantized import is_quantized, spread, widened
 from lora_jax._engine.thin import einsum
 
 
@@ -63,7 +63,7 @@ def norms(f: Factors) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _norms(f: Factors) -> jax.Array:
     dtype = wider(f.dtype, f.a.dtype, f.b.dtype)
-    w, a, b = (dequantize(on_device(x)).astype(dtype) for x in (f.w, f.a, f.b))
+    w, a, b = (widened(on_device(x), dtype) for x in (f.w, f.a, f.b))
     scale = on_device(f.scale).astype(dtype)
     product = functools.partial(einsum, precision=lax.Precision.HIGHEST)
     dims, r, q = list(range(f.ndim)), f.ndim, f.ndim + 1

@@ -508,7 +508,7 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     slices, restore = zip(*stacks, strict=True) if stacks else ((), ())
     keys = None if run.key is None else jax.random.split(run.key, length)
 
-    def step(run, constants, carry, x):
+    def step_with(run, constants, carry, x):
         (consts, fixed), (slices, key) = constants, x
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
         run = run._replace(key=key, looped=True)
@@ -516,15 +516,17 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
 
-    def first(run, constants, carry, xs):
-        return step(run, constants, carry, jax.tree.map(lambda x: x[0], xs))[0]
+    def first_with(run, constants, carry, xs):
+        return step_with(run, constants, carry, jax.tree.map(lambda x: x[0], xs))[0]
 
     xs = (list(slices), keys)
     carry = _free(init, fixed)
     constants = (consts, fixed)
     if length:
-        constants = _materialized_once(run, operands, constants, first, carry, xs)
-    step, trial = (functools.partial(_with_second, f, constants) for f in (step, first))
+        constants = _materialized_once(run, operands, constants, first_with, carry, xs)
+    fixed = constants[1]
+    step = lambda run, carry, x: step_with(run, constants, carry, x)
+    trial = lambda run, carry, xs: first_with(run, constants, carry, xs)
     carry = (
         _steady(run, operands, carry, trial, xs)
         if length
@@ -560,10 +562,6 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
     return [
         fixed[i] if i in fixed else next(rest) for i in range(len(carry) + len(fixed))
     ]
-
-
-def _with_second(fn: Callable[..., Any], second: Any, first: Any, *rest: Any) -> Any:
-    return fn(first, second, *rest)
 
 
 def _materialized_once(
@@ -759,7 +757,7 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     every = [*cond_consts, *operands]
     constants = _materialized_once(run, every, constants, first, carry)
     fixed = constants[-1]
-    go = functools.partial(_with_second, more, constants)
+    go = lambda run, carry: more(run, constants, carry)
 
     def step(run, carry):
         results = next_carry(run, constants, carry)

@@ -37,10 +37,10 @@ def normal(*shape, dtype=np.float32):
 
 def drawn(how, shape, sizes, dtypes=("float32",)):
     """A quantised array with every number there is, and scales of few digits."""
-    low, high = (0, 16) if how == "nf4" else (-8, 8) if how == "int4" else (-128, 128)
-    values = jnp.asarray(RNG.integers(low, high, shape), jnp.int32)
+    n = 128 if how == "int8" else 8
+    values = jnp.asarray(RNG.integers(-n, n, shape), jnp.int32)
     scale = jnp.asarray(RNG.uniform(0.5, 2, sizes), jnp.bfloat16)
-    return Quantized(values.astype(FORMATS[how]), scale, dtypes)
+    return Quantized(values.astype(FORMATS[how]), scale, dtypes, how)
 
 
 def in_numpy(q):
@@ -49,7 +49,7 @@ def in_numpy(q):
     wide = np.float32 if first == np.float16 else first
     values = np.asarray(q.values).astype(int)
     table = np.array(NF4, np.float64).astype(wide)
-    numbers = table[values] if q.values.dtype == jnp.uint4 else values.astype(wide)
+    numbers = table[values + 8] if q.format == "nf4" else values.astype(wide)
     scale = np.asarray(q.scale)
     for d, (n, m) in enumerate(zip(q.shape, q.scale.shape, strict=True)):
         scale = np.repeat(scale, n // m, d)
