@@ -1,15 +1,20 @@
 """Adapters beside their weights in a tree: by names and shapes, without an array."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from lora_jax._tree import (
     Path,
+    check_restored,
+    components,
     is_array,
+    leaf_name,
     listed,
     path_name,
     quantized_leaves,
+    sibling,
     unbox,
 )
 
@@ -17,6 +22,8 @@ FACTORS = ("lora_a", "lora_b", "lora_scale")
 MAGNITUDE = "lora_magnitude"
 COPY = "lora_w"
 FROZEN = "frozen"
+
+KERAS = re.compile(r"lora_(kernel|embeddings)_[ab]")
 
 
 class Adapter(NamedTuple):
@@ -108,8 +115,9 @@ def find_adapters(
       stacks: Whether each may be several in a stack, as `stack` makes them.
 
     Raises:
-      ValueError: If there is no adapter, or a broken one.
+      ValueError: If there is no adapter, a broken one, or one of another library.
     """
+    check_own(leaves)
     found: dict[Path, Ranked | Copy] = {}
     for path in leaves:
         if is_adapter(path):
@@ -131,7 +139,8 @@ def find_adapters(
                 )
     if not found:
         raise ValueError(
-            "These parameters have no adapters. Write params = lorafy(params, rank)."
+            "These parameters have no adapters. Write params = lorafy(params, rank), "
+            "or LoRA(model, rank) for a live nnx.Module."
         )
     sizes = {
         weight: check_adapter(leaves, weight, own) for weight, own in found.items()
@@ -144,6 +153,68 @@ def find_adapters(
             "take(params, 0)."
         )
     return found
+
+
+def check_own(leaves: dict[Path, Any]) -> None:
+    """Checks that a tree holds no adapters that another library, or a restore, left.
+
+    Raises:
+      ValueError: If a leaf is an adapter of another library or one of ours in a tree
+        whose keys were joined, or if a box or a quantized weight came back from a
+        checkpoint as a dict.
+    """
+    check_restored(leaves)
+    for path in leaves:
+        named = "lora" in path_name(path[-2:])
+        if named and (library := _library_of(path, leaves)):
+            raise ValueError(
+                f"{path_name(path)!r} is an adapter of {library}, which lora_jax does "
+                "not read. Before lorafy(params, rank), remove such leaves to start "
+                "from the base, or merge them first: add A @ B, times the scale they "
+                "were trained with, to each weight."
+            )
+        name = leaf_name(path)
+        if named and name != path[-1] and name in (*FACTORS, MAGNITUDE, COPY):
+            raise ValueError(
+                f"{path_name(path)!r} is an adapter in a nested tree; in one dict with "
+                "path-like keys it has another name. Nest the keys again, "
+                "flax.traverse_util.unflatten_dict(params, sep='/')."
+            )
+        if path[-1] == "value" and len(path) > 1 and _was_in_box(path, leaves):
+            raise ValueError(
+                f"{path_name(path[:-1])!r} is a dict of one 'value', as nnx.Param and "
+                "nn.Partitioned come back from a checkpoint that is restored without a "
+                "target. Restore it into a tree of the same structure, "
+                "checkpointer.restore(path, target) in Orbax."
+            )
+
+
+def _library_of(path: Path, leaves: dict[Path, Any]) -> str | None:
+    """The library whose adapter a leaf is, if it is no adapter of ours."""
+    *parent, name = path
+    beside = lambda *names: all((*parent, n) in leaves for n in names)
+    if KERAS.fullmatch(leaf_name(path)):
+        return "Keras (enable_lora)"
+    if components(path)[-2:] == ("lora", "a") and sibling(path, "b") in leaves:
+        return "gemma.peft"
+    if name in ("kernel_lora_a", "embedding_lora_a") and beside(f"{name[:-1]}b"):
+        return "qwix, as tunix and MaxText use it"
+    if name != "lora_a" or not beside("lora_b") or beside("lora_scale"):
+        return None
+    if beside("kernel") or beside("embedding"):
+        return None
+    base = (*parent, "base_module")
+    module = str(parent[-1]).lower() if parent else ""
+    if "lora" in module or any(p[: len(base)] == base for p in leaves):
+        return "flax.nnx (nnx.LoRA, nnx.LoRALinear)"
+    return "openpi" if beside("w") else None
+
+
+def _was_in_box(path: Path, leaves: dict[Path, Any]) -> bool:
+    """Whether a leaf named `value` is all that a mapping named like a leaf holds."""
+    parent = path[:-1]
+    leaf = is_adapter(parent) or parent[-1] in ("kernel", "embedding", "bias")
+    return leaf and not any(p[:-1] == parent and p != path for p in leaves)
 
 
 def check_stack(sizes: dict[Path, int | None]) -> None:
@@ -193,10 +264,12 @@ def check_adapter(
     """Raises if an adapter is broken; gives how many there are in a stack, if it is."""
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
+            no_scale = path == adapter_of(weight).scale
+            others = " qwix, tunix and openpi store no scale: merge or remove theirs."
             raise ValueError(
                 f"The adapter of {path_name(weight)!r} is broken: "
                 f"{path_name(path)!r} is missing, or no array. Pass the whole tree, or "
-                "combine(adapters, base) if it was split."
+                "combine(adapters, base) if it was split." + others * no_scale
             )
     shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
     fit = fits if isinstance(adapter, Ranked) else lambda w, copy: w == copy

@@ -27,6 +27,7 @@ from lora_jax._tree import (
     Path,
     flatten,
     is_abstract,
+    is_counter,
     is_quantized,
     is_traced,
     listed,
@@ -198,7 +199,7 @@ def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
     """Raises if another tree's plain leaves are not those of the first."""
     for path in base | other:
         first, second = (unbox(leaves.get(path)) for leaves in (base, other))
-        if first is second or _equal(first, second):
+        if is_counter(base.get(path)) or first is second or _equal(first, second):
             continue
         raise ValueError(
             f"The trees stand over different bases: {path_name(path)!r} of tree {i} is "

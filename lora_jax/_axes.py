@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flax import nnx
+
 from lora_jax._adapters import Axes
-from lora_jax._arguments import chosen, leaves_of, pick, place
+from lora_jax._arguments import chosen, leaves_of, on_states, pick, place
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.uses import Use, uses_of
 from lora_jax._targets import is_adaptable
@@ -20,13 +22,17 @@ def find_axes(
 ) -> Any:
     """Finds out, from how a function uses each weight, which dimensions are which.
 
-    What a product sums over is an input, and the rest an output; what it keeps apart,
-    and what a `scan` goes over, is a stack of layers or experts. The rows of a lookup
-    are inputs. It works for kernels stored (out, in), fused ones of shape (3, heads, d,
-    head_dim), scanned ones, experts, and tables that are also the head.
+    Dimensions that a product contracts are inputs, and the rest outputs; its batch
+    dimensions, and what a `scan` goes over, are a stack of layers or experts. The rows
+    of a lookup are inputs. It works for kernels stored (out, in), fused ones of shape
+    (3, heads, d, head_dim), scanned ones, experts, and tables that are also the head.
+    Weights that no product and no lookup uses have no axes: norms and biases that
+    `scan` stacks, and tables of positions that are added.
 
     Args:
-      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run.
+      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run. Or a
+        live `nnx.Module`, or a method of one, which holds the parameters itself:
+        `find_axes(model, x)` finds those of its `nnx.Param`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them are
         without adapters: the tree that `lorafy` will get.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
@@ -35,11 +41,11 @@ def find_axes(
 
     Returns:
       `{path: Axes(batch, inputs, outputs)}` for each floating weight of two or more
-      dimensions that `fn` uses; a tuple of them if several arguments hold parameters,
-      positions first. A weight that meets no product and no lookup, as a
-      table of positions that is added, has its last dimension for an output. Experts
-      that are all computed at once, "td,edh->teh", cannot be told from heads; for an
-      adapter each, write `find_axes(...) | {path: Axes((0,), (1,), (2,))}`.
+      dimensions that a product or a lookup of `fn` uses; a tuple of them if several
+      arguments hold parameters, positions first. `lorafy(params, rank, axes=...)`
+      adapts those that are no tables. Experts that are all computed at once,
+      "td,edh->teh", cannot be told from heads; for an adapter each, write
+      `find_axes(...) | {path: Axes((0,), (1,), (2,))}`.
 
     Raises:
       ValueError: If a weight is used in two ways that no one adapter can serve.
@@ -51,32 +57,42 @@ def find_axes(
       >>> params, x = {"w": jnp.ones((3, 4))}, jnp.ones((2, 4))
       >>> lj.find_axes(fn, params, x)
       {'w': Axes(batch=(), inputs=(1,), outputs=(0,))}
-      >>> adapted = lj.lorafy(params, 2, targets="w", axes=lj.find_axes(fn, params, x))
+      >>> adapted = lj.lorafy(params, 2, axes=lj.find_axes(fn, params, x))
 
     Reference:
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
-    trees = pick(args, kwargs, chosen(argnums, argnames))
+    where = chosen(argnums, argnames)
+    fn, args, kwargs, live = on_states(fn, args, kwargs, where, adapters=False)
+    trees = pick(args, kwargs, where)
     traced, dynamic = trace_call(fn, args, kwargs)
     weights, paths = {}, {}  # dimensions of each weight; and which leaf is where
     for key, params in trees.items():
         leaves = leaves_of(key, params)
         for i, path in enumerate(leaf_order(params), place(args, kwargs, key)):
-            if is_adaptable(path, leaves[path]):
+            paths[i] = key, path
+            is_weight = key not in live or isinstance(leaves[path], nnx.Param)
+            if is_weight and is_adaptable(path, leaves[path]):
                 weights[key, path] = len(unbox(leaves[path]).shape)
-                paths[i] = key, path
     names = [paths.get(i) for i in dynamic]
-    uses = uses_of(traced.jaxpr, names, weights)
+    own = {n for n, i in enumerate(dynamic) if i in paths}
+    uses = uses_of(traced.jaxpr, names, weights, own)
+    # What no result depends on is not used, whatever is computed from it.
     met = dict(zip(names, used_inputs(traced.jaxpr), strict=True))
     found = [
         {
             path_name(path): _settle(path, n, uses[argument, path])
             for (argument, path), n in weights.items()
-            if argument == key and met[key, path]
+            if argument == key and met[key, path] and _is_used(uses[argument, path])
         }
         for key in trees
     ]
     return found[0] if len(found) == 1 else tuple(found)
+
+
+def _is_used(uses: list[Use]) -> bool:
+    """Whether a product or a lookup uses the weight."""
+    return any(use.is_product or use.is_lookup for use in uses)
 
 
 def _settle(path: Path, n: int, uses: list[Use]) -> Axes:

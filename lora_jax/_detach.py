@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_jax._adapters import find_adapters, is_adapter
+from lora_jax._adapters import check_own, find_adapters, is_adapter
 from lora_jax._tree import Path, flatten, is_box, listed, path_name, unflatten
 
 
@@ -41,10 +41,11 @@ def attach(adapters: Any, base: Any) -> Any:
 
     Args:
       adapters: A tree from `detach`, or one like it, as a checkpointer restores it.
-      base: The plain parameters: the tree of `strip`, before `lorafy`.
+      base: The plain parameters: the tree of `strip`, before `lorafy`; or a plain live
+        `nnx.Module`.
 
     Returns:
-      A new tree that shares the leaves of both.
+      A new tree that shares the leaves of both. For a live module it is a `LoRA`.
 
     Raises:
       ValueError: If a leaf of an adapter is missing or does not fit its weight, `base`
@@ -59,6 +60,7 @@ def attach(adapters: Any, base: Any) -> Any:
       ['kernel', 'lora_a', 'lora_b', 'lora_scale']
     """
     leaves, given = flatten(base), flatten(adapters)
+    check_own(given)
     new = {path: x for path, x in given.items() if x is not None}
     for path, x in given.items():
         if x is None and is_adapter(path):

@@ -12,7 +12,15 @@ from lora_jax._adapters import (
     axes_of_shapes,
     without_adapters,
 )
-from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
+from lora_jax._arguments import (
+    chosen,
+    leaves_of,
+    named,
+    on_states,
+    pick,
+    place,
+    replaced,
+)
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
 from lora_jax._engine.quantized import format_name
 from lora_jax._engine.run import Run, by_weight, noting
@@ -98,7 +106,8 @@ def explain(
     Nothing runs and nothing is allocated.
 
     Args:
-      fn: The function that `lora` would get, such as `model.apply`.
+      fn: The function that `lora` would get, such as `model.apply`. Or a module from
+        `LoRA`, or a method of one: `explain(module, x)`, `explain(module.encode, x)`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`; the parameters among them are
         a tree from `lorafy`.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
@@ -137,6 +146,7 @@ def explain(
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
     where = chosen(argnums, argnames)
+    fn, args, kwargs, _ = on_states(fn, args, kwargs, where, adapters=True)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
     adapters = {key: adapters_if_any(own) for key, own in leaves.items()}

@@ -27,6 +27,7 @@ from lora_jax._engine.run import Run, by_weight, noting, plain, warn
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import (
     Path,
+    is_live,
     is_quantized,
     leaf_order,
     listed,
@@ -112,6 +113,11 @@ def lora(
     """
     where = chosen(argnums, argnames)
     check_options(dropout, unused, materialize)
+    if is_live(fn):
+        raise TypeError(
+            "lora takes a function of a tree of parameters, found the live module "
+            f"{type(fn).__name__}. Write LoRA(model, rank), and call that."
+        )
     shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)

@@ -2,17 +2,17 @@
 
 import functools
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax._adapters import (
     Axes,
@@ -28,11 +28,22 @@ from lora_jax._adapters import (
 from lora_jax._engine.factors import wider
 from lora_jax._engine.quantized import is_quantized, values_of, widened
 from lora_jax._processes import placed
-from lora_jax._targets import Patterns, Selector, also_trained, plan
+from lora_jax._targets import (
+    Patterns,
+    Selector,
+    also_trained,
+    check_axes,
+    check_held,
+    plan,
+    report_left_out,
+    warn,
+)
 from lora_jax._tree import (
     Path,
+    fixed_leaves,
     flatten,
     is_abstract,
+    is_live,
     is_traced,
     open_box,
     path_name,
@@ -43,6 +54,9 @@ from lora_jax._tree import (
 
 # A factor's dimension is one of the weight's, or one of these two.
 RANK, ABSENT = -1, -2
+
+# The metadata of an `nnx.Variable` that names the sharding of each dimension.
+NAMES = ("out_sharding", "sharding_names", "sharding")
 
 
 class LoRAScale(nnx.Variable):
@@ -68,14 +82,21 @@ def lorafy(
     stack: int | None = None,
     key: jax.Array | None = None,
 ) -> Any:
-    """Adds a low-rank adapter beside each chosen weight, and moves nothing.
+    """Adds a low-rank adapter next to each chosen weight, and moves nothing.
 
     The new tree computes, through `lora`, exactly what the old one did: A is Gaussian
-    of variance 1 / inputs and B is zero. Beside `kernel` or `embedding` stand `lora_a`
-    of shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and `lora_scale`
-    (batch...) in float32; beside any other name `w` stand `w_lora_a`, and so on. Leaves
-    that are to train whole get a copy beside them, `lora_w`, `bias_lora_w`, ..., which
-    takes their place. So what trains is what has such a name, and nothing else is.
+    of variance 1 / inputs and B is zero. Next to `kernel` or `embedding` the new leaves
+    are `lora_a` of shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and
+    `lora_scale` (batch...) in float32; next to any other key `w` they are `w_lora_a`,
+    and so on. Leaves that are trained in full get a copy next to them, `lora_w`,
+    `bias_lora_w`, ..., which takes their place. Leaves with such names are trained,
+    except for scales; all others are frozen.
+
+    One dict with path-like keys ("dense/kernel", "layers.q.bias", ".layers[0].weight")
+    is treated like the nested tree: the last component of a key is the leaf's name, and
+    patterns match components. Its new keys are "dense/kernel_lora_a", and so on. Trees
+    of lists, tuples or dataclasses (Equinox) cannot gain leaves: the error shows how to
+    adapt their leaves in such a dict.
 
     Args:
       params: A tree of mappings: nested dict, `FrozenDict`, `nnx.State`, a whole
@@ -88,13 +109,19 @@ def lorafy(
         of 1.
       targets: A pattern, several, or `callable(path, array) -> bool`. A pattern matches
         a run of whole path components, `*` may cross slashes: "query", "attn/*/kernel".
-        Default: every leaf named `kernel` of two or more dimensions.
+        Norms and biases are no weights: leaves named `bias`, `scale`, `gamma`, `beta`
+        or `..._bias`, and those that are named, or whose module is named, `..norm`,
+        `norm_1`, `ln_f` or the like. Default: every leaf named `kernel` of two or more
+        dimensions, and a warning that lists other weights that are no tables
+        (`embedding`, `wte`, `positions`, ...). With `axes` as from `find_axes`: every
+        weight in it that is no table.
       exclude: What to leave out, in the same form.
       also: Patterns of further leaves that train, such as a new head, norms or biases:
         floating, of any shape. Each gets a copy of itself, in float32 beside a narrower
         one, so that small updates are not rounded away.
-      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` reads it off a
-        function, where Flax's names do not tell which dimensions of a weight are which.
+      axes: `{path: Axes(batch, inputs, outputs)}`, which `find_axes` reads from a
+        function, or only those of weights whose names in Flax do not say which
+        dimensions are which. With `targets` it may name others, too.
       init: Initial values of A: `init(key, (inputs, rank), dtype)`.
       rslora: Scale by alpha / sqrt(rank) instead.
       dora: Decompose each weight into magnitudes and directions: it becomes
@@ -113,13 +140,16 @@ def lorafy(
 
     Returns:
       A tree with the same containers, boxes and shardings that shares every old leaf.
+      Adapters are placed like their weights: by the weight's sharding, or, under `jit`
+      and a mesh of automatic axes, by the names in its box.
 
     Raises:
       TypeError: If `params` is no tree of parameters.
       ValueError: If a pattern matches nothing, a rank is below 1, alpha is no number
-        above 0, a weight already has an adapter or is also to train whole, its
-        dimensions cannot be told, or nothing is left to adapt; if `also` names a weight
-        in few bits; or if `stack` is no whole number above 0.
+        above 0, a weight already has an adapter, of this or of another library, or is
+        also trained in full, its dimensions cannot be told, or nothing is left to
+        adapt; if a weight is held by a list, a tuple or a dataclass; if `also` names a
+        quantized weight; or if `stack` is no whole number above 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -135,12 +165,24 @@ def lorafy(
       Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
       2023. https://arxiv.org/abs/2312.03732
     """
-    leaves = flatten(params)
+    if is_live(params):
+        raise TypeError(
+            f"lorafy takes a tree of parameters, found the live module "
+            f"{type(params).__name__}. Write LoRA(model, rank), with the same options."
+        )
+    leaves, held = flatten(params), fixed_leaves(params)
+    check_held(held, leaves, None)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
     copied = also_trained(leaves, also, plans)
+    check_held(held, leaves, (*plans, *copied))
     key = jax.random.key(0) if key is None else key
     if stack is not None and (not isinstance(stack, int) or stack < 1):
         raise ValueError(f"stack must be a whole number above 0, found {stack!r}.")
+    if targets is None and not isinstance(rank, Mapping):
+        named = check_axes(axes or {}, leaves)
+        report_left_out(
+            leaves, plans, held=held, copied=copied, exclude=exclude, axes=named
+        )
     several = () if stack is None else (stack,)
     # Each new leaf must find its place before any array is made.
     parts_of = dora_of if dora else adapter_of
@@ -177,7 +219,7 @@ def lorafy(
                 )
             else:
                 value = jnp.broadcast_to(fill(shape), (*several, *shape))
-                value = place(value, own, w)
+                value = place(value, own, leaves[path])
             trains = part in parts.trained
             new[part] = box(value, own, leaves[path], trains=trains)
     return unflatten(params, leaves | new)
@@ -201,11 +243,11 @@ def trained_copy(leaf: Any, value: Any = None, *, stack: int | None = None) -> A
     if is_abstract(w) and value is None:
         x = jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(w, dims))
     elif isinstance(value, np.ndarray) and value.shape == shape:
-        x = place(value.astype(dtype), dims, w)
+        x = place(value.astype(dtype), dims, leaf)
     else:
         # A copy indeed: one buffer cannot be donated for two leaves.
         x = jnp.array(w if value is None else value, dtype, copy=True)
-        x = place(jnp.broadcast_to(x, shape), dims, w)
+        x = place(jnp.broadcast_to(x, shape), dims, leaf)
     return box(x, dims, leaf)
 
 
@@ -260,24 +302,90 @@ def beside(
     new = {}
     for part, own, value in zip(parts, all_dims[: len(parts)], values, strict=True):
         dims = (*[ABSENT] * stacked, *own)
-        x = place(value, dims, w)
+        x = place(value, dims, leaf)
         new[part] = box(x, dims, leaf, trains=part in parts.trained)
     return new
 
 
-def place(x: Any, dims: tuple[int, ...], w: Any) -> jax.Array:
-    """The array where the weight is: sharded along the dimensions that they share.
+def place(x: Any, dims: tuple[int, ...], leaf: Any) -> jax.Array:
+    """The array where a weight is: sharded along the dimensions that they share.
 
-    Of one in the host's memory each device gets its own part alone.
+    Args:
+      x: The array. Of one in the host's memory each device gets its own part alone.
+      dims: The weight's dimension for each dimension of `x`.
+      leaf: The weight, in its box if it has one.
     """
+    w = unbox(leaf)
     if is_traced(w):
         w = values_of(w)
         mesh, spec = jax.typeof(w).sharding.mesh, jax.typeof(w).sharding.spec
         if not any(spec):
-            return jnp.asarray(x)
+            return _constrain(jnp.asarray(x), dims, leaf)
         return jax.sharding.reshard(x, NamedSharding(mesh, _spec(spec, dims, w)))
     sharding = _sharding(w, dims)
     return jnp.asarray(x) if sharding is None else placed(x, sharding)
+
+
+def _constrain(x: jax.Array, dims: tuple[int, ...], leaf: Any) -> jax.Array:
+    """A traced array with the sharding that the weight's box names, if it names one.
+
+    Along the automatic axes of a mesh the type of a traced weight has no sharding; the
+    names in its box remain. Without a constraint XLA replicates the new arrays: zeros
+    and random numbers depend on no sharded input.
+    """
+    mesh = _mesh_in(leaf) or jax.sharding.get_abstract_mesh()
+    auto = {
+        axis: mesh.shape[axis]
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    if not auto:
+        return x
+
+    def kept(name: Any, size: int) -> Any:
+        axes = name if isinstance(name, tuple) else (name,)
+        known = all(axis in auto for axis in axes)
+        return name if known and size % math.prod(map(auto.get, axes)) == 0 else None
+
+    names, shape = _names_in(leaf), unbox(leaf).shape
+    spec = [kept(name, n) for name, n in zip(names, shape, strict=False)]
+    spec += [None] * (len(shape) - len(spec))
+    if not any(spec):
+        return x
+    sharding = NamedSharding(mesh, PartitionSpec(*_pick(spec, dims)))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _mesh_in(leaf: Any) -> Any:
+    """The mesh that a box holds, if it holds one."""
+    if isinstance(leaf, AxisMetadata):
+        return getattr(leaf, "mesh", None) or _mesh_in(open_box(leaf))
+    if isinstance(leaf, nnx.Variable):
+        names = _metadata_names(leaf)
+        own = names.mesh if isinstance(names, NamedSharding) else None
+        return own or leaf.get_metadata().get("mesh")
+    return None
+
+
+def _names_in(leaf: Any) -> Sequence[Any]:
+    """The mesh axes that a box names for the weight's dimensions."""
+    if isinstance(leaf, nn.LogicallyPartitioned):
+        return nn.logical_to_mesh_axes(leaf.names, leaf.rules) or ()
+    if isinstance(leaf, AxisMetadata):
+        return leaf.names if hasattr(leaf, "names") else _names_in(open_box(leaf))
+    if not isinstance(leaf, nnx.Variable):
+        return ()
+    names = _metadata_names(leaf)
+    if isinstance(names, NamedSharding):
+        return names.spec
+    rules = dict(leaf.get_metadata().get("sharding_rules") or ())
+    rules |= dict(nn.get_logical_axis_rules())
+    return [rules.get(name, name) for name in names]
+
+
+def _metadata_names(variable: nnx.Variable) -> Any:
+    metadata = variable.get_metadata()
+    return next((metadata[key] for key in NAMES if metadata.get(key) is not None), ())
 
 
 def box(value: Any, dims: tuple[int, ...], like: Any, *, trains: bool = True) -> Any:
@@ -289,9 +397,12 @@ def box(value: Any, dims: tuple[int, ...], like: Any, *, trains: bool = True) ->
         return like.replace_boxed(value)
     if isinstance(like, nnx.Variable):
         metadata = like.get_metadata()
-        for name in ("out_sharding", "sharding_names", "sharding"):
-            if metadata.get(name) is not None:
-                metadata[name] = _pick(metadata[name], dims)
+        for name in NAMES:
+            names = metadata.get(name)
+            if isinstance(names, NamedSharding):
+                metadata[name] = names.update(spec=_spec(names.spec, dims, unbox(like)))
+            elif names is not None:
+                metadata[name] = _pick(names, dims)
         # The value is placed already; nnx need not look for a mesh to place it on.
         kind = nnx.LoRAParam if trains else LoRAScale
         return kind(value, **metadata | {"eager_sharding": False})
@@ -338,11 +449,10 @@ def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Ar
     """|W|, the norm over the inputs, for each output."""
     norm = norms(w, axes.inputs)
     if not is_traced(norm) and (zero := int(jnp.sum(norm == 0))):
-        warnings.warn(
+        warn(
             f"{zero} outputs of {path_name(path)!r} have weights of zero alone: they "
             "have no direction, so that DoRA leaves them zero. Write dora=False, or "
-            f"exclude=[{path_name(path)!r}].",
-            stacklevel=3,
+            f"exclude=[{path_name(path)!r}]."
         )
     return jnp.reshape(norm, shape)
 

@@ -34,10 +34,11 @@ def merge(params: Any) -> Any:
     tree, boxes and dtypes from before `lorafy` and `quantize`.
 
     Args:
-      params: A tree from `lorafy`, or from `quantize`.
+      params: A tree from `lorafy`, or from `quantize`; or a live module.
 
     Returns:
-      A new tree; leaves that nothing adapts are shared.
+      A new tree; leaves that nothing adapts are shared. For a `LoRA` it is a plain
+      model, as from `module.merge()`.
 
     Raises:
       ValueError: If `params` has nothing to merge, or a broken adapter.

@@ -68,7 +68,8 @@ def quantize(
 
     Args:
       params: A tree of parameters, as in `lorafy`: concrete, traced or abstract,
-        sharded or not. Leaves are taken one by one, and stay on their devices.
+        sharded or not. Leaves are taken one by one, and stay on their devices. Or a
+        live `nnx.Module`: the result is one of its class, for `LoRA(model, rank)`.
       how: "int8", "int4" or "nf4" (4 bits, the values of a normal distribution); or
         `{pattern: format}`, which also selects the weights.
       targets: Which weights, as in `lorafy`. Default: every leaf named `kernel` of two
@@ -243,5 +244,9 @@ def _check_restored(leaves: Mapping[Path, Any]) -> None:
                 f"{path_name(path)!r} is a mapping with {name!r} and 'scale': a "
                 "quantized weight that was restored without a target. Restore with a "
                 "target, quantize(params, how) of the same parameters, abstract or not"
-                + ("." if dtype == jnp.uint8 else f"; or write {line} for each such mapping x.")
+                + (
+                    "."
+                    if dtype == jnp.uint8
+                    else f"; or write {line} for each such mapping x."
+                )
             )

@@ -139,12 +139,12 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
       path: A file from `save`.
       base: The plain parameters: the tree of `strip`, before `lorafy`. Adapters take
         their boxes and shardings from it, as in `lorafy`. Abstract weights are not
-        compared.
+        compared. Or a plain live `nnx.Module`.
       same_base: `False` allows a base of any values.
 
     Returns:
       A new tree that shares all leaves of `base`, with the adapters and the trained
-      copies beside them.
+      copies beside them. For a live module it is a `LoRA` around a copy of it.
 
     Raises:
       ValueError: If the file is truncated, foreign, written by a newer version,

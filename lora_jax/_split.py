@@ -10,7 +10,15 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.quantized import nbytes
-from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
+from lora_jax._tree import (
+    Path,
+    flatten,
+    is_array,
+    is_counter,
+    path_name,
+    unbox,
+    unflatten,
+)
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -171,7 +179,8 @@ def labels(params: Any) -> Any:
     found = {p: None if x is None else label_of(p) for p, x in leaves.items()}
     if not {*found.values()} - {None, FROZEN}:
         raise ValueError(
-            "These parameters have no adapters. Write params = lorafy(params, rank)."
+            "These parameters have no adapters. Write params = lorafy(params, rank), "
+            "or LoRA(model, rank) for a live nnx.Module."
         )
     return unflatten(params, found)
 
@@ -200,7 +209,8 @@ def count(params: Any) -> Count:
     """
     leaves = flatten(params)
     adapters = adapters_if_any(leaves, stacks=True)
-    arrays = {p: unbox(x) for p, x in leaves.items() if is_array(unbox(x))}
+    boxed = {p: x for p, x in leaves.items() if not is_counter(x)}
+    arrays = {p: unbox(x) for p, x in boxed.items() if is_array(unbox(x))}
     base = without_adapters(arrays, adapters)
     trained = sum(
         arrays[part].size for own in adapters.values() for part in own.trained

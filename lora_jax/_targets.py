@@ -6,24 +6,41 @@ that matches nothing is an error, because an adapter that is not there fails in 
 
 import contextlib
 import difflib
+import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import re
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from lora_jax._adapters import Axes, copy_of, dora_of, is_adapter
+from lora_jax._adapters import (
+    Axes,
+    adapter_of,
+    check_own,
+    copy_of,
+    dora_of,
+    is_adapter,
+)
 from lora_jax._tree import (
+    FLAT,
     Path,
+    components,
     is_array,
     is_quantized,
+    leaf_name,
     listed,
     path_name,
     quantized_leaves,
+    sibling,
     unbox,
 )
 
@@ -32,6 +49,21 @@ Selector = Patterns | Callable[[str, Any], bool]
 
 # What PEFT and PyTorch call modules that Flax names otherwise.
 TORCH_NAMES = ("all-linear", "*_proj", "*.*", "c_attn", "c_fc", "c_proj", "fc[12]")
+
+# Names of leaves that no product uses: biases, and what scales each feature.
+BIAS = re.compile(r"(.*_)?(bias|scale|gamma|beta)", re.IGNORECASE)
+# Names of leaves, and of modules, that are norms: "layernorm", "norm_1", "ln_f", ...
+NORM = re.compile(r".*norm(s|_?\d+|_[a-z])?|(.*_)?ln\d*(_.*)?", re.IGNORECASE)
+# Names of leaves, and of modules, that are tables: "embedding", "pos_embed", "wte", ...
+TABLE = re.compile(r"(?!.*patch).*embed.*|(.*_)?(wte|wpe)", re.IGNORECASE)
+# Names of leaves that are tables or single rows: "positions", "cls_token", ...
+ROWS = re.compile(r"(.*_)?(table|tokens?|cls|pos|positions?)(_.*)?", re.IGNORECASE)
+
+# Frames of these packages are not the user's.
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(path), "")
+    for path in (__file__, jax.__file__, flax.__file__)
+)
 
 
 class Plan(NamedTuple):
@@ -58,20 +90,166 @@ def plan(
     """
     ranks, alphas = check_rank(rank), _check_alpha(alpha)
     axes = check_axes(axes or {}, leaves)
+    check_own(leaves)
     quantized_leaves(leaves)  # raises if one is broken
-    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+    weights = [
+        path
+        for path, leaf in leaves.items()
+        if is_adaptable(path, leaf)
+        or (path_name(path) in axes and is_floating(path, leaf))
+    ]
+    if targets is None and axes and not isinstance(ranks, Mapping):
+        named = {path_name(path) for path in _chosen_by_axes(weights, leaves, axes)}
+        targets = lambda path, _: path in named
     ranks = choose(leaves, weights, ranks, targets, exclude, "rank")
     if isinstance(alphas, Mapping):
         alphas = by_pattern(alphas, [*ranks], "alpha")
     else:
         alphas = {} if alphas is None else dict.fromkeys(ranks, alphas)
 
-    plans = {}
-    for path, r in ranks.items():
-        found = axes.get(path_name(path)) or axes_of(path, leaves, bool(axes))
+    found = {
+        path: axes.get(path_name(path)) or _axes_by_name(path, leaves) for path in ranks
+    }
+    if unknown := [path for path, dims in found.items() if dims is None]:
+        _undecided(unknown, leaves, bool(axes))
+    for path in ranks:
         _check_room(path, leaves)
-        plans[path] = Plan(r, alphas.get(path, float(r)), found)
-    return plans
+    return {
+        path: Plan(r, alphas.get(path, float(r)), found[path])
+        for path, r in ranks.items()
+    }
+
+
+def check_held(
+    held: Mapping[Path, str], leaves: dict[Path, Any], chosen: Iterable[Path] | None
+) -> None:
+    """Checks that new leaves fit next to the chosen ones: only mappings gain leaves.
+
+    Args:
+      held: What holds each leaf that no mapping holds, from `fixed_leaves`.
+      leaves: Of the tree.
+      chosen: Those that get new leaves. `None`: any weight, so that a tree that has
+        room for none is refused before the names in it are looked at.
+
+    Raises:
+      ValueError: If something else holds one of the chosen, or every weight.
+    """
+    if chosen is None:
+        weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+        chosen = weights if all(path in held for path in weights) else ()
+    for path in chosen:
+        if path in held:
+            raise ValueError(
+                f"{path_name(path[:-1]) or 'The tree'} is a {held[path]}, which cannot "
+                f"gain a leaf next to {path_name(path)!r}. Keep each weight in a "
+                f"mapping of its own, or {FLAT}"
+            )
+
+
+def report_left_out(
+    leaves: dict[Path, Any],
+    plans: Mapping[Path, Plan],
+    *,
+    held: Mapping[Path, str],
+    copied: Sequence[Path],
+    exclude: Selector,
+    axes: Mapping[str, Axes],
+) -> None:
+    """Warns of weights that the default targets leave out because of their names."""
+    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+    chosen = {*plans, *copied, *_select(leaves, weights, exclude, "exclude")}
+    left = [path for path in weights if path not in chosen]
+    complete = lists_all(axes, leaves)
+    if complete:  # no product uses the others, unless a caller's list is too short
+        left = [path for path in left if leaf_name(path) == "kernel"]
+        why = "axes does not name them"
+    else:
+        # Statistics and caches of a model are no parameters.
+        whole = any(path[0] == "params" for path in leaves)
+        other = lambda x: isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
+        left = [p for p in left if p[0] == "params" or not whole]
+        left = [p for p in left if not (is_table(p) or other(leaves[p]))]
+        why = "their names are not kernel"
+    if left:
+        found = _collapsed(left)
+        warn(
+            f"{len(left)} weight(s) get no adapter because {why}: {listed(found)}. "
+            + _advice_on(left, found, chosen, leaves, held, complete)
+        )
+
+
+def _advice_on(
+    left: list[Path],
+    found: list[str],
+    chosen: Container[Path],
+    leaves: dict[Path, Any],
+    held: Mapping[Path, str],
+    complete: bool,
+) -> str:
+    """The line that includes the weights that are left out, or silences the warning."""
+    silent = "to leave them out without this warning."
+    if complete:
+        return (
+            "Write targets=['kernel', ...] to adapt them too, or "
+            f"exclude=[{listed(found)}] {silent}"
+        )
+    silent = f"targets='kernel' {silent}"
+    if any(path in held for path in left):
+        return f"Write {silent} To adapt them too, {FLAT}"
+    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+    names = ["kernel", *dict.fromkeys(map(leaf_name, left))]
+    selected = {*match_each(names, weights, "targets")}
+    targets = names if all(p in chosen or p in left for p in selected) else None
+    targets = targets or ["kernel", *found]
+    if len(targets) > 7 or any(_axes_by_name(path, leaves) is None for path in left):
+        return (
+            "Write axes=find_axes(fn, params, *args) to adapt every weight that a "
+            f"product uses, or {silent}"
+        )
+    return f"Write targets={targets} to adapt them too, or {silent}"
+
+
+def _collapsed(paths: list[Path]) -> list[str]:
+    """Patterns of some paths: those of layers that differ in numbers are one."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        parts = (re.sub(r"(^|_)\d+$", r"\1*", part) for part in components(path))
+        groups.setdefault("/".join(parts), []).append(path)
+    return [
+        pattern if len(same) > 1 else path_name(same[0])
+        for pattern, same in groups.items()
+    ]
+
+
+def warn(message: str) -> None:
+    """Warns at the innermost line that is not of this package, JAX or Flax."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _chosen_by_axes(
+    weights: list[Path], leaves: dict[Path, Any], axes: Mapping[str, Axes]
+) -> list[Path]:
+    """The default targets where the caller names axes: no table in either case."""
+    named = lambda path: path_name(path) in axes and not is_table(path)
+    if lists_all(axes, leaves):
+        return [path for path in weights if named(path)]
+    return [path for path in weights if named(path) or leaf_name(path) == "kernel"]
+
+
+def lists_all(axes: Mapping[str, Axes], leaves: dict[Path, Any]) -> bool:
+    """Whether axes list the weights that a function uses, as those of `find_axes` do.
+
+    By hand one names only weights whose own names say nothing, or not what is right: so
+    an entry that repeats what a name says is not written by hand.
+    """
+    return any(
+        axes.get(path_name(path)) == _axes_by_name(path, leaves)
+        for path, leaf in leaves.items()
+        if path_name(path) in axes and is_array(unbox(leaf))
+    )
 
 
 def also_trained(
@@ -117,18 +295,52 @@ def is_floating(path: Path, leaf: Any) -> bool:
 
 
 def is_adaptable(path: Path, leaf: Any) -> bool:
-    """Whether a leaf is a floating array of 2 or more dimensions, no bias or scale."""
+    """Whether a leaf is a floating array of 2 or more dimensions, no norm or bias.
+
+    Norms and biases that `scan` stacks, or that have a value for each head, have two
+    dimensions, too: their names tell them from weights of products.
+    """
     return (
         is_floating(path, leaf)
         and len(unbox(leaf).shape) >= 2
-        and path[-1] not in ("bias", "scale")
+        and not is_norm_or_bias(path)
     )
 
 
+def is_norm_or_bias(path: Path) -> bool:
+    """Whether a leaf is a norm or a bias by its own name, or a norm by its module's."""
+    name, module = own_names(path)
+    return bool(BIAS.fullmatch(name)) or any(map(NORM.fullmatch, (name, module)))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a leaf is a table by its own name, or by its module's; no `kernel` is."""
+    name, module = own_names(path)
+    if name == "kernel":
+        return False
+    return any(map(TABLE.fullmatch, (name, module))) or bool(ROWS.fullmatch(name))
+
+
+def own_names(path: Path) -> tuple[str, str]:
+    """A leaf's name, the last component of its path, and its module's in lower case."""
+    *_, module, name = ("", *components(path[-2:]))
+    return name, module.lower()
+
+
 def matches(pattern: str, path: Path) -> bool:
-    """Whether a pattern matches a run of whole components; `*` may cross slashes."""
+    """Whether a pattern matches a run of whole components; `*` may cross slashes.
+
+    A key that is itself a path, "layers.q.kernel", has the components of the nested
+    tree, and a pattern may be written with its separators, or with slashes.
+    """
     name = path_name(path)  # which may itself have a bracket in it, as "w[0,1]"
-    return name == pattern or fnmatchcase(f"/{name}/", f"*/{pattern}/*")
+    if name == pattern or fnmatchcase(f"/{name}/", f"*/{pattern}/*"):
+        return True
+    nested = "/".join(components(path))
+    if nested == name:
+        return False
+    written = {pattern, pattern.replace(".", "/"), "/".join(components((pattern,)))}
+    return any(fnmatchcase(f"/{nested}/", f"*/{p}/*") for p in written)
 
 
 def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
@@ -162,15 +374,28 @@ def match_each(
 
 
 def axes_of(path: Path, leaves: dict[Path, Any], others: bool = False) -> Axes:
-    """The dimensions of a weight by Flax's names, where they leave no doubt."""
+    """The dimensions of a weight by Flax's names, where they leave no doubt.
+
+    Args:
+      path: Of the weight.
+      leaves: Of the tree.
+      others: Whether the caller named the dimensions of other weights.
+
+    Raises:
+      ValueError: If the names leave a doubt.
+    """
+    return _axes_by_name(path, leaves) or _undecided([path], leaves, others)
+
+
+def _axes_by_name(path: Path, leaves: dict[Path, Any]) -> Axes | None:
     shape = unbox(leaves[path]).shape
-    n, name = len(shape), path[-1]
+    n = len(shape)
     if n == 2:
         return Axes((), (0,), (1,))
-    module = str(path[-2]).lower() if len(path) > 1 else ""
+    name, module = leaf_name(path), own_names(path)[1]
     if name == "kernel":
         # A bias has the shape of the outputs, and tells a stack of layers from heads.
-        bias = unbox(leaves.get((*path[:-1], "bias")))
+        bias = unbox(leaves.get(sibling(path, "bias")))
         first = module in ("query", "key", "value")
         last = module == "out" or module.startswith("conv")
         known = module.startswith("conv") or (n == 3 and _has_heads(path, leaves))
@@ -178,26 +403,32 @@ def axes_of(path: Path, leaves: dict[Path, Any], others: bool = False) -> Axes:
             return Axes((), (0,), tuple(range(1, n)))
         if last and (known if bias is None else bias.shape == shape[-1:]):
             return Axes((), tuple(range(n - 1)), (n - 1,))
+    return None
+
+
+def _undecided(paths: list[Path], leaves: dict[Path, Any], others: bool) -> NoReturn:
+    """Raises for the weights whose dimensions neither `axes` nor their names tell."""
+    name, shape = path_name(paths[0]), unbox(leaves[paths[0]]).shape
+    exclude = f"exclude=[{listed(_collapsed(paths))}]"
     if others:
         raise ValueError(
-            f"axes does not name {path_name(path)!r}, of shape {shape}, and its own "
-            "name does not say which dimensions are inputs and which outputs. If axes "
-            "is from find_axes, the function never uses this weight: leave it out, "
-            f"exclude=[{path_name(path)!r}]."
+            f"axes does not name {name!r}, of shape {shape}, and its own name does not "
+            "say which dimensions are inputs and which outputs. If axes is from "
+            "find_axes, no product and no lookup of the function uses this weight: "
+            f"leave it out, {exclude}."
         )
     raise ValueError(
-        f"Which dimensions of {path_name(path)!r}, of shape {shape}, are inputs and "
-        "which outputs cannot be told from its name. Say how it is used, "
-        "axes=find_axes(fn, params, *args), or directly, "
-        f"axes={{{path_name(path)!r}: Axes(batch, inputs, outputs)}}, "
-        "or leave it out: exclude=[...]."
+        f"Which dimensions of {name!r}, of shape {shape}, are inputs and which outputs "
+        "cannot be told from its name. Say how it is used, axes=find_axes(fn, params, "
+        "*args), or directly, "
+        f"axes={{{name!r}: Axes(batch, inputs, outputs)}}, or leave it out: {exclude}."
     )
 
 
 def _has_heads(path: Path, leaves: dict[Path, Any]) -> bool:
     """Whether query and out, if both are there, agree on heads: a stack's do not."""
     query, out = (
-        unbox(leaves.get((*path[:-2], name, "kernel"))) for name in ("query", "out")
+        unbox(leaves.get(sibling(path, name, "kernel"))) for name in ("query", "out")
     )
     return query is None or out is None or query.shape[1:] == out.shape[:-1]
 
@@ -226,17 +457,23 @@ def choose(
     if targets is None and isinstance(values, Mapping):
         chosen = _select(leaves, weights, tuple(values), name)
     elif targets is None:
-        chosen = [path for path in weights if path[-1] == "kernel"]
+        chosen = [path for path in weights if leaf_name(path) == "kernel"]
     else:
         chosen = _select(leaves, weights, targets, "targets")
     gone = set(_select(leaves, weights, exclude, "exclude"))
     chosen = [path for path in chosen if path not in gone]
     if not chosen:
+        advice = "Write targets=[...]"
+        if name == "rank" and targets is None and weights:
+            advice += (
+                ", or axes=find_axes(fn, params, *args) to adapt every weight that a "
+                "product uses"
+            )
         raise ValueError(
             f"There is nothing to {'adapt' if name == 'rank' else 'quantize'}: no "
             "floating weight of 2 or more dimensions is "
             f"{'named kernel' if targets is None else 'selected'} and not excluded. "
-            f"Weights: {listed(weights)}. Write targets=[...]."
+            f"Weights: {listed(weights)}. {advice}."
         )
     if not isinstance(values, Mapping):
         return dict.fromkeys(chosen, values)
@@ -350,6 +587,13 @@ def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Ax
 def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
     """The mapping of a leaf has room for an adapter, or a copy, beside it."""
     if any(part in leaves for part in (*dora_of(path), *copy_of(path))):
+        own = adapter_of(path)
+        if own.a in leaves and own.scale not in leaves:
+            raise ValueError(
+                f"{path_name(path)!r} already has an adapter without a scale, as qwix, "
+                "tunix and openpi store them. Remove it to start from the base, or "
+                "merge it first: add A @ B, times the scale it was trained with."
+            )
         raise ValueError(
             f"{path_name(path)!r} already has an adapter. Start from "
             "strip(params) or merge(params), or leave it out: exclude=[...]."
@@ -373,15 +617,17 @@ def _no_match(
     for path, leaf in leaves.items():
         w = unbox(leaf)
         if matches(pattern, path) and is_array(w) and not is_adapter(path):
+            is_key = jax.dtypes.issubdtype(w.dtype, jax.dtypes.prng_key)
             return (
                 f"No weight matches {pattern!r} of {name}: {path_name(path)!r} is "
-                f"{w.dtype} of shape {w.shape}. {_advice(name)}"
+                f"{'a random key' if is_key else w.dtype} of shape {w.shape}. "
+                f"{_advice(name)}"
             )
     names = [path_name(path) for path in paths]
-    parts = sorted({part for path in paths for part in map(str, path)})
-    closest = (
-        difflib.get_close_matches(p, parts, n=1) or [p] for p in pattern.split("/")
-    )
+    parts = sorted({part for path in paths for part in components(path)})
+    dotted = any("." in name for name in names)
+    pieces = (pattern.replace(".", "/") if dotted else pattern).split("/")
+    closest = (difflib.get_close_matches(p, parts, n=1) or [p] for p in pieces)
     better = "/".join(match for match, *_ in closest)
     close = [n for n, path in zip(names, paths, strict=True) if matches(better, path)]
     if close:
@@ -392,7 +638,8 @@ def _no_match(
         close = difflib.get_close_matches(pattern, names, n=6, cutoff=0.0)
         modules = dict.fromkeys(_module(path) for path in paths)
         advice = f"Their names end in {listed(list(modules))}. {_advice(name)}"
-        if any(fnmatchcase(pattern, known) for known in TORCH_NAMES):
+        torch = (known for known in TORCH_NAMES if known != "*.*" or not dotted)
+        if any(fnmatchcase(pattern, known) for known in torch):
             advice += f" {pattern!r} is a name of PyTorch: write those of Flax here"
             advice += ", or no targets for all kernels." if name == "targets" else "."
     found = f"No weight matches {pattern!r} of {name}. Close: {listed(close)}. "
@@ -401,11 +648,14 @@ def _no_match(
 
 def _module(path: Path) -> str:
     """The last component that tells weights apart."""
-    plain = path[-1] in ("kernel", "embedding") and len(path) > 1
-    return str(path[-2] if plain else path[-1])
+    *_, module, name = (None, *components(path[-2:]))
+    return module if module and name in ("kernel", "embedding") else name
 
 
 def _advice(name: str) -> str:
     if name == "also":
         return "A leaf that trains is floating."
-    return "A weight is floating, has 2 or more dimensions and is no bias."
+    return (
+        "A weight is floating, has 2 or more dimensions and is no norm or bias by its "
+        "name."
+    )

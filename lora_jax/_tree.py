@@ -6,10 +6,13 @@ path is the tuple of the keys that lead to it, without the box. A weight in few 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
@@ -18,9 +21,38 @@ from lora_jax._engine.quantized import Quantized, is_quantized, values_of, wrong
 
 Path = tuple[Any, ...]
 
+# The components of a key that is itself a path: "dense/kernel", "layers.q.bias", and
+# what `jax.tree_util.keystr` writes, ".layers[0].weight" or "['dense']['kernel']".
+PART = re.compile(r"[^/.\[\]'\"]+")
+
+# How to adapt a tree that is not made of mappings; error messages quote it.
+FLAT = """adapt its leaves as one flat dict, where y = fn(params, *args):
+
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    base = {name(path): leaf for path, leaf in flat}
+    whole = lambda base: treedef.unflatten([base[name(path)] for path, _ in flat])
+    flat_fn = lambda base, *args: fn(whole(base), *args)
+    adapted = lj.lorafy(base, rank, axes=lj.find_axes(flat_fn, base, *args))
+    y = lj.lora(flat_fn)(adapted, *args)
+
+For an Equinox module, params, static = eqx.partition(model, eqx.is_array), and fn is
+lambda params, *args: eqx.combine(params, static)(*args)."""
+
 
 def is_box(x: Any) -> bool:
     return isinstance(x, AxisMetadata | nnx.Variable)
+
+
+def is_counter(x: Any) -> bool:
+    """Whether a leaf is a key, a count or an index that a live module keeps.
+
+    It is no parameter: it differs between two runs of one model.
+    """
+    if not isinstance(x, nnx.Variable) or isinstance(x, nnx.Param):
+        return False
+    w = unbox(x)
+    return is_array(w) and not jnp.issubdtype(w.dtype, jnp.inexact)
 
 
 def is_array(x: Any) -> bool:
@@ -67,6 +99,35 @@ def path_name(path: Path) -> str:
     return "/".join(map(str, path))
 
 
+def components(path: Path) -> tuple[str, ...]:
+    """The components of a path; a key that is itself a path has several."""
+    return tuple(part for key in path for part in _parts(str(key)))
+
+
+@functools.lru_cache(maxsize=65536)
+def _parts(key: str) -> tuple[str, ...]:
+    return tuple(PART.findall(key)) or (key,)
+
+
+def leaf_name(path: Path) -> str:
+    """The last component of a path: "kernel" of ("dense", "kernel"), "dense/kernel"."""
+    return _parts(str(path[-1]))[-1]
+
+
+def sibling(path: Path, *names: str) -> Path:
+    """The path with other last components, written with the same separators."""
+    *parent, key = path
+    spans = [part.span() for part in PART.finditer(str(key))] or [(0, len(str(key)))]
+    own = min(len(names), len(spans))
+    text = str(key)
+    for (start, stop), name in zip(spans[-own:][::-1], names[::-1], strict=False):
+        text = text[:start] + name + text[stop:]
+    rest = names[: len(names) - own]
+    if rest and parent:
+        return (*sibling(tuple(parent), *rest), text)
+    return (*parent, text)
+
+
 def listed(names: Sequence[Any]) -> str:
     """Some names or paths for a message: six of them, then an ellipsis."""
     names = [path_name(n) if isinstance(n, tuple) else n for n in names]
@@ -74,18 +135,46 @@ def listed(names: Sequence[Any]) -> str:
     return text or "there is none"
 
 
+class LiveModules(NamedTuple):
+    """How a live `nnx.Module` is a tree: the state it has, and a module of new leaves.
+
+    `_module.py` fills this in, as one registers a pytree node with JAX: which module
+    has adapters, and what becomes of one that gains or loses them, only LoRA knows.
+    """
+
+    state: Callable[[nnx.Module], nnx.State]
+    rebuild: Callable[[nnx.Module, dict[Path, Any]], Any]
+
+
+_live_modules: list[LiveModules] = []
+
+
+def register_live_modules(live: LiveModules) -> None:
+    # The first stays: the public LoRA belongs to it. A reload, or pytest collecting
+    # doctests, runs the file a second time, with another class of that name.
+    if not _live_modules:
+        _live_modules.append(live)
+
+
+def is_live(x: Any) -> bool:
+    return isinstance(x, nnx.Module)
+
+
+def as_tree(params: Any) -> Any:
+    """The parameters as a tree of containers: of a live module, its `nnx.State`."""
+    return _live_modules[0].state(params) if is_live(params) else params
+
+
 def flatten(tree: Any) -> dict[Path, Any]:
     """Every leaf by its path: boxes, arrays, `None` and whatever else is no container.
 
+    A live `nnx.Module` has the leaves and paths of its state.
+
     Raises:
-      TypeError: If `tree` is no container, or a live `nnx.Module`.
+      TypeError: If `tree` is no container.
       ValueError: If two leaves have one path, as in {"a/b": x, "a": {"b": y}}.
     """
-    if isinstance(tree, nnx.Module):
-        raise TypeError(
-            f"Expected parameters, found the module {type(tree).__name__}. "
-            "Pass its state, nnx.state(model, nnx.Param), or write LoRA(model, rank)."
-        )
+    tree = as_tree(tree)
     if _children(tree) is None:
         raise TypeError(
             f"Expected a tree of parameters, found {type(tree).__name__}. "
@@ -104,8 +193,11 @@ def flatten(tree: Any) -> dict[Path, Any]:
 def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
     """The containers of `like` around `leaves`; a mapping takes new and missing ones.
 
-    Nothing is copied or mutated: leaves are shared, containers are new.
+    Nothing is copied or mutated: leaves are shared, containers are new. For a live
+    module the result is one, too, wherever the leaves make one: see `_module.py`.
     """
+    if is_live(like):
+        return _live_modules[0].rebuild(like, leaves)
     by_parent: dict[Path, dict[Any, Any]] = {}
     for path, leaf in leaves.items():
         by_parent.setdefault(path[:-1], {})[path[-1]] = leaf
@@ -116,8 +208,10 @@ def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
     """Those in few bits, out of their boxes.
 
     Raises:
-      ValueError: If the parts of one make no array.
+      ValueError: If the parts of one make no array, or came back from a checkpoint as
+        a plain dict.
     """
+    check_restored(leaves)
     found = {p: w for p, x in leaves.items() if is_quantized(w := unbox(x))}
     for path, w in found.items():
         if why := wrong(w):
@@ -125,6 +219,46 @@ def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
                 f"{path_name(path)!r} is no quantised array: {why}. Write "
                 "quantize(params, how), or see Quantized."
             )
+    return found
+
+
+def check_restored(leaves: dict[Path, Any]) -> None:
+    """Checks that no quantized weight came back from a checkpoint as a plain dict.
+
+    Raises:
+      ValueError: If one did.
+    """
+    for path, leaf in leaves.items():
+        if path[-1] != "values":
+            continue
+        if _are_parts(unbox(leaf), unbox(leaves.get((*path[:-1], "scale")))):
+            raise ValueError(
+                f"{path_name(path[:-1])!r} is a dict of 'values' and 'scale', as a "
+                "Quantized comes back from a checkpoint that is restored without a "
+                "target. Restore it into a tree of the same structure, "
+                "checkpointer.restore(path, target) in Orbax, or write "
+                "Quantized(values, scale, (dtype,)) in its place."
+            )
+
+
+def _are_parts(values: Any, scale: Any) -> bool:
+    """Whether two arrays look like the parts of a `Quantized`."""
+    kinds = zip((values, scale), (np.integer, np.floating), strict=True)
+    return (
+        all(is_array(x) and jax.dtypes.issubdtype(x.dtype, kind) for x, kind in kinds)
+        and len(values.shape) == len(scale.shape) >= 2
+    )
+
+
+def fixed_leaves(tree: Any) -> dict[Path, str]:
+    """The leaves held by no mapping, and what holds each: no leaf fits next to them."""
+    found: dict[Path, str] = {}
+    for key, child in _children(tree) or ():
+        if _children(child) is not None:
+            inner = fixed_leaves(child).items()
+            found |= {(key, *path): holder for path, holder in inner}
+        elif not isinstance(tree, Mapping):
+            found[(key,)] = type(tree).__name__
     return found
 
 

@@ -2,8 +2,11 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import lora_jax as lj
 from lora_jax._adapters import Axes, adapter_of, find_adapters, fits
+from lora_jax._tree import flatten
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,119 @@ def test_no_adapter_is_an_error():
 
 def test_axes_know_their_standard_order():
     assert Axes((0,), (1,), (2, 3)).standard and not Axes((), (1,), (0,)).standard
+
+
+# Adapters of other libraries, and what a checkpoint made of ours
+
+W, A, B = jnp.ones((4, 5)), jnp.ones((4, 2)), jnp.ones((2, 5))
+KERNEL = {"kernel": W, "bias": jnp.ones(5)}
+FOREIGN = {
+    "qwix": {"m": KERNEL | {"kernel_lora_a": A, "kernel_lora_b": B}},
+    "gemma.peft": {"m": {"w": W, "lora": {"a": A, "b": B}}, "n": KERNEL},
+    "openpi": {"m": {"w": W, "lora_a": A, "lora_b": B}, "n": KERNEL},
+    "Keras": {"m": KERNEL | {"lora_kernel_a": A, "lora_kernel_b": B}},
+    "flax.nnx": {"m": KERNEL | {"lora": {"lora_a": A, "lora_b": B}}},
+}
+FLAT = {
+    "gemma.peft": {"m/w": W, "m/lora/a": A, "m/lora/b": B, "n/kernel": W},
+    "Keras": {"m/kernel": W, "m/lora_kernel_a": A, "m/lora_kernel_b": B},
+}
+AROUND = {"m": {"base_module": KERNEL, "lora_a": A, "lora_b": B}}
+ALL = [*FOREIGN.items(), *FLAT.items(), ("flax.nnx", AROUND)]
+
+
+@pytest.mark.parametrize(("library", "params"), ALL, ids=lambda x: str(x)[:12])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params: lj.lorafy(params, 2),
+        lambda params: lj.lorafy(params, 2, targets="*"),
+        lambda params: lj.lorafy(nnx.State(params), 2, targets="kernel"),
+        lj.merge,
+        lj.strip,
+        lambda params: lj.lora(lambda params, x: x)(params, jnp.ones(3)),
+    ],
+)
+def test_adapters_of_another_library_are_named(library, params, call):
+    match = f"' is an adapter of {library}.*remove such leaves .* or merge them first"
+    with pytest.raises(ValueError, match=match):
+        call(params)
+
+
+def test_a_live_model_with_adapters_of_flax_is_refused_by_name():
+    rngs = nnx.Rngs(0)
+    linear = nnx.LoRALinear(4, 5, lora_rank=2, rngs=rngs)
+    around = nnx.LoRA(4, 2, 5, base_module=nnx.Linear(4, 5, rngs=rngs), rngs=rngs)
+    for model in (linear, around):
+        with pytest.raises(ValueError, match=r"adapter of flax.nnx \(nnx.LoRA, "):
+            lj.LoRA(model, 2)
+
+
+@pytest.mark.parametrize("name", ["w", "gating_einsum", "dense/kernel"])
+def test_an_adapter_without_a_scale_may_be_of_another_library(name):
+    params = {name: W, f"{name}_lora_a": A, f"{name}_lora_b": B}
+    match = "already has an adapter without a scale, as qwix, tunix and openpi store"
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, 2, targets="*")
+    match = f"'{name}_lora_scale' is missing.* qwix, tunix and openpi store no scale"
+    with pytest.raises(ValueError, match=match):
+        lj.merge(params)
+
+
+def test_trees_of_ours_are_not_taken_for_others():
+    base = {"lora": {"kernel": W}, "m": {"w": W, "a": W, "b": W}, "lora/a": W}
+    adapted = lj.lorafy(base, 2, targets="*")
+    assert len(find_adapters(flatten(adapted))) == 5
+    half, rest = lj.split(adapted)
+    assert lj.count(lj.combine(half, rest)).trainable == 5 * 2 * (4 + 5)
+
+
+def test_our_adapters_in_a_tree_whose_keys_were_joined_are_named():
+    adapted = lj.lorafy({"m": {"kernel": W}}, 2)
+    joined = {f"m/{name}": x for name, x in adapted["m"].items()}
+    for call in (lambda p: lj.lorafy(p, 2), lj.merge):
+        match = "'m/lora_a' is an adapter in a nested tree.*unflatten_dict"
+        with pytest.raises(ValueError, match=match):
+            call(joined)
+
+
+RESTORED = {  # what Orbax restores without a target
+    "nnx.Param": lambda tree: {
+        m: {n: {"value": x} for n, x in leaves.items()} for m, leaves in tree.items()
+    },
+    "Quantized": lambda tree: {
+        m: leaves | {"kernel": {"values": W.astype(jnp.int8), "scale": W[:1]}}
+        for m, leaves in tree.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RESTORED)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_what_is_restored_without_a_target_is_named(kind, adapted):
+    tree = {"m": dict(KERNEL)}
+    restored = RESTORED[kind](lj.lorafy(tree, 2) if adapted else tree)
+    calls = [
+        lambda: lj.lorafy(restored, 2),
+        lambda: lj.lorafy(restored, 2, targets="*"),
+    ]
+    if adapted:
+        calls += [lambda f=f: f(restored) for f in (lj.merge, lj.count, lj.detach)]
+    for call in calls:
+        match = f"'m/kernel' is a dict of .*{kind}.* comes? back .*restore\\(path, tar"
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_adapters_restored_without_a_target_are_not_attached():
+    adapters = lj.detach(lj.lorafy({"m": dict(KERNEL)}, 2))["m"]
+    restored = {name: {"value": x} for name, x in adapters.items() if x is not None}
+    with pytest.raises(ValueError, match="'m/lora_a' is a dict of one 'value', as nnx"):
+        lj.attach({"m": restored}, {"m": KERNEL})
+
+
+def test_a_leaf_may_be_named_value():
+    params = {"attn": {"query": W, "value": W, "kernel": {"value": W, "width": W}}}
+    adapted = lj.lorafy(params, 2, targets="value")
+    assert adapted["attn"]["value_lora_a"].shape == (4, 2)
+    assert adapted["attn"]["kernel"]["value_lora_a"].shape == (4, 2)

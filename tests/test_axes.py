@@ -82,13 +82,6 @@ USES = {
         ),
         MATRIX,
     ),
-    "positions": ((8, D), lambda w, x: jnp.tanh(x + w[:6]), MATRIX),
-    "positions of a batch": ((1, 8, D), lambda w, x: x + w[0, :6], ((), (0, 1), (2,))),
-    "positions, then a product": (
-        (6, D),
-        lambda w, x: (x + w) @ jnp.ones((D, 2)),
-        TURNED,
-    ),
     "layers": ((3, D, D), scan(lambda c, w: c @ w), STACK),
     "layers stored (out, in)": (
         (3, D, D),
@@ -110,7 +103,6 @@ USES = {
         lambda w, x: lax.map(lambda w: w[IDS], w),
         ((0,), (1,), (2,)),
     ),
-    "a vector a layer": ((3, D), scan(lambda c, w: c * w[None]), MATRIX),
     "experts": (
         (3, D, 2),
         lambda w, x: jax.vmap(lambda w: x @ w)(w),
@@ -133,6 +125,18 @@ USES = {
     ),
     "one by one convolution": ((1, D, 5), conv, ((), (0, 1), (2,))),
     "masked": ((D, D), lambda w, x: x @ (w * jnp.tril(jnp.ones((D, D)))), MATRIX),
+    "masked by an argument": (
+        (D, D),
+        lambda w, x: x @ (w * jnp.tril(x[:D])),
+        MATRIX,
+    ),
+    "with a sum": ((D, D), lambda w, x: x @ (w + jnp.eye(D)), MATRIX),
+    "with a product": (
+        (D, 3),
+        lambda w, x: x @ (w + jnp.ones((D, 2)) @ jnp.ones((2, 3))),
+        MATRIX,
+    ),
+    "squashed": ((D, 3), lambda w, x: x @ jnp.tanh(w), MATRIX),
     "standardized": ((3, D, 5), lambda w, x: conv(w - w.mean(), x), ((), (0, 1), (2,))),
     "padded, turned, cast": (
         (3, 3),
@@ -193,6 +197,61 @@ def test_axes(name, randomized, close):
     lora = lj.lora(own, materialize="allow")
     both = jax.jit(lambda p, x: (lora(p, x), own(lj.merge(p), x)))
     close(*both(params, x))
+
+
+def concat(w, x):
+    return jnp.concatenate([jnp.broadcast_to(w, (1, D)), x])
+
+
+# What no product and no lookup uses, however it goes on from there: no axes.
+ELEMENTWISE = {
+    "norms of layers": ((3, D), scan(lambda c, w: c * w[None])),
+    "norms of layers, then a product": (
+        (3, D),
+        scan(lambda c, w: (c * w[None]) @ jnp.ones((D, D))),
+    ),
+    "biases of layers": ((3, D), scan(lambda c, w: c @ jnp.ones((D, D)) + w[None])),
+    "norms of layers one by one": ((2, D), lambda w, x: (x * w[:1]) * w[1:]),
+    "norms of heads": (
+        (2, 2),
+        lambda w, x: jnp.einsum("thd,shd->hts", *[x.reshape(6, 2, 2) * w[None]] * 2),
+    ),
+    "biases of heads": (
+        (2, 2),
+        lambda w, x: (x.reshape(6, 2, 2) + w[None]).reshape(6, D) @ jnp.ones((D, D)),
+    ),
+    "positions": ((8, D), lambda w, x: jnp.tanh(x + w[:6])),
+    "positions of a batch": ((1, 8, D), lambda w, x: x + w[0, :6]),
+    "positions, then a product": ((6, D), lambda w, x: (x + w) @ jnp.ones((D, 2))),
+    "positions of tokens, then a product": (
+        (6, D),
+        lambda w, x: (jnp.take(x, jnp.argsort(x[:, 0]), 0) + w) @ jnp.ones((D, 2)),
+    ),
+    "positions in a loop": (
+        (6, D),
+        lambda w, x: lax.fori_loop(0, 2, lambda _, c: (c + w) @ jnp.ones((D, D)), x),
+    ),
+    "a token in front": ((1, D), lambda w, x: concat(w, x) @ jnp.ones((D, 2))),
+    "a query of each head": (
+        (2, 2),
+        lambda w, x: jnp.einsum("thd,hd->th", x.reshape(6, 2, 2), w),
+    ),
+    "a penalty": ((3, D), lambda w, x: x * (w**2).sum()),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_what_meets_no_product_and_no_lookup_has_no_axes(name):
+    shape, fn = ELEMENTWISE[name]
+    own = lambda p, x: fn(p["w"], x @ p["first"])
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32), "first": jnp.ones((D, D))}
+    assert lj.find_axes(own, params, X) == {"first": MATRIX}
+    adapted = lj.lorafy(params, 2, axes=lj.find_axes(own, params, X))
+    assert adapted.keys() - params.keys() == {
+        "first_lora_a",
+        "first_lora_b",
+        "first_lora_scale",
+    }
 
 
 def test_finds_what_the_names_of_flax_say():

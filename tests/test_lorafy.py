@@ -1,5 +1,6 @@
 """The new leaves: their names, shapes, values, dtypes, boxes and places."""
 
+import contextlib
 import math
 
 import flax
@@ -99,7 +100,9 @@ def test_by_default_every_kernel_and_nothing_else():
         "norm": {"scale": w(4, 4), "kernel": w(4)},
         "steps": {"kernel": w(4, 4, dtype=jnp.int32)},
     }
-    added = by_name(lj.lorafy(params, 2)).keys() - by_name(params).keys()
+    with pytest.warns(UserWarning, match="names are not kernel: 'dense/w'"):
+        adapted = lj.lorafy(params, 2)
+    added = by_name(adapted).keys() - by_name(params).keys()
     assert added == {"dense/lora_a", "dense/lora_b", "dense/lora_scale"}
 
 
@@ -650,6 +653,89 @@ def test_a_sharded_weight_is_merged_where_it_is(name, axis_type):
     params, options, _ = placed(name, axis_type)
     kernel = lj.merge(lj.lorafy(params, **options))["kernel"]
     assert kernel.sharding.is_equivalent_to(params["kernel"].sharding, kernel.ndim)
+
+
+RULES = [("in", "x"), ("out", "y"), ("odd", "y")]
+
+
+def boxed(kind, kernel, bias, mesh=None):
+    """A tree whose boxes name the mesh axes x and y for inputs and outputs."""
+    if kind == "nnx":
+        named = nnx.with_partitioning(lambda: kernel, ("x", "y"), mesh=mesh)
+        return nnx.State({"m": {"kernel": nnx.Param(named()), "bias": nnx.Param(bias)}})
+    names = ("in", "out") if kind is nn.LogicallyPartitioned else ("x", "y")
+    box = lambda x, names: kind(x, names, mesh=mesh)
+    return {"m": {"kernel": box(kernel, names), "bias": box(bias, names[1:])}}
+
+
+@pytest.mark.parametrize("where", ["context", "box"])
+@pytest.mark.parametrize("kind", [nn.Partitioned, nn.LogicallyPartitioned, "nnx"])
+def test_under_jit_boxes_name_the_place_on_automatic_axes(kind, where):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    own = mesh if where == "box" else None
+    options = {"init": zeros, "dora": True, "also": "bias"}
+
+    @jax.jit
+    def adapt(kernel, bias):
+        return lj.lorafy(boxed(kind, kernel, bias, own), 2, **options)
+
+    context = jax.set_mesh(mesh) if where == "context" else contextlib.nullcontext()
+    with context, nn.logical_axis_rules(RULES):
+        adapted = by_name(adapt(jnp.ones((4, 8)), jnp.ones(8)))
+    expected = {
+        "m/lora_a": P("x", None),
+        "m/lora_b": P(None, "y"),
+        "m/lora_magnitude": P("y"),
+    }
+    if kind != "nnx":  # whose bias has no names here
+        expected["m/bias_lora_w"] = P("y")
+    for name, spec in expected.items():
+        x = unbox(adapted[name])
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), name
+    assert unbox(adapted["m/lora_scale"]).sharding.is_fully_replicated
+
+
+def test_a_model_made_and_adapted_under_jit_is_placed_as_outside():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    init = nnx.with_partitioning(nnx.initializers.ones_init(), ("x", "y"))
+    make = lambda: nnx.Linear(4, 8, kernel_init=init, rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        models = lj.LoRA(nnx.jit(make)(), 2), nnx.jit(lambda: lj.LoRA(make(), 2))()
+    outside, inside = (by_name(nnx.state(model.model)) for model in models)
+    assert inside.keys() == outside.keys()
+    for name, x in inside.items():
+        x, like = unbox(x), unbox(outside[name])
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim), name
+
+
+def test_names_that_are_no_automatic_axes_constrain_nothing():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    kernel = jnp.ones((4, 6))  # 6 is no multiple of 4
+    adapt = jax.jit(
+        lambda w: lj.lorafy({"kernel": nn.Partitioned(w, ("embed", "y"))}, 2)
+    )
+    with jax.set_mesh(mesh):
+        adapted = adapt(kernel)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(adapted))
+    assert adapted["lora_a"].names == ("embed", None)
+    # Without a mesh the names are not looked at: one may even be there twice.
+    twice = lambda w: lj.lorafy({"kernel": nn.LogicallyPartitioned(w, ("a", "a"))}, 2)
+    assert jax.jit(twice)(kernel)["lora_b"].names == (None, "a")
+
+
+def test_a_state_may_name_its_sharding_as_one():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
+    box = nnx.Param(jnp.ones((4, 8)), out_sharding=sharding, eager_sharding=False)
+
+    def adapt(kernel):
+        state = nnx.State({"kernel": box.replace(kernel)})
+        return lj.lorafy(state, 2, init=zeros)
+
+    adapted = jax.jit(adapt)(jnp.ones((4, 8)))
+    metadata = adapted["lora_b"].get_metadata()["out_sharding"]
+    assert metadata == NamedSharding(mesh, PartitionSpec(None, "y"))
+    assert adapted["lora_b"].get_raw_value().sharding.is_equivalent_to(metadata, 2)
 
 
 @pytest.mark.parametrize("context", [True, False])

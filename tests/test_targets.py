@@ -3,6 +3,7 @@
 All on abstract trees, through `lorafy`: the plan needs no array.
 """
 
+import inspect
 import math
 import re
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lora_jax as lj
 from lora_jax._tree import flatten, path_name
@@ -61,13 +63,13 @@ def only(*parts):
     return {name for name in KERNELS if any(part in name for part in parts)}
 
 
+PARTS = ("lora_a", "lora_b", "lora_scale")
 GATES = {f"block_{i}/mlp/gate" for i in (1, 2, 10)}
 
 
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (None, set(KERNELS)),
         ("query", only("query")),
         ("/query/", only("query")),
         ("kernel", set(KERNELS)),
@@ -109,7 +111,8 @@ def test_a_pattern_selects_whole_components(targets, expected):
     ],
 )
 def test_exclude_wins(exclude, expected):
-    assert weights(lj.lorafy(PARAMS, 2, exclude=exclude)) == expected
+    adapted = lj.lorafy(PARAMS, 2, targets="kernel", exclude=exclude)
+    assert weights(adapted) == expected
 
 
 def test_targets_see_the_array_without_its_box():
@@ -287,6 +290,13 @@ def test_names_of_pytorch_are_known_for_what_they_are(pattern):
         lj.lorafy(PARAMS, 2, targets=pattern)
 
 
+def test_a_pattern_of_random_keys_says_so():
+    params = {"m": {"kernel": w(4, 4)}, "rng": jax.random.key(0)}
+    for options in ({"targets": "rng"}, {"targets": "m", "also": "rng"}):
+        with pytest.raises(ValueError, match=r"'rng' is a random key of shape \(\)"):
+            lj.lorafy(params, 2, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -350,7 +360,7 @@ def test_options_out_of_range_say_so(options, match):
         ),
         ({"m": {"kernel": w(4, 4), "embedding": w(4, 4)}}, "embedding", "'m' holds a"),
         ({"m": {0: w(4, 4)}}, "m", "'m/0'"),
-        ({"m": [w(4, 4)]}, "m", "m is a list.*a mapping of its own"),
+        ({"m": [w(4, 4)]}, "m", "m is a list, which cannot gain a leaf next to 'm/0'"),
     ],
 )
 def test_trees_that_cannot_be_adapted_say_why(params, targets, match):
@@ -402,3 +412,292 @@ def test_a_path_with_brackets_matches_itself():
     params = {name: {"w": jnp.ones((4, 4))} for name in ("a[0,1]", "b")}
     adapted = lj.lorafy(params, 1, targets="a[0,1]/w")
     assert "w_lora_a" in adapted["a[0,1]"] and "w_lora_a" not in adapted["b"]
+
+
+# What the default leaves out
+
+
+def left_out(params, rank=2, **options):
+    """The one warning of a call, and what it adapts."""
+    with pytest.warns(UserWarning) as caught:
+        adapted = lj.lorafy(params, rank, **options)
+    (warning,) = caught
+    return str(warning.message), weights(adapted), warning
+
+
+def test_the_default_is_every_kernel_and_reports_other_weights():
+    message, adapted, _ = left_out(PARAMS)
+    assert adapted == set(KERNELS)
+    assert message == (
+        "3 weight(s) get no adapter because their names are not kernel: "
+        "'block_*/mlp/gate'. Write targets=['kernel', 'gate'] to adapt them too, or "
+        "targets='kernel' to leave them out without this warning."
+    )
+    assert weights(lj.lorafy(PARAMS, 2, targets=["kernel", "gate"])) == adapted | GATES
+    assert weights(lj.lorafy(PARAMS, 2, targets="kernel")) == adapted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets": "kernel"},
+        {"rank": {"kernel": 2}},
+        {"exclude": "gate"},
+        {"also": "gate"},
+        {"targets": lambda path, x: path.endswith("kernel")},
+    ],
+    ids=str,
+)
+def test_what_the_caller_decides_is_no_surprise(options):
+    adapted = lj.lorafy(PARAMS, **{"rank": 2} | options)
+    assert weights(adapted) == set(KERNELS)
+
+
+EVERYDAY = {  # trees whose other leaves nobody expects an adapter for
+    "tables": {
+        "wte": {"embedding": w(9, 4)},
+        "pos_embed": w(1, 9, 4),
+        "embedder": {"input_embedding": w(9, 4)},
+        "wpe": w(9, 4),
+        "positions": w(9, 4),
+        "cls_token": w(1, 1, 4),
+        "relative_position_bias_table": w(9, 2),
+        "tok_embed": {"weight": w(9, 4)},
+    },
+    "norms and biases": {
+        "norm": {"scale": w(3, 4), "bias": w(3, 4)},
+        "LayerNorm_0": {"weight": w(3, 4)},
+        "ln_f": {"g": w(3, 4)},
+        "attn": {"in_bias": w(3, 4), "q_norm": w(2, 4), "gamma": w(3, 4)},
+        "input_layernorm": {"w": w(3, 4)},
+    },
+    "vectors, counts and keys": {
+        "gate": w(4),
+        "steps": w(4, 4, dtype=jnp.int32),
+        "rng": jax.random.key(0),
+        "none": None,
+    },
+    "convolutions": {"Conv_0": {"kernel": w(3, 3, 4, 8), "bias": w(8)}},
+}
+
+
+@pytest.mark.parametrize("kind", EVERYDAY)
+def test_tables_norms_and_biases_are_not_reported(kind):
+    dense = {"dense": {"kernel": w(4, 4), "bias": w(4)}}
+    adapted = weights(lj.lorafy(EVERYDAY[kind] | dense, 2))
+    assert adapted - {"Conv_0/kernel"} == {"dense/kernel"}
+
+
+def test_collections_that_are_no_parameters_are_not_reported():
+    kernel, cache = w(4, 4), {"attn": {"cached_key": w(1, 9, 2, 2)}}
+    variables = {"params": {"m": {"kernel": kernel}}, "cache": cache}
+    assert weights(lj.lorafy(variables, 2)) == {"params/m/kernel"}
+    state = nnx.State(
+        {"m": {"kernel": nnx.Param(kernel), "key": nnx.Cache(w(1, 9, 2, 2))}}
+    )
+    assert weights(lj.lorafy(state, 2)) == {"m/kernel"}
+    variables["params"]["m"]["gate"] = w(4, 4)
+    assert "get no adapter" in left_out(variables)[0]
+
+
+def test_the_report_names_six_patterns_and_then_points_to_the_function():
+    names = [f"w{chr(ord('a') + i)}" for i in range(8)]
+    params = {"m": {"kernel": w(4, 4)} | {name: w(4, 4) for name in names}}
+    message, *_ = left_out(params)
+    assert "8 weight(s)" in message and "'m/wf', ...." in message
+    assert "'m/wg'" not in message
+    assert "Write axes=find_axes(fn, params, *args) to adapt every weight" in message
+
+
+def test_the_report_asks_for_axes_where_names_do_not_tell_them():
+    layer = {"attn": {"q": {"w": w(4, 2, 2)}}, "mlp": {"kernel": w(4, 4)}}
+    message, *_ = left_out({"layers": {str(i): layer for i in range(12)}})
+    assert "'layers/*/attn/q/w'. Write axes=find_axes(" in message
+    axes = {f"layers/{i}/attn/q/w": lj.Axes((), (0,), (1, 2)) for i in range(12)}
+    axes |= {f"layers/{i}/mlp/kernel": lj.Axes((), (0,), (1,)) for i in range(12)}
+    adapted = lj.lorafy({"layers": {str(i): layer for i in range(12)}}, 2, axes=axes)
+    assert weights(adapted) == set(axes)
+
+
+def test_the_line_of_the_report_selects_no_more_than_it_lists():
+    params = {"a": {"kernel": w(4, 4), "w": w(4, 4)}, "embed": {"w": w(9, 4)}}
+    message, adapted, _ = left_out(params)
+    assert "Write targets=['kernel', 'a/w'] to adapt" in message
+    both = lj.lorafy(params, 2, targets=["kernel", "a/w"])
+    assert weights(both) == adapted | {"a/w"}
+
+
+def test_the_report_points_to_the_callers_line():
+    here = inspect.currentframe
+    state = nnx.State({"m": {"kernel": nnx.Param(jnp.ones((4, 4)))}})
+    state["m"]["w"] = nnx.Param(jnp.ones((4, 4)))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.m = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.w = nnx.Param(jnp.ones((4, 4)))
+
+    calls = [
+        lambda: (lj.lorafy(state, 2), here().f_lineno)[1],
+        lambda: (lj.LoRA(Model(), 2), here().f_lineno)[1],
+        lambda: (nnx.jit(lambda: lj.LoRA(Model(), 2))(), here().f_lineno)[1],
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="get no adapter because") as caught:
+            line = call()
+        (warning,) = caught
+        assert (warning.filename, warning.lineno) == (__file__, line)
+
+
+# With axes alone
+
+
+def test_axes_alone_adapt_what_they_name_apart_from_tables():
+    params = {
+        "q": {"w": w(4, 2, 2)},
+        "up": {"kernel": w(4, 4)},
+        "wte": {"embedding": w(9, 4)},
+        "norm": {"kernel": w(3, 4)},
+        "gain": w(3, 4),
+    }
+    axes = {
+        "q/w": lj.Axes((), (0,), (1, 2)),
+        "up/kernel": lj.Axes((), (0,), (1,)),
+        "wte/embedding": lj.Axes((), (0,), (1,)),
+    }
+    assert weights(lj.lorafy(params, 2, axes=axes)) == {"q/w", "up/kernel"}
+    assert weights(lj.lorafy(params, 2, targets="embedding", axes=axes)) == {
+        "wte/embedding"
+    }
+    # By hand, a norm may be named: then it is a weight.
+    norm = {"norm/kernel": lj.Axes((), (0,), (1,))}
+    assert weights(lj.lorafy(params, 2, axes=norm | axes)) == {
+        "norm/kernel",
+        "q/w",
+        "up/kernel",
+    }
+
+
+def test_axes_of_what_names_do_not_tell_add_to_the_kernels():
+    params = {"a": {"kernel": w(3, 4, 4)}, "b": {"kernel": w(4, 4)}, "v": w(4, 2, 2)}
+    stack, turned = lj.Axes((0,), (1,), (2,)), lj.Axes((), (1,), (0,))
+    axes = {"a/kernel": stack, "b/kernel": turned, "v": lj.Axes((), (0,), (1, 2))}
+    kernels = {"a/kernel", "b/kernel"}
+    assert weights(lj.lorafy(params, 2, axes=axes)) == kernels | {"v"}
+    message, adapted, _ = left_out(params, axes={"a/kernel": stack})
+    assert adapted == kernels
+    assert "because their names are not kernel: 'v'. Write axes=" in message
+    plain = {"a": params["a"], "b": params["b"]}
+    for names in ({"a/kernel"}, {"a/kernel", "b/kernel"}):
+        few = {name: axes[name] for name in names}
+        assert weights(lj.lorafy(plain, 2, axes=few)) == kernels
+
+
+def test_a_list_of_axes_that_leaves_a_kernel_out_is_reported():
+    params = {
+        "a": {"kernel": w(3, 4, 4)},
+        "b": {"kernel": w(4, 4)},
+        "c": {"kernel": w(4, 4)},
+        "w": w(4, 4),
+    }
+    axes = {
+        "a/kernel": lj.Axes((0,), (1,), (2,)),
+        "c/kernel": lj.Axes((), (0,), (1,)),
+    }
+    message, adapted, _ = left_out(params, axes=axes)
+    assert adapted == {"a/kernel", "c/kernel"}
+    assert "because axes does not name them: 'b/kernel'. Write targets=" in message
+    assert "or exclude=['b/kernel'] to leave" in message
+    again = lj.lorafy(params, 2, axes=axes, exclude=["b/kernel"])
+    assert weights(again) == adapted
+
+
+def test_weights_that_axes_do_not_decide_are_named_at_once():
+    params = {"q": w(4, 2, 2), "cls": w(1, 1, 4), "pos": w(1, 9, 4)}
+    axes = {"q": lj.Axes((), (0,), (1, 2))}
+    match = r"'cls', of shape .* no product and no lookup .*exclude=\['cls', 'pos'\]"
+    with pytest.raises(ValueError, match=match):
+        lj.lorafy(params, 2, targets="*", axes=axes)
+    assert weights(lj.lorafy(params, 2, axes=axes)) == {"q"}
+
+
+# One dict with path-like keys
+
+
+def nested():
+    return {
+        "attn": {
+            "query": {"kernel": w(8, 2, 4), "bias": w(2, 4)},
+            "out": {"kernel": w(2, 4, 8), "bias": w(8)},
+        },
+        "mlp": {"wi": {"kernel": w(8, 12), "bias": w(3, 12)}},
+        "norm": {"scale": w(3, 8), "kernel": w(3, 8)},
+        "wte": {"embedding": w(9, 8)},
+    }
+
+
+def joined(tree, style):
+    """One dict with the leaves of a tree, its keys joined in one way."""
+    names = {
+        "slashes": "/".join,
+        "dots": ".".join,
+        "keystr": lambda path: "".join(f"['{part}']" for part in path),
+        "attributes": lambda path: "".join(f".{part}" for part in path),
+    }
+    return {names[style](path): leaf for path, leaf in flatten(tree).items()}
+
+
+@pytest.mark.parametrize("style", ["slashes", "dots", "keystr", "attributes"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"targets": "kernel"},
+        {"targets": "*"},
+        {"targets": "query"},
+        {"targets": "attn/*/kernel"},
+        {"targets": ["wi", "wte"]},
+        {"targets": "mlp/wi/kernel", "also": ["bias", "norm"]},
+        {"exclude": "attn"},
+        {"rank": {"query": 3, "*": 2}},
+    ],
+    ids=str,
+)
+def test_one_dict_with_path_like_keys_is_the_nested_tree(style, options):
+    options = {"rank": 2} | options
+    deep, flat = (
+        {
+            path_name(path): leaf.shape
+            for path, leaf in flatten(lj.lorafy(tree, **options)).items()
+        }
+        for tree in (nested(), joined(nested(), style))
+    )
+    plain = [shape for name, shape in deep.items() if "lora" in name]
+    same = [shape for name, shape in flat.items() if "lora" in name]
+    assert sorted(plain) == sorted(same) and plain
+
+
+def test_patterns_may_be_written_with_the_keys_own_separators():
+    attributes = {".layers[0].q.weight": w(4, 4), ".layers[1].q.weight": w(4, 4)}
+    dots = {"layers.0.q.kernel": w(4, 4), "layers.1.q.kernel": w(4, 4)}
+    for pattern in (".layers[1].q.weight", "layers/1", "[1]", "layers.1.q"):
+        adapted = lj.lorafy(attributes, 2, targets=pattern)
+        assert weights(adapted) == {".layers[1].q.weight"}
+    for pattern in ("layers.1.q.kernel", "layers/1/q", "1.q", "layers.[!0]"):
+        assert weights(lj.lorafy(dots, 2, targets=pattern)) == {"layers.1.q.kernel"}
+    with pytest.raises(ValueError, match=r"Write targets=\['layers/1/q'\]"):
+        lj.lorafy(dots, 2, targets="layers.1.qq")
+
+
+def test_adapters_in_one_dict_have_names_that_cannot_be_confused(randomized):
+    ones = {"a/kernel": jnp.ones((4, 3)), "b/kernel": jnp.ones((4, 3))}
+    adapted = randomized(lj.lorafy(ones, 2))
+    new = {f"{m}/kernel_{part}" for m in "ab" for part in PARTS}
+    assert adapted.keys() - ones.keys() == new
+    labels = lj.labels(adapted)
+    assert labels["a/kernel_lora_a"] == "lora_a" and labels["b/kernel"] == "frozen"
+    merged = lj.merge(adapted)
+    for m in "ab":
+        a, b, scale = (adapted[f"{m}/kernel_{part}"] for part in PARTS)
+        update = float(scale) * np.asarray(a) @ np.asarray(b)
+        np.testing.assert_allclose(merged[f"{m}/kernel"], 1 + update, rtol=1e-5)

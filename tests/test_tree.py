@@ -1,6 +1,7 @@
 """Any container is flattened by path and rebuilt around the very same leaves."""
 
 import collections
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax
@@ -12,7 +13,19 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from lora_jax._tree import flatten, leaf_order, path_name, rebox, unbox, unflatten
+import lora_jax as lj
+from lora_jax._tree import (
+    components,
+    fixed_leaves,
+    flatten,
+    leaf_name,
+    leaf_order,
+    path_name,
+    rebox,
+    sibling,
+    unbox,
+    unflatten,
+)
 
 
 class Pair(NamedTuple):
@@ -129,10 +142,16 @@ def test_a_leaf_is_no_tree(tree):
         flatten(tree)
 
 
-def test_a_live_module_is_no_tree():
+def test_a_live_module_has_the_leaves_of_its_state():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"module Linear.*nnx\.state\(model, nnx\.Par"):
-        flatten(module)
+    leaves = flatten(module)
+    assert leaves == flatten(nnx.state(module))
+    new = unflatten(module, leaves | {("bias",): nnx.Param(x(3))})
+    assert type(new) is nnx.Linear and new is not module
+    assert new.kernel[...] is module.kernel[...]
+    np.testing.assert_array_equal(new.bias[...], x(3))
+    holes = unflatten(module, leaves | {("bias",): None})
+    assert type(holes) is nnx.State and holes["bias"] is None
 
 
 def test_two_leaves_cannot_have_one_path():
@@ -160,3 +179,124 @@ def test_boxes_open_and_close_without_moving_their_arrays(box, axis_type):
             for leaf in boxes:
                 assert unbox(leaf) is value
                 assert unbox(rebox(leaf, value)) is value
+
+
+# Keys that are paths
+
+
+@pytest.mark.parametrize(
+    ("path", "parts", "bias"),
+    [
+        (("m", "kernel"), ("m", "kernel"), ("m", "bias")),
+        (("m", 0, "kernel"), ("m", "0", "kernel"), ("m", 0, "bias")),
+        (("m/q/kernel",), ("m", "q", "kernel"), ("m/q/bias",)),
+        (("m", "q.kernel"), ("m", "q", "kernel"), ("m", "q.bias")),
+        ((".m[0].kernel",), ("m", "0", "kernel"), (".m[0].bias",)),
+        (("['m']['kernel']",), ("m", "kernel"), ("['m']['bias']",)),
+        (("kernel",), ("kernel",), ("bias",)),
+        ((3,), ("3",), ("bias",)),
+        (("/",), ("/",), ("bias",)),
+    ],
+)
+def test_a_key_may_be_a_path(path, parts, bias):
+    assert components(path) == parts
+    assert leaf_name(path) == parts[-1]
+    assert sibling(path, "bias") == bias
+
+
+@pytest.mark.parametrize(
+    ("path", "other"),
+    [
+        (("m", "q", "kernel"), ("m", "out", "w")),
+        (("m/q/kernel",), ("m/out/w",)),
+        (("m/q", "kernel"), ("m/out", "w")),
+        (("m.q", "x/kernel"), ("m.q", "out/w")),
+    ],
+)
+def test_a_sibling_of_another_module(path, other):
+    assert sibling(path, "out", "w") == other
+
+
+def test_leaves_that_no_mapping_holds():
+    tree = {"a": [x(), {"w": x()}], "b": Pair(x(), x()), "c": {"d": Record(x(), None)}}
+    assert {path_name(p): kind for p, kind in fixed_leaves(tree).items()} == {
+        "a/0": "list",
+        "b/first": "Pair",
+        "b/second": "Pair",
+        "c/d/weights": "Record",
+        "c/d/step": "Record",
+    }
+    assert fixed_leaves({"a": {"w": x()}, "b": nn.Partitioned(x(), ("a",))}) == {}
+
+
+# Trees that cannot gain a leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:
+    """A layer as Equinox has them: a dataclass of arrays, weights (out, in)."""
+
+    weight: Any
+    bias: Any
+
+    def __call__(self, x):
+        return x @ self.weight.T + self.bias[None]
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+W1, B1, W2, B2, X = arrays((5, 4), (5,), (3, 5), (3,), (2, 4))
+FIXED = {  # trees without one mapping, and a function of each
+    "list": ([W1.T, W2.T], lambda params, x: jnp.tanh(x @ params[0]) @ params[1]),
+    "tuple": ((W1.T, W2.T), lambda params, x: jnp.tanh(x @ params[0]) @ params[1]),
+    "namedtuple": (
+        Pair(W1.T, W2.T),
+        lambda params, x: jnp.tanh(x @ params.first) @ params.second,
+    ),
+    "modules": (
+        [Linear(W1, B1), Linear(W2, B2)],
+        lambda params, x: params[1](jnp.tanh(params[0](x))),
+    ),
+    "modules in a dict": (
+        {"layers": (Linear(W1, B1), Linear(W2, B2))},
+        lambda params, x: params["layers"][1](jnp.tanh(params["layers"][0](x))),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": "*"}, {"targets": "nothing"}])
+@pytest.mark.parametrize("kind", FIXED)
+def test_the_first_message_is_code_that_adapts_the_tree(
+    kind, options, randomized, close
+):
+    params, fn = FIXED[kind]
+    match = r"which cannot gain a leaf next to '.*a mapping of its own, or adapt its"
+    with pytest.raises(ValueError, match=match) as error:
+        lj.lorafy(params, 2, **options)
+    lines = str(error.value).splitlines()
+    code = "\n".join(line.strip() for line in lines if line.startswith("    "))
+    names = {"params": params, "fn": fn, "args": (X,), "rank": 2, "lj": lj, "jax": jax}
+    exec(code, names)
+    close(names["y"], fn(params, X))
+    adapted = randomized(names["adapted"])
+    assert lj.count(adapted).trainable == 2 * (4 + 5) + 2 * (5 + 3)
+    merged = names["whole"](lj.merge(adapted))
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    # Also after a transformation, which sorts the keys of a dict.
+    step = jax.jit(lambda adapted: (adapted, lj.lora(names["flat_fn"])(adapted, X)))
+    close(step(step(adapted)[0])[1], fn(merged, X))
+
+
+def test_a_tree_in_which_some_weights_have_room_says_so_when_others_are_chosen():
+    params = {"m": {"kernel": W1}, "heads": [W2, W2]}
+    match = r"'heads/\*'. Write targets='kernel' .* To adapt them too, adapt its leaves"
+    with pytest.warns(UserWarning, match=match):
+        adapted = lj.lorafy(params, 2)
+    assert sorted(adapted["m"]) == ["kernel", "lora_a", "lora_b", "lora_scale"]
+    for options in ({"targets": "heads"}, {"targets": "m", "also": "heads"}):
+        with pytest.raises(ValueError, match="heads is a list, which cannot gain"):
+            lj.lorafy(params, 2, **options)

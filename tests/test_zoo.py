@@ -29,7 +29,7 @@ class Model(NamedTuple):
     params: Any
     inputs: tuple[Any, ...]
     rank: Any = 2
-    axes: Any = ()  # where `find_axes` takes experts for outputs
+    axes: Any = ()  # of experts that `find_axes` takes for outputs, of what is added
     formed: Any = ()  # {weight: primitives} that need it whole, for a good reason
 
 
@@ -63,12 +63,16 @@ def hugging_face(name, *inputs, **options):
     return Model(apply, model.params_shape_tree, inputs, **options)
 
 
+ROWS, POSITIONS = lj.Axes((), (0, 1), (2,)), "position_embeddings"
+
+
 def vision_transformer():
     return hugging_face(
         "ViTForImageClassification",
         IMAGES.transpose(0, 3, 1, 2),
         rank={"cls_token": 1, "*": 2},
-        formed={"vit/embeddings/position_embeddings": ("add",)},
+        axes={f"vit/embeddings/{name}": ROWS for name in ("cls_token", POSITIONS)},
+        formed={f"vit/embeddings/{POSITIONS}": ("add",)},
     )
 
 
@@ -215,7 +219,10 @@ ZOO = {
     **{name: functools.partial(hugging_face, name, IDS) for name in HUGGING_FACE},
     "ViTForImageClassification": vision_transformer,
     "nnx transformer": lambda: stateless(
-        Transformer, IDS, formed={"positions": ("add",)}
+        Transformer,
+        IDS,
+        axes={"positions": lj.Axes((), (0,), (1,))},
+        formed={"positions": ("add",)},
     ),
     "nnx scan": lambda: stateless(Stacked, X),
     "nnx convolutions": lambda: stateless(Convolutional, IMAGES),
@@ -246,7 +253,7 @@ def made(name):
 
 def adapted(name, **options):
     model, axes = made(name)
-    return lj.lorafy(model.params, model.rank, targets="*", axes=axes, **options)
+    return lj.lorafy(model.params, model.rank, targets=[*axes], axes=axes, **options)
 
 
 def filled(shapes, seed):
@@ -261,7 +268,7 @@ def in_few_bits(axes, params):
 
     def is_even(path, w):
         table = path.endswith("embedding")
-        return w.shape[-1 if table else axes[path].inputs[-1]] % 2 == 0
+        return path in axes and w.shape[-1 if table else axes[path].inputs[-1]] % 2 == 0
 
     return lj.quantize(params, "nf4", targets=is_even, axes=axes, block=2)
 

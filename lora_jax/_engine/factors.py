@@ -12,7 +12,6 @@ the sum has a gain, along its outputs.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax._engine import quantized
 from lora_jax._engine.quantized import dequantize, is_quantized
-from lora_jax._engine.shapes import segments
+from lora_jax._engine.shapes import segments, size
 
 # The types of numbers that there are only under `jax.enable_x64`.
 WIDE = {np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")}
@@ -143,7 +142,7 @@ def delta(f: Factors) -> jax.Array:
 
 def delta_flops(f: Factors) -> int:
     """The FLOPs of `delta`."""
-    return 2 * math.prod(f.shape[d] for d in varying(f)) * f.rank
+    return 2 * size(f.shape[d] for d in varying(f)) * f.rank
 
 
 def materialize(f: Factors) -> jax.Array:

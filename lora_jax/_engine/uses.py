@@ -5,7 +5,7 @@ own dimensions behind each of its own. No FLOPs, and no memory.
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax._engine.jaxpr import (
@@ -24,6 +24,10 @@ Dims = frozenset[int]
 # Primitives that only shorten or lengthen dimensions, or turn them round.
 CUTS = {"slice", "dynamic_slice", "split", "pad", "concatenate", "tile", "rev"}
 
+# Primitives whose result holds several operands next to or on top of each other.
+JOINS = {"add", "sub", "add_any", "max", "min", "concatenate", "stack", "select_n"}
+JOINS |= {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
+
 
 class View(NamedTuple):
     """An array that holds a weight, each dimension as dimensions of the weight."""
@@ -31,6 +35,12 @@ class View(NamedTuple):
     weight: Hashable
     dims: tuple[Dims, ...]
     sure: bool = True  # False after a lookup or a sum: an activation, perhaps
+    own: bool = True  # False once joined with an activation: a bias, a position
+
+
+# Stands, among the views that an array holds, for its dependence on an input that is
+# no parameter: the array is an activation.
+ACTIVE = View(None, ())
 
 
 class Use(NamedTuple):
@@ -43,11 +53,25 @@ class Use(NamedTuple):
     picked: Dims = frozenset()  # some of many: a row of a table, a layer of a stack
     rows: Dims = frozenset()  # those that are picked by numbers known at run time
     sure: bool = True
+    own: bool = True
     where: str = ""
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product with the weight, of which both sides are left."""
+        return self.own and bool(self.summed and self.free)
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it picks rows of the weight by numbers known at run time."""
+        return self.own and bool(self.rows)
 
 
 def uses_of(
-    jaxpr: Any, names: Sequence[Hashable | None], ndims: dict[Any, int]
+    jaxpr: Any,
+    names: Sequence[Hashable | None],
+    ndims: dict[Any, int],
+    params: Container[int],
 ) -> dict[Any, list[Use]]:
     """What the equations of a jaxpr do with the weights among its inputs.
 
@@ -55,9 +79,16 @@ def uses_of(
       jaxpr: Of the function.
       names: Of each input; only those in `ndims` are weights.
       ndims: How many dimensions each weight has.
+      params: Which inputs are parameters, weights or not: what depends on others is an
+        activation.
     """
     dims = {name: tuple(frozenset([d]) for d in range(n)) for name, n in ndims.items()}
-    views = [(View(name, dims[name]),) if name in dims else () for name in names]
+    views = [
+        (View(name, dims[name]),)
+        if name in dims
+        else (() if i in params else (ACTIVE,))
+        for i, name in enumerate(names)
+    ]
     uses: dict[Any, list[Use]] = {name: [] for name in ndims}
     _walk(jaxpr, views, uses)
     return uses
@@ -68,8 +99,9 @@ def _walk(jaxpr: Any, args: Sequence[Any], uses: dict[Any, list[Use]]) -> list[A
 
     def apply(index, eqn, operands):
         views = [x if isinstance(x, tuple) else () for x in operands]
-        if not any(views):
-            return [()] * len(eqn.outvars)
+        held = {*itertools.chain(*views)}
+        if held <= {ACTIVE}:
+            return [tuple(held)] * len(eqn.outvars)
         return _step(eqn, views, uses)
 
     return evaluate(jaxpr, args, apply)
@@ -77,7 +109,8 @@ def _walk(jaxpr: Any, args: Sequence[Any], uses: dict[Any, list[Use]]) -> list[A
 
 def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
     name, params = eqn.primitive.name, eqn.params
-    nothing = [()] * len(eqn.outvars)
+    active = (ACTIVE,) if any(ACTIVE in x for x in views) else ()
+    nothing = [active] * len(eqn.outvars)
 
     def note(view: View, **roles: Any) -> None:
         """Where a role is given by positions of the view's dimensions."""
@@ -85,21 +118,24 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
             role: frozenset().union(*(view.dims[i] for i in positions))
             for role, positions in roles.items()
         }
-        uses[view.weight].append(Use(**sets, sure=view.sure, where=place(eqn)))
+        known = {"sure": view.sure, "own": view.own, "where": place(eqn)}
+        uses[view.weight].append(Use(**sets, **known))
 
     if name in CALLS:
         return _walk(call_jaxpr(eqn), views, uses)
     if name == "scan":
         consts, carried = scan_counts(eqn)
         n = consts + carried
-        for view in itertools.chain(*views[n:]):
+        for view in _weights(itertools.chain(*views[n:])):
             note(view, batch=[0])
         slices = [tuple(v._replace(dims=v.dims[1:]) for v in x) for x in views[n:]]
-        results = _walk(params["jaxpr"], [*views[:n], *slices], uses)
+        # What a loop carries may become an activation in its body.
+        carry = [x or active for x in views[consts:n]]
+        results = _walk(params["jaxpr"], [*views[:consts], *carry, *slices], uses)
         return [*results[:carried], *nothing[carried:]]
     if name == "while":
         n, m = params["cond_nconsts"], params["body_nconsts"]
-        carry = views[n + m :]
+        carry = [x or active for x in views[n + m :]]
         _walk(params["cond_jaxpr"], [*views[:n], *carry], uses)
         return _walk(params["body_jaxpr"], [*views[n : n + m], *carry], uses)
     if name == "cond":
@@ -112,21 +148,21 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
     if name == "dot_general":
         sums, batches = params["dimension_numbers"]
         for side, summed, batch in zip(views, sums, batches, strict=True):
-            for view in side:
+            for view in _weights(side):
                 free = {*range(len(view.dims))} - {*summed, *batch}
                 note(view, summed=summed, free=free, batch=batch)
         return nothing
     if name == "ragged_dot_general":
         numbers = params["ragged_dot_dimension_numbers"]
         ((_, summed), (_, batch)) = numbers.dot_dimension_numbers
-        for view in views[1]:
+        for view in _weights(views[1]):
             batch = {*batch, *numbers.rhs_group_dimensions}
             free = {*range(len(view.dims))} - {*summed, *batch}
             note(view, summed=summed, free=free, batch=batch)
         return nothing
     if name == "conv_general_dilated":
         out, into, *window = params["dimension_numbers"].rhs_spec
-        for view in views[1]:
+        for view in _weights(views[1]):
             note(view, summed=[into], window=window, free=[out])
         return nothing
 
@@ -135,14 +171,19 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
     for k, new in enumerate(news):
         one_to_one = name in ("optimization_barrier", "device_put")
         sources = [k] if one_to_one else range(len(views))
+        sure = _is_sure(eqn, olds)
         moved = [
-            view._replace(dims=dims, sure=view.sure and _is_sure(eqn, olds))
+            view._replace(
+                dims=dims,
+                sure=view.sure and sure,
+                own=view.own and not _is_joined(eqn, i, views, olds),
+            )
             for i in sources
-            for view in views[i]
+            for view in _weights(views[i])
             if (dims := _moved(eqn, view.dims, olds[i], new)) is not None
         ]
-        results.append(tuple(dict.fromkeys(moved)))
-    for view in itertools.chain(*views):
+        results.append(tuple(dict.fromkeys((*moved, *active))))
+    for view in _weights(itertools.chain(*views)):
         note(view, **_looked_up(eqn, olds[0], news[0]))
     return results
 
@@ -182,6 +223,19 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
     if name in CUTS or old == new:
         return dims
     return None
+
+
+def _weights(views: Iterable[View]) -> list[View]:
+    return [view for view in views if view != ACTIVE]
+
+
+def _is_joined(eqn: Any, i: int, views: Any, olds: Any) -> bool:
+    """Whether an equation joins an operand with an activation, a bias with `x @ w`."""
+    if eqn.primitive.name not in JOINS:
+        return False
+    first = 1 if eqn.primitive.name == "select_n" else 0  # which takes the condition
+    others = (j for j in range(first, len(views)) if j != i and olds[j] != ())
+    return any(ACTIVE in views[j] for j in others)
 
 
 def _is_sure(eqn: Any, olds: Sequence[tuple[int, ...]]) -> bool:

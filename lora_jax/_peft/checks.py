@@ -17,7 +17,14 @@ from lora_jax._peft.modules import Weight, tensor_shapes
 from lora_jax._peft.names import Names, Naming, naming_of, near
 from lora_jax._peft.plan import Plan, adapted_modules, copied_modules, orders_of
 from lora_jax._targets import is_floating
-from lora_jax._tree import Path, is_array, listed, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    components,
+    is_array,
+    listed,
+    path_name,
+    unbox,
+)
 
 # https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -191,7 +198,8 @@ def _check_beside(plan: Plan, leaves: dict[Path, Any]) -> None:
     """PEFT saves modules, not leaves: all of a mapping or none."""
     for path in plan.copied:
         for other, leaf in leaves.items():
-            beside = other[:-1] == path[:-1] and is_array(unbox(leaf))
+            module = components(other)[:-1] == components(path)[:-1]
+            beside = module and is_array(unbox(leaf))
             if beside and other not in plan.copied and not is_adapter(other):
                 advice = f"add {path_name(other)!r} to also= in lorafy"
                 if not is_floating(other, leaf):

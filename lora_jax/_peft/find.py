@@ -31,6 +31,7 @@ from lora_jax._tree import (
     flatten,
     is_abstract,
     is_traced,
+    leaf_name,
     listed,
     path_name,
     unbox,
@@ -197,7 +198,8 @@ def _is_table(path: Path, proof: Proof) -> bool:
     """Whether PyTorch's rows are inputs: those of a table, or of GPT-2's layers."""
     last = [name.split(".")[-1].lower() for name in _modules(proof)]
     looked = any(word in name for name in last for word in TABLES)
-    return path[-1] == "embedding" or looked or any(name in CONV1D for name in last)
+    table = leaf_name(path) == "embedding" or looked
+    return table or any(name in CONV1D for name in last)
 
 
 def _modules(proof: Proof) -> list[str]:

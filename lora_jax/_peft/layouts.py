@@ -9,8 +9,8 @@ from typing import Any
 from lora_jax._adapters import Axes
 from lora_jax._peft.modules import Weight, weight_of
 from lora_jax._peft.names import Naming
-from lora_jax._targets import is_adaptable, match_each, matches
-from lora_jax._tree import Path, path_name, unbox
+from lora_jax._targets import is_adaptable, match_each, matches, own_names
+from lora_jax._tree import Path, leaf_name, path_name, unbox
 
 KINDS = ("linear", "conv", "embedding", "experts")
 PREFIX = "base_model.model."
@@ -29,9 +29,9 @@ def kinds_of(kinds: Mapping[str, str] | None, paths: Iterable[Path]) -> dict[Pat
     if not isinstance(kinds or {}, Mapping):
         raise TypeError(f"kinds is {{pattern: kind}}, found {type(kinds).__name__}.")
     for path in paths:
-        module = str(path[-2]).lower() if len(path) > 1 else ""
-        conv = path[-1] == "kernel" and module.startswith("conv")
-        found[path] = "embedding" if path[-1] == "embedding" else "linear"
+        name, module = own_names(path)
+        conv = name == "kernel" and module.startswith("conv")
+        found[path] = "embedding" if name == "embedding" else "linear"
         if conv:
             found[path] = "conv"
     for pattern, kind in reversed((kinds or {}).items()):  # the first one wins
@@ -74,18 +74,18 @@ def layouts_of(
 def _check_vector(path: Path, naming: Naming, first: bool) -> None:
     if naming.stacked and not first:
         raise _unknown(path, "which of its dimensions is the stack is not known")
-    if path[-1] in ("mean", "var"):
+    if leaf_name(path) in ("mean", "var"):
         raise _unknown(path, "PyTorch has more of such statistics than Flax")
 
 
 def _check_matrix(weight: Weight, told: bool) -> None:
     path = weight.path
-    module = str(path[-2]).lower() if len(path) > 1 else ""
+    name, module = own_names(path)
     if module.startswith("convtranspose"):
         raise _unknown(path, "PyTorch turns the windows of such layers around")
     if any(name.split(".")[-1] in CONV1D for name in weight.slots):
         raise _unknown(path, "PyTorch's layer of that name may store (in, out)")
-    if path[-1] not in ("kernel", "embedding") and not told:
+    if name not in ("kernel", "embedding") and not told:
         raise ValueError(
             f"{path_name(path)!r} would be saved whole, and its name does not say "
             f"what it is. Write kinds={{{path_name(path)!r}: ...}}, one of "
@@ -110,7 +110,8 @@ def suffixes(kind: str) -> tuple[str, str]:
 
 def tensor_name(module: str, path: Path) -> str:
     """What PyTorch calls a leaf of a module."""
-    return f"{module}.{LEAVES.get(path[-1], path[-1])}"
+    name = leaf_name(path)
+    return f"{module}.{LEAVES.get(name, name)}"
 
 
 def stems_of(orders: Mapping[str, int | None]) -> dict[str, str]:

@@ -60,7 +60,7 @@ def weight_of(
     if not is_adaptable(path, leaves[path]):
         raise ValueError(
             f"{name!r} cannot have an adapter: a weight is floating, has 2 or more "
-            "dimensions and is no bias."
+            "dimensions and is no norm or bias by its name."
         )
     if axes is None:
         axes = _axes_of_layer(path, leaves, naming.stacked)

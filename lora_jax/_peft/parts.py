@@ -27,6 +27,7 @@ from lora_jax._tree import (
     is_abstract,
     is_array,
     is_quantized,
+    leaf_name,
     listed,
     path_name,
     unbox,
@@ -233,7 +234,7 @@ def _is_idle_table(
 ) -> bool:
     """Whether PEFT saved a table that nothing trained: base's very own."""
     name, path = index.tensors.get(key, ("", ()))
-    if not path or path[-1] != "embedding" or saves(config, name):
+    if not path or leaf_name(path) != "embedding" or saves(config, name):
         return False
     w = unbox(leaves[path])
     if w.shape != x.shape or is_abstract(w):

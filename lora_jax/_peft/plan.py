@@ -12,7 +12,14 @@ from lora_jax._peft.layouts import CONV1D, kinds_of, layouts_of
 from lora_jax._peft.modules import Weight, tensor_shapes, weight_of
 from lora_jax._peft.names import Naming
 from lora_jax._targets import check_axes
-from lora_jax._tree import Path, is_array, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    is_array,
+    leaf_name,
+    path_name,
+    sibling,
+    unbox,
+)
 
 
 class Plan(NamedTuple):
@@ -86,11 +93,11 @@ def check_inputs(plan: Plan, leaves: Mapping[Path, Any], fan_in_fan_out: bool) -
     A bias beside it does, with a number for each output, unless the kernel is square.
     """
     for path, weight in plan.adapted.items():
-        if path in plan.told or path[-1] == "embedding":
+        if path in plan.told or leaf_name(path) == "embedding":
             continue
         n, n_in, n_out = (math.prod(weight.sizes(dims)) for dims in weight.axes)
         like = any(name.split(".")[-1] in CONV1D for name in weight.slots)
-        bias = unbox(leaves.get((*path[:-1], "bias")))
+        bias = unbox(leaves.get(sibling(path, "bias")))
         size = math.prod(bias.shape) if is_array(bias) else 0
         why = ""
         if n_in == n_out and (fan_in_fan_out or like):

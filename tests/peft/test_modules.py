@@ -205,14 +205,14 @@ def test_a_stack_is_told_by_its_name():
         ("query", "kernel"): jnp.ones((2, 4, 2, 3)),
         ("query", "bias"): jnp.ones((2, 2, 3)),
         ("up", "kernel"): jnp.ones((2, 4, 5)),
-        ("norm", "w"): jnp.ones((2, 4)),
+        ("vectors", "w"): jnp.ones((2, 4)),
     }
     naming = lambda path: naming_of({"*": "{}.{layer}"}, path)
     find = lambda path: weight_of(path, leaves, naming(path), None, "linear").axes
     assert find(("query", "kernel")) == A((0,), (1,), (2, 3))
     assert find(("up", "kernel")) == A((0,), (1,), (2,))
     with pytest.raises(ValueError, match="too few dimensions for 1 stacked ones"):
-        find(("norm", "w"))
+        find(("vectors", "w"))
     with pytest.raises(ValueError, match=r"axes=find_axes\(fn, params"):
         weight_of(
             ("e", "up"),
