@@ -1449,7 +1449,9 @@ def test_lora_takes_float64_of_numpy_as_jax_does(wrap, close):
     base = {"w": rng.standard_normal((D, D)), "b": np.float64(1.5)}
     assert base["w"].dtype == np.float64
     params = lj.lorafy(base, 2, targets="w")
-    params["w_lora_b"] = jnp.asarray(rng.standard_normal((2, D)), jnp.float32)
+    params["w_lora_b"] = jax.device_put(
+        np.asarray(rng.standard_normal((2, D)), jnp.float32)
+    )
     got, want = wrap(lj.lora(fn))(params, X), wrap(fn)(lj.merge(params), X)
     dtypes = lambda tree: [jnp.result_type(x) for x in tree]
     assert dtypes(got) == dtypes(want)
@@ -1488,7 +1490,9 @@ def test_lora_on_adapters_that_vary_over_a_mesh_and_a_weight_that_does_not(close
     ]
     trees = [lj.lorafy({"w": w}, 2, targets="w") for _ in range(2)]
     for tree in trees:
-        tree["w_lora_b"] = jnp.asarray(rng.standard_normal((2, D)), jnp.float32)
+        tree["w_lora_b"] = jax.device_put(
+            np.asarray(rng.standard_normal((2, D)), jnp.float32)
+        )
     many = lj.stack(trees)
     specs = {name: P() if name == "w" else P("i") for name in many}
 

@@ -23,7 +23,7 @@ AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 
 
 def weight(*shape, dtype=jnp.float32):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))
 
 
 def w(*shape, dtype=jnp.float32):

@@ -92,7 +92,7 @@ SCANNED = {
 
 
 def arrays(tree, dtype=None):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, dtype)), tree)
 
 
 def test_an_unrolled_model_in_nine_lines():
