@@ -50,9 +50,10 @@ def _without_factors(eqn: Any, x: Any, f: Factors, swap: bool) -> list[Any] | No
     That is so where a side of the weight is short (coordinates, routers, heads of two
     classes), where many small weights are concatenated, and where experts are averaged.
     A weight of fewer digits than float32 would round the update away, so there the
-    update is an array of its own, next to W, and pays later.
+    update is an array of its own, next to W, and pays later; but of a byte it would be
+    rounded too much itself.
     """
-    if not f.rank or thin.is_explicit(x):
+    if not f.rank or f.dtype.itemsize < 2 or thin.is_explicit(x):
         return None
     base, extra = ops.dot_general_flops(x, f, eqn.params["dimension_numbers"], swap)
     product = lambda w: bind(eqn, [w, x] if swap else [x, w])

@@ -667,7 +667,9 @@ _stays: weakref.WeakKeyDictionary[Any, dict[Any, list[bool]]] = (
 
 def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]:
     body = loop_body(run.eqn)
-    shapes = (run.eqn.primitive.name, run.key is None, _avals_of(_nameless(operands)))
+    exact = run.exact and run.exact & ids_of(body)
+    avals = _avals_of(_nameless(operands))
+    shapes = (run.eqn.primitive.name, run.key is None, exact, avals)
     found = _stays.setdefault(body, {})
     if shapes not in found:
         quiet = run._replace(materialize="allow", counting=False)

@@ -169,18 +169,19 @@ def test_product_costs_no_more_than_the_merged_weight(product):
     assert (ratios(*PRODUCTS[product], axes=axes) <= 1.25).all()
 
 
-def test_product_of_bfloat16_keeps_an_update_that_rounding_would_lose():
-    """Where W + scale * A B is cheaper: bfloat16 would round a small update away."""
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_product_keeps_an_update_that_the_weight_would_round_away(dtype):
+    """Where W + scale * A B is cheaper, in few digits it is W again."""
     rng = np.random.default_rng(0)
-    w, x = (rng.standard_normal(s).astype(np.float32) for s in ((512, 2), (256, 512)))
+    w, x = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((512, 2), (256, 512)))
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((512, 8), (8, 2)))
-    base = {"w": jnp.asarray(w, jnp.bfloat16)}
-    zero = lj.lorafy(base, 8, targets="*")
-    small = zero | {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b / 2**12)}
-    fn = lj.lora(
-        lambda params, x: lax.dot(x, params["w"], preferred_element_type=jnp.float32)
+    b /= 2**12
+    zero = lj.lorafy({"w": w}, 8, targets="*")
+    small = zero | {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b)}
+    product = lambda params, x: lax.dot(
+        x, params["w"], preferred_element_type=jnp.float32
     )
-    x = jnp.asarray(x, jnp.bfloat16)
+    fn = lj.lora(product)
     update = np.asarray(fn(small, x) - fn(zero, x))
-    want = np.asarray(x, np.float32) @ a @ (b / 2**12)
+    want = np.asarray(x, np.float32) @ a @ b
     np.testing.assert_allclose(update, want, atol=0.02 * np.abs(want).max())
