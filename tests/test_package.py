@@ -12,8 +12,8 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = (
-    "shapes per_layer quantized factors thin ops dora jaxpr run products views rules "
-    "uses"
+    "shapes per_layer quantized factors thin ops dora jaxpr casts run products views "
+    "rules uses"
 ).split()
 PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "

@@ -15,6 +15,7 @@ Read in this order:
   ops.py       the factored products, as namesakes of those of `jax.lax`
   dora.py      the magnitudes of DoRA, and the norms that divide them
   jaxpr.py     JAX's jaxprs: the only file that knows how a release writes them
+  casts.py     which casts must be applied to the whole sum
   run.py       one evaluation: what it is told, and what it has to tell
   products.py  a rule for each product that meets a weight
   views.py     a rule for each view of a weight
