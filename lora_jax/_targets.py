@@ -51,13 +51,13 @@ Selector = Patterns | Callable[[str, Any], bool]
 TORCH_NAMES = ("all-linear", "*_proj", "*.*", "c_attn", "c_fc", "c_proj", "fc[12]")
 
 # Names of leaves that no product uses: biases, and what scales each feature.
-BIAS = re.compile(r"(.*_)?(bias|scale|gamma|beta)", re.IGNORECASE)
+BIAS = re.compile(r"(.*_)?(bias|scale|gamma|beta)", re.I)
 # Names of leaves, and of modules, that are norms: "layernorm", "norm_1", "ln_f", ...
-NORM = re.compile(r".*norm(s|_?\d+|_[a-z])?|(.*_)?ln\d*(_.*)?", re.IGNORECASE)
+NORM = re.compile(r".*norm(s|_?\d+|_[a-z])?|(.*_)?ln\d*(_.*)?", re.I)
 # Names of leaves, and of modules, that are tables: "embedding", "pos_embed", "wte", ...
-TABLE = re.compile(r"(?!.*patch).*embed.*|(.*_)?(wte|wpe)", re.IGNORECASE)
+TABLE = re.compile(r"(?!.*patch).*embed.*|(.*_)?(wte|wpe)", re.I)
 # Names of leaves that are tables or single rows: "positions", "cls_token", ...
-ROWS = re.compile(r"(.*_)?(table|tokens?|cls|pos|positions?)(_.*)?", re.IGNORECASE)
+ROWS = re.compile(r"(.*_)?(table|tokens?|class|cls|pos|positions?)(_.*)?", re.I)
 
 # Frames of these packages are not the user's.
 _LIBRARIES = tuple(
@@ -157,56 +157,51 @@ def report_left_out(
 ) -> None:
     """Warns of weights that the default targets leave out because of their names."""
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
-    chosen = {*plans, *copied, *_select(leaves, weights, exclude, "exclude")}
-    left = [path for path in weights if path not in chosen]
-    complete = lists_all(axes, leaves)
-    if complete:  # no product uses the others, unless a caller's list is too short
-        left = [path for path in left if leaf_name(path) == "kernel"]
-        why = "axes does not name them"
-    else:
-        # Statistics and caches of a model are no parameters.
-        whole = any(path[0] == "params" for path in leaves)
-        other = lambda x: isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
-        left = [p for p in left if p[0] == "params" or not whole]
-        left = [p for p in left if not (is_table(p) or other(leaves[p]))]
-        why = "their names are not kernel"
-    if left:
-        found = _collapsed(left)
-        warn(
-            f"{len(left)} weight(s) get no adapter because {why}: {listed(found)}. "
-            + _advice_on(left, found, chosen, leaves, held, complete)
-        )
-
-
-def _advice_on(
-    left: list[Path],
-    found: list[str],
-    chosen: Container[Path],
-    leaves: dict[Path, Any],
-    held: Mapping[Path, str],
-    complete: bool,
-) -> str:
-    """The line that includes the weights that are left out, or silences the warning."""
+    decided = {*plans, *_select(leaves, weights, exclude, "exclude")}
+    gone = {*decided, *copied}
+    left = [path for path in weights if path not in gone]
     silent = "to leave them out without this warning."
-    if complete:
-        return (
-            "Write targets=['kernel', ...] to adapt them too, or "
-            f"exclude=[{listed(found)}] {silent}"
-        )
-    silent = f"targets='kernel' {silent}"
+    if lists_all(axes, leaves):
+        # No product uses weights that `find_axes` leaves out; a caller may forget some.
+        if left := [path for path in left if leaf_name(path) == "kernel"]:
+            found = listed(_collapsed(left))
+            warn(
+                f"{len(left)} weight(s) get no adapter because axes does not name "
+                f"them: {found}. Add them to axes, or write exclude=[{found}] {silent}"
+            )
+        return
+    # Statistics and caches of a model are no parameters.
+    whole = any(path[0] == "params" for path in leaves)
+    other = lambda x: isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
+    left = [p for p in left if p[0] == "params" or not whole]
+    left = [p for p in left if not (is_table(p) or other(leaves[p]))]
+    if not left:
+        return
+    own = _targets_of([*plans], weights, decided)
+    targets = own + _targets_of(left, weights, {*decided, *left})
+    silent = f"targets={own if own[1:] else own[0]!r} {silent}"
     if any(path in held for path in left):
-        return f"Write {silent} To adapt them too, {FLAT}"
-    weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
-    names = ["kernel", *dict.fromkeys(map(leaf_name, left))]
-    selected = {*match_each(names, weights, "targets")}
-    targets = names if all(p in chosen or p in left for p in selected) else None
-    targets = targets or ["kernel", *found]
-    if len(targets) > 7 or any(_axes_by_name(path, leaves) is None for path in left):
-        return (
+        advice = f"Write {silent} To adapt them too, {FLAT}"
+    elif len(targets) > 7 or not all(_axes_by_name(path, leaves) for path in left):
+        advice = (
             "Write axes=find_axes(fn, params, *args) to adapt every weight that a "
             f"product uses, or {silent}"
         )
-    return f"Write targets={targets} to adapt them too, or {silent}"
+    else:
+        advice = f"Write targets={targets} to adapt them too, or {silent}"
+    warn(
+        f"{len(left)} weight(s) get no adapter because their names are not kernel: "
+        f"{listed(_collapsed(left))}. {advice}"
+    )
+
+
+def _targets_of(
+    paths: list[Path], weights: list[Path], allowed: Container[Path]
+) -> list[str]:
+    """Short patterns of some weights that select no others than those allowed."""
+    names = [*dict.fromkeys(map(leaf_name, paths))]
+    exact = all(path in allowed for path in match_each(names, weights, "targets"))
+    return names if exact else _collapsed(paths)
 
 
 def _collapsed(paths: list[Path]) -> list[str]:

@@ -587,6 +587,12 @@ def test_axes_of_what_names_do_not_tell_add_to_the_kernels():
     message, adapted, _ = left_out(params, axes={"a/kernel": stack})
     assert adapted == kernels
     assert "because their names are not kernel: 'v'. Write axes=" in message
+    more = params | {"u": w(4, 4)}
+    message, adapted, _ = left_out(more, axes=axes)
+    assert adapted == kernels | {"v"}
+    assert "Write targets=['kernel', 'v', 'u'] to adapt" in message
+    assert "or targets=['kernel', 'v'] to leave" in message
+    assert weights(lj.lorafy(more, 2, targets=["kernel", "v"], axes=axes)) == adapted
     plain = {"a": params["a"], "b": params["b"]}
     for names in ({"a/kernel"}, {"a/kernel", "b/kernel"}):
         few = {name: axes[name] for name in names}
@@ -606,8 +612,8 @@ def test_a_list_of_axes_that_leaves_a_kernel_out_is_reported():
     }
     message, adapted, _ = left_out(params, axes=axes)
     assert adapted == {"a/kernel", "c/kernel"}
-    assert "because axes does not name them: 'b/kernel'. Write targets=" in message
-    assert "or exclude=['b/kernel'] to leave" in message
+    assert "because axes does not name them: 'b/kernel'. Add them to axes" in message
+    assert "or write exclude=['b/kernel'] to leave" in message
     again = lj.lorafy(params, 2, axes=axes, exclude=["b/kernel"])
     assert weights(again) == adapted
 

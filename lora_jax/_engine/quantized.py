@@ -198,7 +198,8 @@ def quantize_array(
       batch: The dimensions of stacked layers. One layer is quantized at a time, so that
         the intermediate floats are those of one layer.
     """
-    sizes, dtypes = tuple(sizes), (jnp.dtype(w.dtype),)
+    # NumPy's float64 is float32 unless x64 is on, as everywhere in JAX.
+    sizes, dtypes = tuple(sizes), (jax.dtypes.canonicalize_dtype(w.dtype),)
     own = [d for d in batch if sizes[d] == w.shape[d]]  # where each layer has scales
     loops = tuple(loops_over(w, own).items())
     if isinstance(w, jax.core.Tracer):
@@ -642,7 +643,7 @@ def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
 def _wider(*dtypes: Any) -> Any:
     """The dtype that JAX promotes these to, also under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jax.dtypes.canonicalize_dtype(jnp.result_type(*dtypes))
 
 
 def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:

@@ -1,7 +1,7 @@
 """What a function does with each dimension of its weights, read along its jaxpr.
 
-A walk in which each array that holds a weight carries, instead of numbers, the weight's
-own dimensions behind each of its own. No FLOPs, and no memory.
+In this walk each array that holds a weight carries, instead of its elements, the
+weight's own dimensions behind each of its own. No FLOPs, and no memory.
 """
 
 import itertools
@@ -24,7 +24,9 @@ Dims = frozenset[int]
 # Primitives that only shorten or lengthen dimensions, or turn them round.
 CUTS = {"slice", "dynamic_slice", "split", "pad", "concatenate", "tile", "rev"}
 
-# Primitives whose result holds several operands next to or on top of each other.
+# Primitives that join arrays: `x @ w + bias`, `x + positions`, a token in front of `x`.
+# A weight that is joined with an activation is one of its terms from there on: a later
+# product is with the activation, not with the weight.
 JOINS = {"add", "sub", "add_any", "max", "min", "concatenate", "stack", "select_n"}
 JOINS |= {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 
@@ -38,8 +40,8 @@ class View(NamedTuple):
     own: bool = True  # False once joined with an activation: a bias, a position
 
 
-# Stands, among the views that an array holds, for its dependence on an input that is
-# no parameter: the array is an activation.
+# Among the views that an array holds this one marks an activation: the array depends on
+# an input that is no parameter.
 ACTIVE = View(None, ())
 
 

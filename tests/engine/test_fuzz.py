@@ -293,7 +293,7 @@ def rounded(at, w):
 def viewed(at):
     w = at.choose(at.weights)
     for _ in range(at.choose([0, 1, 1, 2, 3])):
-        w = at.pick(VIEWS)(at, w, at.below(w.ndim))
+        w = jnp.atleast_1d(at.pick(VIEWS)(at, w, at.below(w.ndim)))
         while w.size > LARGEST:
             d = int(np.argmax(w.shape))
             w = lax.slice_in_dim(w, 0, w.shape[d] // 2, axis=d)
