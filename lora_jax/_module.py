@@ -221,9 +221,8 @@ class LoRA(nnx.Module):
         # A setting of the model is set there: as an attribute of this module it would
         # hide the model's, which the model would still go by.
         model = vars(self).get("model")
-        if name in OWN or name.startswith("_") or name in vars(self) or model is None:
-            return super().__setattr__(name, value)
-        if not hasattr(model, name):
+        own = name in OWN or name in vars(self) or hasattr(type(self), name)
+        if own or name.startswith("_") or model is None or not hasattr(model, name):
             return super().__setattr__(name, value)
         if _is_method(model, name) or _leads_to_model(getattr(model, name)):
             raise AttributeError(
@@ -384,11 +383,11 @@ def _rebuild(like: nnx.Module, leaves: dict[Path, Any]) -> Any:
 
 def _make_model(old: dict[Path, Any], new: dict[Path, Any]) -> bool:
     """Whether leaves are such as the old ones were, with one adapter or none."""
-    same = lambda x, y: (
-        is_box(x) == is_box(y) and (is_array(unbox(y)) or not is_array(unbox(x)))
-    )
-    if not all(same(x, new[path]) for path, x in old.items() if path in new):
-        return False
+    for path, leaf in new.items():
+        was = old.get(path, leaf)
+        lost = is_array(unbox(was)) and not is_array(unbox(leaf))
+        if lost or is_box(was) != is_box(leaf):
+            return False
     if not any(map(is_adapter, new)):
         return True
     found = find_adapters(new, stacks=True)
@@ -418,14 +417,22 @@ def _filled(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
             parent[path[-1]] = _copied(leaves[path])
         else:
             setattr(parent, path[-1], _copied(leaves[path]))
-    nnx.update(model, unflatten(nnx.state(model), leaves))
+    # Only what changed: a variable may have a hook for when it is set.
+    changed = [
+        (path, leaves[path])
+        for path, x in old.items()
+        if path in leaves and _raw(leaves[path]) is not _raw(x)
+    ]
+    nnx.update(model, nnx.from_flat_state(changed))
     return model
 
 
+def _raw(leaf: Any) -> Any:
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
 def _copied(leaf: Any) -> Any:
-    return (
-        leaf.replace(leaf.get_raw_value()) if isinstance(leaf, nnx.Variable) else leaf
-    )
+    return leaf.replace(_raw(leaf)) if isinstance(leaf, nnx.Variable) else leaf
 
 
 register_live_modules(LiveModules(_state, _rebuild))

@@ -702,10 +702,16 @@ def test_methods_are_equal_to_themselves_and_survive_pickle():
 
 def test_a_subclass_may_have_a_call_of_its_own():
     class Twice(lj.LoRA):
-        def __call__(self, x):
-            return 2 * super().__call__(x, segment_ids=1)
+        factor = 1
 
-    module = moved(Twice(Signed(nnx.Rngs(0)), 2))
+        def __call__(self, x):
+            return self.factor * super().__call__(x, segment_ids=1)
+
+    model = Signed(nnx.Rngs(0))
+    model.factor = 3  # of one name with the subclass's own
+    module = moved(Twice(model, 2))
+    module.factor = 2
+    assert module.model.factor == 3
     assert str(inspect.signature(module.__call__)) == "(x)"
     assert list(inspect.signature(module.encode).parameters) == ["x", "scale"]
     same(module(X), 2 * signed()(X))
