@@ -139,7 +139,8 @@ def find_adapters(
                 )
     if not found:
         raise ValueError(
-            "These parameters have no adapters. Write params = lorafy(params, rank)."
+            "These parameters have no adapters. Write params = lorafy(params, rank), "
+            "or LoRA(model, rank) for a live nnx.Module."
         )
     sizes = {
         weight: check_adapter(leaves, weight, own) for weight, own in found.items()

@@ -1,13 +1,24 @@
 """Which arguments of a call hold the parameters: by position, or by keyword."""
 
+import inspect
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from lora_jax._adapters import is_adapter
-from lora_jax._tree import Path, flatten, is_quantized, path_name, tree_leaves
+from lora_jax._tree import (
+    Path,
+    as_tree,
+    flatten,
+    is_live,
+    is_quantized,
+    path_name,
+    tree_leaves,
+    unflatten,
+)
 
 Where = tuple[int | str, ...]
 
@@ -56,12 +67,66 @@ def pick(args: Sequence[Any], kwargs: dict[str, Any], where: Where) -> dict[Any,
     return found
 
 
+def on_states(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    where: Where,
+    *,
+    adapters: bool,
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], set[int | str]]:
+    """A call with the state of each live `nnx.Module` that holds parameters.
+
+    The function may be such a module itself, or a method of one: that is its first
+    argument then. It makes the modules anew from states without adapters, since `lora`
+    calls it so; whether those in the call have them, `adapters` says.
+
+    Returns:
+      The function, its arguments, and which of them were modules.
+    """
+    if is_live(fn):
+        fn, args = _called("__call__"), (fn, *args)
+    elif inspect.ismethod(fn) and is_live(fn.__self__):
+        fn, args = _called(fn.__name__), (fn.__self__, *args)
+    given = pick(args, kwargs, where)
+    live = {key: params for key, params in given.items() if is_live(params)}
+    if not live:
+        return fn, args, kwargs, set()
+    plain = {key: _without_adapters(module) for key, module in live.items()}
+    graphs = {key: nnx.graphdef(module) for key, module in plain.items()}
+
+    def on_state(*args: Any, **kwargs: Any) -> Any:
+        states = pick(args, kwargs, tuple(graphs))
+        live = {key: nnx.merge(graph, states[key]) for key, graph in graphs.items()}
+        args, kwargs = replaced(args, kwargs, live)
+        return fn(*args, **kwargs)
+
+    states = {key: as_tree(x) for key, x in (live if adapters else plain).items()}
+    args, kwargs = replaced(args, kwargs, states)
+    return on_state, args, kwargs, {*live}
+
+
+def _called(name: str) -> Callable[..., Any]:
+    return lambda module, /, *args, **kwargs: getattr(module, name)(*args, **kwargs)
+
+
+def _without_adapters(module: Any) -> Any:
+    leaves = flatten(module)
+    return unflatten(module, {p: x for p, x in leaves.items() if not is_adapter(p)})
+
+
 def leaves_of(key: int | str, params: Any) -> dict[Path, Any]:
     """The leaves of an argument that should hold parameters.
 
     Raises:
-      TypeError: If it is an array, say.
+      TypeError: If it is an array, say, or a live `nnx.Module`.
     """
+    if is_live(params):
+        raise TypeError(
+            f"Argument {key!r} of the function should hold the parameters, a tree, "
+            f"and is the live module {type(params).__name__}. lora needs no module: "
+            "write module = LoRA(model, rank), and pass it to the function itself."
+        )
     try:
         return flatten(params)
     except TypeError as error:

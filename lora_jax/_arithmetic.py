@@ -27,6 +27,7 @@ from lora_jax._tree import (
     Path,
     flatten,
     is_abstract,
+    is_counter,
     is_quantized,
     is_traced,
     listed,
@@ -198,7 +199,7 @@ def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
     """Raises if another tree's plain leaves are not those of the first."""
     for path in base | other:
         first, second = (unbox(leaves.get(path)) for leaves in (base, other))
-        if first is second or _equal(first, second):
+        if is_counter(base.get(path)) or first is second or _equal(first, second):
             continue
         raise ValueError(
             f"The trees stand over different bases: {path_name(path)!r} of tree {i} is "
@@ -211,7 +212,8 @@ def _equal(x: Any, y: Any) -> bool:
     """Whether two leaves are equal, as far as can be known."""
     if is_quantized(x) and is_quantized(y):
         parts = (x.values, y.values), (x.scale, y.scale)
-        return x.dtypes == y.dtypes and all(_equal(a, b) for a, b in parts)
+        same = (x.dtypes, x.format) == (y.dtypes, y.format)
+        return same and all(_equal(a, b) for a, b in parts)
     if is_quantized(x) or is_quantized(y):
         return False
     described = [(getattr(z, "shape", None), getattr(z, "dtype", None)) for z in (x, y)]

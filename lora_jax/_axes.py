@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flax import nnx
+
 from lora_jax._adapters import Axes
-from lora_jax._arguments import chosen, leaves_of, pick, place
+from lora_jax._arguments import chosen, leaves_of, on_states, pick, place
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.uses import Use, uses_of
 from lora_jax._targets import is_adaptable
@@ -28,7 +30,9 @@ def find_axes(
     `scan` stacks, and tables of positions that are added.
 
     Args:
-      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run.
+      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run. Or a
+        live `nnx.Module`, or a method of one, which holds the parameters itself:
+        `find_axes(model, x)` finds those of its `nnx.Param`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them are
         without adapters: the tree that `lorafy` will get.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
@@ -58,14 +62,17 @@ def find_axes(
     Reference:
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
-    trees = pick(args, kwargs, chosen(argnums, argnames))
+    where = chosen(argnums, argnames)
+    fn, args, kwargs, live = on_states(fn, args, kwargs, where, adapters=False)
+    trees = pick(args, kwargs, where)
     traced, dynamic = trace_call(fn, args, kwargs)
     weights, paths = {}, {}  # dimensions of each weight; and which leaf is where
     for key, params in trees.items():
         leaves = leaves_of(key, params)
         for i, path in enumerate(leaf_order(params), place(args, kwargs, key)):
             paths[i] = key, path
-            if is_adaptable(path, leaves[path]):
+            is_weight = key not in live or isinstance(leaves[path], nnx.Param)
+            if is_weight and is_adaptable(path, leaves[path]):
                 weights[key, path] = len(unbox(leaves[path]).shape)
     names = [paths.get(i) for i in dynamic]
     own = {n for n, i in enumerate(dynamic) if i in paths}

@@ -41,10 +41,11 @@ def attach(adapters: Any, base: Any) -> Any:
 
     Args:
       adapters: A tree from `detach`, or one like it, as a checkpointer restores it.
-      base: The plain parameters: the tree of `strip`, before `lorafy`.
+      base: The plain parameters: the tree of `strip`, before `lorafy`; or a plain live
+        `nnx.Module`.
 
     Returns:
-      A new tree that shares the leaves of both.
+      A new tree that shares the leaves of both. For a live module it is a `LoRA`.
 
     Raises:
       ValueError: If a leaf of an adapter is missing or does not fit its weight, `base`

@@ -12,7 +12,15 @@ from lora_jax._adapters import (
     axes_of_shapes,
     without_adapters,
 )
-from lora_jax._arguments import chosen, leaves_of, named, pick, place, replaced
+from lora_jax._arguments import (
+    chosen,
+    leaves_of,
+    named,
+    on_states,
+    pick,
+    place,
+    replaced,
+)
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
 from lora_jax._engine.quantized import format_name
 from lora_jax._engine.run import Run, by_weight, noting
@@ -26,7 +34,9 @@ from lora_jax._tree import (
     unflatten,
 )
 
-TITLES = ("weight", "shape", "stored", "rank", "factored", "FLOPs", "formed whole by")
+CAST = "cast before the update"
+TITLES = ("weight", "shape", "stored", "rank", "factored", "FLOPs")
+TITLES += ("formed whole by", CAST)
 RIGHT = {"rank", "factored", "FLOPs"}  # numbers
 
 
@@ -40,7 +50,8 @@ class Row(NamedTuple):
     where it stays in factors; `materialized` names the primitives that
     need W + scale * A B, at the `places` in the user's source, and the custom rules
     whose derivative needs it or a whole gradient of it; `flops` is what it adds. `used`
-    is False for an adapter that no result depends on.
+    is False for an adapter that no result depends on. `casts` are the places where W
+    alone is cast to fewer digits, and the update is added to the product with the rest.
     """
 
     path: str
@@ -53,6 +64,7 @@ class Row(NamedTuple):
     places: tuple[str, ...]
     flops: int
     used: bool
+    casts: tuple[str, ...] = ()
 
     @property
     def few_bits(self) -> bool:
@@ -71,6 +83,8 @@ class Report(NamedTuple):
         )
         if not any(row.few_bits for row in self.rows):
             del columns["stored"]  # all as the function sees them
+        if not any(row.casts for row in self.rows):
+            del columns[CAST]
         padded = []
         for title, cells in columns.items():
             n = max(map(len, (title, *cells)))
@@ -92,7 +106,8 @@ def explain(
     Nothing runs and nothing is allocated.
 
     Args:
-      fn: The function that `lora` would get, such as `model.apply`.
+      fn: The function that `lora` would get, such as `model.apply`. Or a module from
+        `LoRA`, or a method of one: `explain(module, x)`, `explain(module.encode, x)`.
       *args: Its arguments, arrays or `ShapeDtypeStruct`; the parameters among them are
         a tree from `lorafy`.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
@@ -108,7 +123,8 @@ def explain(
       `materialized` (the primitives that need the whole weight, so that W + scale * A B
       is formed; "derivative of custom_vjp_call" where only that does, or forms a whole
       gradient), `places` (their files and lines in the source of `fn`), `flops` (what
-      it adds), `used` (whether a result depends on it). `.flops` is the function's own.
+      it adds), `used` (whether a result depends on it), `casts` (where W alone is cast
+      to fewer digits: see `lora`). `.flops` is the function's own.
       FLOPs are of products, forward: two for each number multiplied and added, in each
       step of a `scan`, in one of a `while` loop.
 
@@ -130,6 +146,7 @@ def explain(
       Hu et al., "LoRA", 2021. https://arxiv.org/abs/2106.09685
     """
     where = chosen(argnums, argnames)
+    fn, args, kwargs, _ = on_states(fn, args, kwargs, where, adapters=True)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
     adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
@@ -192,11 +209,12 @@ def _row(
         stored=format_name(w) if is_quantized(w) else str(w.dtype),
         rank=rank,
         full_rank=full,
-        factored=sum(not n.formed for n in notes),
+        factored=sum(not (n.formed or n.alone) for n in notes),
         materialized=tuple(primitive for primitive, _ in formed),
         places=tuple(place for _, place in formed),
         flops=sum(n.flops for n in notes),
         used=used,
+        casts=tuple(dict.fromkeys(n.place for n in notes if n.alone)),
     )
 
 
@@ -211,6 +229,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         str(row.factored),
         f"+{_short(row.flops)}",
         causes if row.used else _IDLE[row.rank == 0],
+        ", ".join(row.casts),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import Ranked, adapters_if_any
+from lora_jax._adapters import Copy, Ranked, adapters_if_any, of_rank
 from lora_jax._arguments import (
     Where,
     check_elsewhere,
@@ -20,15 +20,18 @@ from lora_jax._arguments import (
     replaced,
 )
 from lora_jax._engine.dora import weight
-from lora_jax._engine.factors import Factors, bare
-from lora_jax._engine.jaxpr import trace_call, used_inputs
+from lora_jax._engine.factors import Factors, bare, canonical
+from lora_jax._engine.jaxpr import trace_call, used_inputs, vary_like
 from lora_jax._engine.rules import run_jaxpr
 from lora_jax._engine.run import Run, by_weight, noting, plain, warn
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import (
+    Path,
+    is_live,
     is_quantized,
     leaf_order,
     listed,
+    rebox,
     tree_leaves,
     unbox,
     unflatten,
@@ -56,8 +59,18 @@ def lora(
     not changed and need not know of adapters. Works inside and around `jit`, `grad`,
     `jvp`, `vmap`, `scan`, `remat` and shardings.
 
-    A cast to bfloat16 or float16 on the way to a product is of W alone: equal to that
-    type's rounding, but a sum beyond float16's range is a number, not infinite.
+    A cast to bfloat16 or float16 on the way to a product is of W alone, and the update
+    is added to the product: equal to the merged weights up to that type's rounding,
+    except that a sum beyond float16's range is a number and not infinite. So the
+    difference of two products of different precision, `x @ q(w) - x @ w` with a
+    rounding q, is here x q(W) - x W, the rounding error of W, while merged weights give
+    that of W + scale * A B: of the same size, but not equal. `explain` marks these
+    weights. Where a rounded weight meets the weight itself in any other way
+    (`w - q(w)`, `where(q(w) == w, ...)`, a custom rule), the sum is rounded, exactly.
+
+    `lora_scale` is a setting: its gradient is zero. A function with a rule of
+    `jax.custom_jvp` or `jax.custom_vjp` that closes over a weight should take it as an
+    argument instead. `jax.experimental.jet` has no rules for what a product needs.
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.
@@ -100,6 +113,11 @@ def lora(
     """
     where = chosen(argnums, argnames)
     check_options(dropout, unused, materialize)
+    if is_live(fn):
+        raise TypeError(
+            "lora takes a function of a tree of parameters, found the live module "
+            f"{type(fn).__name__}. Write LoRA(model, rank), and call that."
+        )
     shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)
@@ -125,15 +143,17 @@ def call(
     unused: str,
     run: Run,
 ) -> Any:
+    _check_transformation(args, kwargs)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
     adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
+    leaves = {key: _in_shard_map(own, adapters[key]) for key, own in leaves.items()}
     base = {
         key: unflatten(params, with_copies(leaves[key], adapters[key]))
         for key, params in given.items()
     }
     args, kwargs = replaced(args, kwargs, base)
-    operands = tree_leaves((args, kwargs))
+    operands = [canonical(x) for x in tree_leaves((args, kwargs))]
     factors: dict[int, Factors] = {}
     names: dict[int, str] = {}  # of all adapted leaves
     for key, tree in base.items():
@@ -142,7 +162,7 @@ def call(
             if own is not None:
                 names[i] = name
             if isinstance(own, Ranked):
-                parts = (unbox(leaves[key][part]) for part in (path, *own))
+                parts = (canonical(unbox(leaves[key][p])) for p in (path, *own))
                 factors[i] = weight(*parts, name=name)
             elif is_quantized(operands[i]):
                 factors[i] = bare(operands[i], name)
@@ -155,8 +175,36 @@ def call(
         _check_used({names[i]: used[i] for i in names})
         check_elsewhere(others, used)
     operands = [factors.get(i, operands[i]) for i in dynamic]
+    run = run._replace(inputs=tuple(zip(traced.inputs, operands, strict=True)))
     results = run_jaxpr(run, traced.jaxpr, operands)
     return traced.restore(plain(run, results, "return"))
+
+
+def _check_transformation(args: Any, kwargs: Any) -> None:
+    """Refuses `jax.experimental.jet`, which has no rules for what a product needs.
+
+    It has none for `jax.custom_jvp`, barriers and `jax.checkpoint`, not even where
+    Flax or `jax.nn.relu` use them, and its own errors do not say so. Its tracers have
+    no public class, only a name.
+    """
+    if any(type(x).__name__ == "JetTracer" for x in jax.tree.leaves((args, kwargs))):
+        raise ValueError(
+            "jax.experimental.jet has no rule for jax.custom_jvp, which lora(fn) "
+            "needs. Take the Taylor series of the merged model, "
+            "jet(lambda x: fn(merge(params), x), ...), or nest jax.jvp over lora(fn)."
+        )
+
+
+def _in_shard_map(
+    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
+) -> dict[Path, Any]:
+    """The leaves, with weights that vary along the axes of their adapters."""
+    new = {}
+    for path, own in of_rank(adapters).items():
+        w, *parts = (unbox(leaves[part]) for part in (path, *own))
+        if (varying := vary_like(w, parts)) is not w:
+            new[path] = rebox(leaves[path], varying)
+    return leaves | new
 
 
 def _check_used(used: dict[str, bool]) -> None:

@@ -26,7 +26,7 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.factors import wider
-from lora_jax._engine.quantized import dequantize, is_quantized, values_of
+from lora_jax._engine.quantized import is_quantized, values_of, widened
 from lora_jax._processes import placed
 from lora_jax._targets import (
     Patterns,
@@ -43,6 +43,7 @@ from lora_jax._tree import (
     fixed_leaves,
     flatten,
     is_abstract,
+    is_live,
     is_traced,
     open_box,
     path_name,
@@ -164,6 +165,11 @@ def lorafy(
       Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA",
       2023. https://arxiv.org/abs/2312.03732
     """
+    if is_live(params):
+        raise TypeError(
+            f"lorafy takes a tree of parameters, found the live module "
+            f"{type(params).__name__}. Write LoRA(model, rank), with the same options."
+        )
     leaves, held = flatten(params), fixed_leaves(params)
     check_held(held, leaves, None)
     plans = plan(leaves, rank, alpha, targets, exclude, axes)
@@ -454,8 +460,7 @@ def _magnitude(path: Path, w: Any, axes: Axes, shape: tuple[int, ...]) -> jax.Ar
 @functools.partial(jax.jit, static_argnums=1)
 def norms(w: Any, axes: tuple[int, ...]) -> jax.Array:
     """|W| over these dimensions, in float32 or wider."""
-    w = dequantize(w)
-    return jnp.sqrt(jnp.sum(w.astype(wider(w.dtype)) ** 2, axes))
+    return jnp.sqrt(jnp.sum(widened(w, wider(w.dtype)) ** 2, axes))
 
 
 def _sharding(w: Any, dims: tuple[int, ...]) -> jax.sharding.Sharding | None:

@@ -1,77 +1,222 @@
-"""Back to plain parameters: with the update in the weights, or without it."""
+"""Plain parameters again: with the updates in the weights, or without them."""
 
+import dataclasses
+import functools
+import math
+import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
 
 from lora_jax._adapters import (
     adapters_if_any,
     find_adapters,
+    of_copies,
     of_rank,
     without_adapters,
 )
-from lora_jax._engine.dora import weight
-from lora_jax._engine.factors import materialize
-from lora_jax._engine.quantized import dequantize
+from lora_jax._engine.dora import with_magnitude
+from lora_jax._engine.factors import (
+    align,
+    materialize,
+    on_device,
+    stacked,
+    wider,
+    x64,
+)
+from lora_jax._engine.per_layer import per_layer
+from lora_jax._engine.quantized import (
+    Quantized,
+    dequantize,
+    is_quantized,
+    loops_over,
+    rounded,
+    spread,
+    values_of,
+)
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import (
+    Path,
     flatten,
     is_abstract,
+    is_traced,
+    path_name,
     quantized_leaves,
     rebox,
     unbox,
     unflatten,
 )
 
+MOST = 0.5  # the share of an update whose loss to rounding is worth a warning
 
-def merge(params: Any) -> Any:
-    """The plain parameters with the updates in them: W + scale * A B.
 
-    Each sum is made in float32 (float64 for a float64 weight) and cast once to the
-    weight's dtype; with DoRA's magnitudes m (W + scale * A B) / |W + scale * A B|, the
-    norm over the inputs. Trained copies take the places of their leaves, cast likewise.
-    Weights in few bits become floats, also those without an adapter. The result has the
-    tree, boxes and dtypes from before `lorafy` and `quantize`.
+def merge(params: Any, *, dtype: Any = None) -> Any:
+    """Returns the plain parameters with the updates in them: W + scale * A B.
+
+    Each sum is made in float32 (float64 for a float64 weight) and cast once; with
+    DoRA's magnitudes m it is m (W + scale * A B) / |W + scale * A B|, the norm over the
+    inputs. Trained copies take the places of their leaves. Quantized weights become
+    floats, also those without an adapter. The result has the tree, boxes and, without
+    `dtype`, the dtypes from before `lorafy` and `quantize`.
+
+    A weight's own dtype may have too few digits for its update: a bfloat16 weight stays
+    the same where the update is below 0.2 % of it. Where rounding loses most of an
+    update, a warning names the weights (outside of `jit`, where values are known).
 
     Args:
-      params: A tree from `lorafy`, or from `quantize`.
+      params: A tree from `lorafy`, or from `quantize`; or a live module.
+      dtype: The dtype of adapted weights and trained copies in the result; other leaves
+        keep theirs. Default: each leaf's own.
 
     Returns:
-      A new tree; leaves that nothing adapts are shared.
+      A new tree; leaves without an adapter are shared. For a `LoRA` it is a plain
+      model, as from `module.merge()`.
 
     Raises:
-      ValueError: If `params` has nothing to merge, or a broken adapter.
+      ValueError: If `params` has nothing to merge, or a broken adapter, or `dtype` is
+        not floating.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
-      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, rank=2)
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3), jnp.bfloat16)}, rank=2)
       >>> sorted(lj.merge(params))
       ['kernel']
+      >>> lj.merge(params, dtype=jnp.float32)["kernel"].dtype.name
+      'float32'
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype must be floating, found {jnp.dtype(dtype).name}. Write "
+            "merge(params, dtype=jnp.float32)."
+        )
     leaves = flatten(params)
     adapters = adapters_if_any(leaves)
     plain = with_copies(leaves, adapters)
-    stored = {path: () for path in quantized_leaves(plain)}
-    for path, own in (stored | of_rank(adapters)).items():
-        parts = (unbox(leaves[part]) for part in (path, *own))
-        plain[path] = rebox(leaves[path], _merged(*parts))
+    for path, w in quantized_leaves(plain).items():
+        if path not in adapters:
+            plain[path] = rebox(leaves[path], _plain(w))
+    if dtype is not None:
+        for path, copy in of_copies(adapters).items():
+            plain[path] = rebox(leaves[path], _cast(unbox(leaves[copy.w]), dtype))
+    norms: dict[Path, Any] = {}
+    for path, own in of_rank(adapters).items():
+        w, *adapter = (unbox(leaves[part]) for part in (path, *own))
+        total, norms[path] = _merged(w, adapter, dtype or w.dtype)
+        plain[path] = rebox(leaves[path], total)
+    _warn_of_loss({path: x for path, x in norms.items() if x}, plain)
     return unflatten(params, plain)
 
 
-def _merged(w: Any, *adapter: Any) -> Any:
-    whole = lambda w, *parts: materialize(weight(w, *parts)) if parts else dequantize(w)
-    abstract = any(map(is_abstract, (w, *adapter)))
-    return jax.eval_shape(whole, w, *adapter) if abstract else whole(w, *adapter)
+def _plain(w: Quantized) -> Any:
+    return jax.eval_shape(dequantize, w) if is_abstract(w) else dequantize(w)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return x.update(dtype=dtype) if is_abstract(x) else x.astype(dtype)
+
+
+def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
+    """A weight with its update in it, and the squared norms of `_sum`, or `None`."""
+    parts = (w, *adapter)
+    options = {"dtype": jnp.dtype(dtype), "loops": (), "measured": False}
+    if any(map(is_abstract, parts)):
+        total, _ = jax.eval_shape(functools.partial(_sum, **options), *parts)
+        return total.update(sharding=getattr(values_of(w), "sharding", None)), None
+    # A weight in the host's memory is summed on the device.
+    near, *adapter = on_device(parts)
+    stack = sorted(stacked(jax.eval_shape(align, near, *adapter[:3])))
+    options["loops"] = tuple(loops_over(near, stack).items())
+    with x64([w.dtype] if isinstance(w, jax.Array) else []):
+        if any(map(is_traced, parts)):
+            total, norms = _sum(near, *adapter, **options)
+        else:
+            options["measured"] = jnp.finfo(dtype).nmant < jnp.finfo("float32").nmant
+            sharding = getattr(values_of(near), "sharding", None)
+            place = sharding if isinstance(sharding, NamedSharding) else None
+            fn = jax.jit(_sum, static_argnames=[*options], out_shardings=(place, None))
+            total, norms = fn(near, *adapter, **options)
+    if is_quantized(w) or near is w:
+        return total, norms
+    back = jax.memory.Space.Host if is_traced(w) else w.sharding
+    return jax.device_put(total, back, src=jax.memory.Space.Device), norms
+
+
+def _sum(
+    w: Any,
+    *adapter: Any,
+    dtype: Any,
+    loops: tuple[tuple[int, int], ...],
+    measured: bool,
+) -> tuple[Any, Any]:
+    """W + scale * A B in a dtype, one layer of a stack at a time.
+
+    If measured, with the squared norms of what rounding the sum to the dtype changes,
+    and of the update. They cost one more pass over the weight.
+    """
+    a, b, scale, *magnitude = adapter
+    f = align(w, a, b, scale)
+    if magnitude:  # with the dimensions of the weight, as the factors
+        sizes = [n if f.b.shape[d] != 1 else 1 for d, n in enumerate(f.shape)]
+        magnitude = [jnp.reshape(*magnitude, sizes)]
+    for d, _ in loops:
+        if is_quantized(f.w):
+            f = dataclasses.replace(f, w=spread(f.w, d))
+    leaves, structure = jax.tree.flatten((f, magnitude))
+    own = [d for d in range(f.ndim) if d not in dict(loops)]
+    to = jax.dtypes.canonicalize_dtype(dtype)
+
+    def one(*leaves: Any) -> tuple[Any, ...]:
+        f, magnitude = structure.unflatten(leaves)
+        w = dequantize(f.w)
+        if is_quantized(f.w):
+            # The floats of `dequantize`: XLA may join the product by the scales and the
+            # sum to one operation, which rounds once.
+            w = lax.optimization_barrier(w)
+        w = w.astype(wider(w.dtype, to))
+        total = materialize(
+            with_magnitude(dataclasses.replace(f, w=w), *magnitude or [None])
+        )
+        if not measured:
+            return (total.astype(to),)
+        result = rounded(total, to)
+        changes = total - result.astype(total.dtype), total - w
+        return result, *(jnp.sum(x**2, own, keepdims=True) for x in changes)
+
+    total, *norms = per_layer(one, leaves, dict(loops))
+    return total, [jnp.sum(x) for x in norms]
+
+
+def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
+    """Warns of the weights whose update is mostly lost to rounding, once for all."""
+    lost = []
+    for path, (change, update) in norms.items():
+        change, update = float(change), float(update)
+        share = min(math.sqrt(change / update), 1.0) if update else 0.0
+        if share > MOST:
+            dtype = unbox(plain[path]).dtype
+            lost.append(f"{path_name(path)!r} ({share:.0%} in {dtype})")
+    if lost:
+        warnings.warn(
+            "Rounding the merged weights loses most of the updates of "
+            f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}: the merged "
+            "model is closer to the base than to the adapted model. Keep the updates: "
+            "merge(params, dtype=jnp.float32).",
+            stacklevel=3,
+        )
 
 
 def strip(params: Any) -> Any:
-    """The plain parameters without the updates, bit for bit, in few bits or not.
+    """Returns the plain parameters without the updates, bit for bit.
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      A new tree that shares every leaf but the adapters'.
+      A new tree that shares every leaf except the adapters'; quantized ones stay so.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.

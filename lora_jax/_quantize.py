@@ -1,4 +1,4 @@
-"""Frozen weights in few bits, and back to floats."""
+"""Quantized frozen weights: from floats, to floats, and in checkpoints of Flax."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import serialization
 
 from lora_jax._adapters import (
     Axes,
     adapter_of,
     axes_of_shapes,
 )
-from lora_jax._engine.quantized import FORMATS, quantize_array, ways
+from lora_jax._engine.quantized import (
+    FORMATS,
+    Quantized,
+    quantize_array,
+    ways,
+)
 from lora_jax._engine.quantized import dequantize as dequantized
+from lora_jax._state import from_state, to_state
 from lora_jax._targets import Selector, axes_of, check_axes, choose, is_adaptable
 from lora_jax._tree import (
     Path,
@@ -27,7 +34,9 @@ from lora_jax._tree import (
     unflatten,
 )
 
-BLOCK = 64  # numbers of 4 bits to a scale
+serialization.register_serialization_state(Quantized, to_state, from_state)
+
+BLOCK = 64  # elements of 4 bits that share a scale
 
 
 def quantize(
@@ -39,31 +48,39 @@ def quantize(
     axes: Mapping[str, Axes] | None = None,
     block: int | None = None,
 ) -> Any:
-    """Stores frozen weights in few bits, for `lora` to use as they are.
+    """Quantizes frozen weights, which `lora` then uses as they are.
 
-    Each chosen weight becomes a `Quantized`: whole numbers and their scales, in place
-    of a float for each. `lora(fn)` makes each weight of floats for each use alone, and
-    keeps none for the backward pass. A base of 16 GB in bfloat16 takes 8 in int8, and
-    4.3 in NF4.
+    Each chosen weight becomes a `Quantized`: a code of 4 or 8 bits for each element,
+    and a scale for each block of elements. `lora(fn)` makes the floats of a weight for
+    each of its uses, and keeps none for the backward pass. A base of 16 GB in bfloat16
+    takes 8 GB in int8 and 4.3 GB in NF4.
 
-    Before `lorafy` or after it. What trains is in floats beside it, as ever; take
-    gradients by `split(params)[0]`, or with `allow_int=True`, since JAX has none for
-    whole numbers ("grad requires real- or complex-valued inputs", it says of uint4).
+    Before `lorafy` or after it. What is trained stays in floats next to it. Take
+    gradients with respect to `split(params)[0]`, or with `allow_int=True`: JAX has none
+    for integers ("grad requires real- or complex-valued inputs", it says of int4).
+
+    Outside of `jit` a stack of layers is quantized one layer at a time, on each device
+    the layers that it has, so that no more floats are needed than those of one layer.
+    Under `jit` too, except on a mesh with automatic axes, where shardings are unknown.
+
+    Orbax, `flax.serialization` and pickle store the result. To restore it, give them a
+    target: `quantize` of the same parameters, which may be abstract.
 
     Args:
       params: A tree of parameters, as in `lorafy`: concrete, traced or abstract,
-        sharded or not. Leaves are taken one by one, and stay on their devices.
-      how: "int8", "int4" or "nf4" (4 bits, in places of a normal distribution); or
-        `{pattern: format}`, which is its own targets.
+        sharded or not. Leaves are taken one by one, and stay on their devices. Or a
+        live `nnx.Module`: the result is one of its class, for `LoRA(model, rank)`.
+      how: "int8", "int4" or "nf4" (4 bits, the values of a normal distribution); or
+        `{pattern: format}`, which also selects the weights.
       targets: Which weights, as in `lorafy`. Default: every leaf named `kernel` of two
         or more dimensions.
       exclude: What to leave out, in the same form.
-      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` reads it off a
-        function, where neither Flax's names nor an adapter tell a weight's dimensions.
-      block: How many numbers share a scale (in bfloat16), along the last input; of
+      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` finds them for a
+        function, where neither Flax's names nor an adapter give a weight's dimensions.
+      block: How many elements share a scale (in bfloat16), along the last input; in
         tables, along a row, so that lookups read rows. Where it does not divide them,
-        the greatest common divisor is taken. Default: 64 for 4 bits, so that a number
-        takes 4.25; for int8 all the inputs of an output.
+        the greatest common divisor is taken. Default: 64 for 4 bits, so that an element
+        takes 4.25 bits; for int8 all the inputs of an output.
 
     Returns:
       A tree with the same containers and boxes that shares all other leaves.
@@ -71,15 +88,15 @@ def quantize(
     Raises:
       TypeError: If `params` is no tree of parameters.
       ValueError: If a format is unknown, a pattern matches nothing, a weight is already
-        in few bits, empty, not finite or no array of floats, its dimensions cannot be
-        told, or no block divides them.
+        quantized, empty, not finite or no array of floats, its dimensions are unknown,
+        or no block divides them.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
       >>> params = {"kernel": jnp.ones((128, 3))}
       >>> params = lj.lorafy(lj.quantize(params, "nf4"), rank=2)
       >>> params["kernel"].values.dtype.name, params["kernel"].scale.shape
-      ('uint4', (2, 3))
+      ('int4', (2, 3))
       >>> fn = lambda params, x: x @ params["kernel"]
       >>> lj.lora(fn)(params, jnp.ones((5, 128))).shape
       (5, 3)
@@ -89,18 +106,19 @@ def quantize(
       https://arxiv.org/abs/2305.14314
     """
     leaves = flatten(params)
+    _check_restored(leaves)
     formats = _check_formats(how)
     _check_block(block)
     stored = quantized_leaves(leaves)
     weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
     chosen = choose(leaves, weights, formats, targets, exclude, "how")
     known = check_axes(axes or {}, leaves)
-    sizes: dict[Path, tuple[int, ...]] = {}
+    plans: dict[Path, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for path, name in chosen.items():
         w = unbox(leaves[path])
         if path in stored:
             raise ValueError(
-                f"{path_name(path)!r} is in few bits already. Write "
+                f"{path_name(path)!r} is quantized already. Write "
                 f"exclude=[{path_name(path)!r}], or dequantize(params) first."
             )
         if 0 in w.shape:
@@ -109,31 +127,32 @@ def quantize(
                 f"exclude=[{path_name(path)!r}]."
             )
         dims = known.get(path_name(path)) or _axes(path, leaves, bool(known))
-        sizes[path] = _scale_shape(path, w, name, dims, block)
+        plans[path] = _scale_shape(path, w, name, dims, block), dims.batch
     new = {}
-    for path, shape in sizes.items():
-        q = quantize_array(unbox(leaves[path]), chosen[path], shape)
+    for path, plan in plans.items():
+        q = quantize_array(unbox(leaves[path]), chosen[path], *plan)
         if not (is_abstract(q) or is_traced(q)) and not jnp.isfinite(q.scale).all():
             raise ValueError(
-                f"{path_name(path)!r} is not finite: it has no scale. Restore it, or "
-                f"write exclude=[{path_name(path)!r}]."
+                f"{path_name(path)!r} is not finite, so a block has no scale. Restore "
+                f"it, or write exclude=[{path_name(path)!r}]."
             )
         new[path] = rebox(leaves[path], q)
     return unflatten(params, leaves | new)
 
 
 def dequantize(params: Any) -> Any:
-    """Makes plain arrays of weights in few bits: floats, rounded as they are.
+    """Makes plain arrays of quantized weights.
 
     Args:
       params: A tree from `quantize`, with adapters or without.
 
     Returns:
       A tree with the same containers and boxes that shares all other leaves, and
-      computes the same. (For the update in the weights as well, use `merge`.)
+      computes the same, since floats have the values that the codes stand for. (With
+      the update in the weights: `merge`.)
 
     Raises:
-      ValueError: If no leaf is in few bits, or one is broken.
+      ValueError: If no leaf is quantized, or one is broken.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -144,8 +163,9 @@ def dequantize(params: Any) -> Any:
     leaves = flatten(params)
     stored = quantized_leaves(leaves)
     if not stored:
+        _check_restored(leaves)
         raise ValueError(
-            "No leaf of these parameters is in few bits. Pass a tree from "
+            "No leaf of these parameters is quantized. Pass a tree from "
             "quantize(params, how)."
         )
     new = {path: rebox(leaves[path], _plain(w)) for path, w in stored.items()}
@@ -157,7 +177,7 @@ def _plain(w: Any) -> Any:
 
 
 def _axes(path: Path, leaves: dict[Path, Any], others: bool) -> Axes:
-    """The dimensions of a weight, as an adapter beside it or its name tells them."""
+    """The dimensions of a weight, from an adapter next to it or from its name."""
     parts = (path, *adapter_of(path))
     if all(part in leaves for part in parts):
         return axes_of_shapes(*(unbox(leaves[part]).shape for part in parts))
@@ -173,14 +193,14 @@ def _scale_shape(
     if name == "int8" and block is None:
         return tuple(1 if d in shared else n for d, n in enumerate(sizes))
     axis = shared[-1]
-    n = sizes[axis] // ways(w)[axis]  # of one device, so that none asks another
+    n = sizes[axis] // ways(w)[axis]  # on one device, so that none needs another's
     own = math.gcd(block or BLOCK, n)
     if own == 1:
         raise ValueError(
-            f"{path_name(path)!r}, of shape {w.shape}, has {n} numbers along dimension "
-            f"{axis} (of one device), which blocks of {block or BLOCK} have no divisor "
-            f"in common with: each number would have a scale. Write block={n}, or "
-            f"exclude=[{path_name(path)!r}]."
+            f"{path_name(path)!r}, of shape {w.shape}, has {n} elements along "
+            f"dimension {axis} (on one device). They have no divisor in common with "
+            f"blocks of {block or BLOCK}, so each element would have a scale. Write "
+            f"block={n}, or exclude=[{path_name(path)!r}]."
         )
     sizes[axis] //= own
     return tuple(sizes)
@@ -203,8 +223,30 @@ def _check_format(name: Any) -> str:
 
 
 def _check_block(block: Any) -> None:
-    whole = isinstance(block, int) and not isinstance(block, bool)
-    if block is not None and not (whole and block > 1):
-        raise ValueError(
-            f"block must be a whole number of at least 2, found {block!r}."
-        )
+    integer = isinstance(block, int) and not isinstance(block, bool)
+    if block is not None and not (integer and block > 1):
+        raise ValueError(f"block must be an integer of at least 2, found {block!r}.")
+
+
+def _check_restored(leaves: Mapping[Path, Any]) -> None:
+    """Raises for the two arrays of a quantized weight in a dict.
+
+    Orbax and `msgpack_restore` give that where they have no target.
+    """
+    for *parent, name in leaves:
+        path = tuple(parent)
+        dtype = getattr(unbox(leaves[(*path, name)]), "dtype", None)
+        named = name in ("values", *FORMATS) and (*path, "scale") in leaves
+        if named and dtype is not None and jnp.issubdtype(dtype, jnp.integer):
+            how = "" if name == "values" else f", {name!r}"
+            line = f"Quantized(x[{name!r}], x['scale'], (dtype,){how})"
+            raise ValueError(
+                f"{path_name(path)!r} is a mapping with {name!r} and 'scale': a "
+                "quantized weight that was restored without a target. Restore with a "
+                "target, quantize(params, how) of the same parameters, abstract or not"
+                + (
+                    "."
+                    if dtype == jnp.uint8
+                    else f"; or write {line} for each such mapping x."
+                )
+            )

@@ -57,7 +57,8 @@ def _values(w: Any, places: tuple[np.ndarray, ...]) -> np.ndarray:
         counts = zip(places, w.shape, w.scale.shape, strict=True)
         blocks = tuple(p * m // n for p, n, m in counts)
         parts = _values(w.values, places), _values(w.scale, blocks)
-        return np.asarray(dequantize(Quantized(*map(jnp.asarray, parts), w.dtypes)))
+        values, scale = map(jnp.asarray, parts)
+        return np.asarray(dequantize(Quantized(values, scale, w.dtypes, w.format)))
     if not isinstance(w, jax.Array):
         return np.asarray(w[places])
     values = np.empty(len(places[0]), w.dtype)

@@ -21,6 +21,7 @@ from lora_jax._adapters import (
     Copy,
     Ranked,
     adapter_of,
+    adapters_if_any,
     axes_of_shapes,
     check_copy,
     copy_of,
@@ -79,6 +80,12 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         if is_first():
             check_target(path)
         leaves = flatten(params)
+        if not adapters_if_any(leaves, stacks=True):
+            raise ValueError(
+                "These parameters are quantized and have no adapters, and save stores "
+                "adapters alone. Write orbax.checkpoint.StandardCheckpointer().save("
+                "path, params), or params = lorafy(params, rank) first."
+            )
         adapters = find_adapters(leaves)
         parts = [part for own in adapters.values() for part in own]
         for part in parts:
@@ -139,12 +146,12 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
       path: A file from `save`.
       base: The plain parameters: the tree of `strip`, before `lorafy`. Adapters take
         their boxes and shardings from it, as in `lorafy`. Abstract weights are not
-        compared.
+        compared. Or a plain live `nnx.Module`.
       same_base: `False` allows a base of any values.
 
     Returns:
       A new tree that shares all leaves of `base`, with the adapters and the trained
-      copies beside them.
+      copies beside them. For a live module it is a `LoRA` around a copy of it.
 
     Raises:
       ValueError: If the file is truncated, foreign, written by a newer version,

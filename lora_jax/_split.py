@@ -10,7 +10,15 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.quantized import nbytes
-from lora_jax._tree import Path, flatten, is_array, path_name, unbox, unflatten
+from lora_jax._tree import (
+    Path,
+    flatten,
+    is_array,
+    is_counter,
+    path_name,
+    unbox,
+    unflatten,
+)
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -40,14 +48,17 @@ def split(params: Any) -> tuple[Any, Any]:
     """Splits parameters in two trees of the same shape, with `None` in the holes.
 
     Differentiating with respect to the first alone never computes a gradient of a
-    frozen weight, and an optimizer of the first alone holds no state for one.
+    frozen weight, and an optimizer of the first alone holds no state for one. A jitted
+    step that takes both and returns the first copies no frozen weight. It may donate
+    the first, `@jax.jit(donate_argnums=(0, 1))`, and the base stays for other trees.
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      `(adapters, base)`: what trains, A, B and magnitudes of each adapter and each
-      trained copy; and all the rest, scales too. To keep the adapters, use `detach`.
+      `(adapters, base)`: the trainable leaves, which are A, B and magnitudes of each
+      adapter and each trained copy; and all other leaves, scales too. To store the
+      adapters, use `detach`, which includes their scales.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.
@@ -104,9 +115,14 @@ def combine(adapters: Any, base: Any) -> Any:
 
 
 def mask(params: Any) -> Any:
-    """`True` at each leaf that trains, `False` at the others.
+    """Makes a tree with `True` at each trainable leaf and `False` at the others.
 
     For `optax.masked`, `optax.freeze` and their like; `adapters_only` needs no mask.
+    Use it, or `labels`, or `nnx.LoRAParam` in an nnx module, in place of a filter of
+    your own: ".*lora.*" also takes `lora_scale`. A scale has no gradient, but an
+    optimizer with weight decay, such as `optax.adamw`, shrinks every leaf that it is
+    given. (`optax.masked` passes the gradients of the other leaves on as updates:
+    `optax.partition` with `labels` sets them to zero.)
 
     Args:
       params: A tree from `lorafy`.
@@ -128,11 +144,12 @@ def mask(params: Any) -> Any:
 
 
 def labels(params: Any) -> Any:
-    """What each leaf is: "lora_a", "lora_b", "lora_magnitude", "lora_w", or "frozen".
+    """Labels each leaf "lora_a", "lora_b", "lora_magnitude", "lora_w", or "frozen".
 
     For `optax.partition`, to train factors at different rates. LoRA+ has a larger rate
     for B than for A. LoRA-FA keeps A as it is drawn: under one `jit` its gradient is
-    never computed, nor is x kept for it.
+    never computed, nor is x kept for it. A scale is "frozen"; a filter of names such as
+    ".*lora.*" would take it, and weight decay would shrink it.
 
     Args:
       params: A tree from `lorafy`, or the half of `split` that trains.
@@ -162,7 +179,8 @@ def labels(params: Any) -> Any:
     found = {p: None if x is None else label_of(p) for p, x in leaves.items()}
     if not {*found.values()} - {None, FROZEN}:
         raise ValueError(
-            "These parameters have no adapters. Write params = lorafy(params, rank)."
+            "These parameters have no adapters. Write params = lorafy(params, rank), "
+            "or LoRA(model, rank) for a live nnx.Module."
         )
     return unflatten(params, found)
 
@@ -191,7 +209,8 @@ def count(params: Any) -> Count:
     """
     leaves = flatten(params)
     adapters = adapters_if_any(leaves, stacks=True)
-    arrays = {p: unbox(x) for p, x in leaves.items() if is_array(unbox(x))}
+    boxed = {p: x for p, x in leaves.items() if not is_counter(x)}
+    arrays = {p: unbox(x) for p, x in boxed.items() if is_array(unbox(x))}
     base = without_adapters(arrays, adapters)
     trained = sum(
         arrays[part].size for own in adapters.values() for part in own.trained

@@ -30,8 +30,10 @@ from lora_jax._targets import (
 )
 from lora_jax._tree import (
     Path,
+    as_tree,
     flatten,
     is_array,
+    is_counter,
     is_quantized,
     is_traced,
     listed,
@@ -169,7 +171,14 @@ def extract(
     if targets is None and not axes and not isinstance(rank, Mapping):
         targets = "kernel"  # no warning: what is left out has not moved, or raises
     start = flatten(
-        lorafy(base, rank, targets=targets, exclude=exclude, also=also, axes=axes)
+        lorafy(
+            as_tree(base),
+            rank,
+            targets=targets,
+            exclude=exclude,
+            also=also,
+            axes=axes,
+        )
     )
     after = flatten(tuned)
     adapters = find_adapters(start)
@@ -479,7 +488,7 @@ def _change(after: Any, before: Any) -> jax.Array:
 
 def _moved(before: dict[Path, Any], after: dict[Path, Any], path: Path) -> bool:
     x, y = unbox(before[path]), unbox(after[path])
-    if not is_array(x) or is_traced(x) or is_traced(y):
+    if is_counter(before[path]) or not is_array(x) or is_traced(x) or is_traced(y):
         return False
     return not bool(jnp.array_equal(dequantize(x), dequantize(y)))
 

@@ -8,10 +8,11 @@ path is the tuple of the keys that lead to it, without the box. A weight in few 
 import copy
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
@@ -41,6 +42,17 @@ lambda params, *args: eqx.combine(params, static)(*args)."""
 
 def is_box(x: Any) -> bool:
     return isinstance(x, AxisMetadata | nnx.Variable)
+
+
+def is_counter(x: Any) -> bool:
+    """Whether a leaf is a key, a count or an index that a live module keeps.
+
+    It is no parameter: it differs between two runs of one model.
+    """
+    if not isinstance(x, nnx.Variable) or isinstance(x, nnx.Param):
+        return False
+    w = unbox(x)
+    return is_array(w) and not jnp.issubdtype(w.dtype, jnp.inexact)
 
 
 def is_array(x: Any) -> bool:
@@ -123,18 +135,46 @@ def listed(names: Sequence[Any]) -> str:
     return text or "there is none"
 
 
+class LiveModules(NamedTuple):
+    """How a live `nnx.Module` is a tree: the state it has, and a module of new leaves.
+
+    `_module.py` fills this in, as one registers a pytree node with JAX: which module
+    has adapters, and what becomes of one that gains or loses them, only LoRA knows.
+    """
+
+    state: Callable[[nnx.Module], nnx.State]
+    rebuild: Callable[[nnx.Module, dict[Path, Any]], Any]
+
+
+_live_modules: list[LiveModules] = []
+
+
+def register_live_modules(live: LiveModules) -> None:
+    # The first stays: the public LoRA belongs to it. A reload, or pytest collecting
+    # doctests, runs the file a second time, with another class of that name.
+    if not _live_modules:
+        _live_modules.append(live)
+
+
+def is_live(x: Any) -> bool:
+    return isinstance(x, nnx.Module)
+
+
+def as_tree(params: Any) -> Any:
+    """The parameters as a tree of containers: of a live module, its `nnx.State`."""
+    return _live_modules[0].state(params) if is_live(params) else params
+
+
 def flatten(tree: Any) -> dict[Path, Any]:
     """Every leaf by its path: boxes, arrays, `None` and whatever else is no container.
 
+    A live `nnx.Module` has the leaves and paths of its state.
+
     Raises:
-      TypeError: If `tree` is no container, or a live `nnx.Module`.
+      TypeError: If `tree` is no container.
       ValueError: If two leaves have one path, as in {"a/b": x, "a": {"b": y}}.
     """
-    if isinstance(tree, nnx.Module):
-        raise TypeError(
-            f"Expected parameters, found the module {type(tree).__name__}. "
-            "Pass its state, nnx.state(model, nnx.Param), or write LoRA(model, rank)."
-        )
+    tree = as_tree(tree)
     if _children(tree) is None:
         raise TypeError(
             f"Expected a tree of parameters, found {type(tree).__name__}. "
@@ -153,8 +193,11 @@ def flatten(tree: Any) -> dict[Path, Any]:
 def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
     """The containers of `like` around `leaves`; a mapping takes new and missing ones.
 
-    Nothing is copied or mutated: leaves are shared, containers are new.
+    Nothing is copied or mutated: leaves are shared, containers are new. For a live
+    module the result is one, too, wherever the leaves make one: see `_module.py`.
     """
+    if is_live(like):
+        return _live_modules[0].rebuild(like, leaves)
     by_parent: dict[Path, dict[Any, Any]] = {}
     for path, leaf in leaves.items():
         by_parent.setdefault(path[:-1], {})[path[-1]] = leaf

@@ -1,21 +1,10 @@
 """The strictest JAX there is: no promotion of dtypes or ranks, warnings are errors."""
 
-import atexit
+import hashlib
 import os
-import shutil
-import tempfile
-
-# Most of the time goes to compiling: a quarter of it to make tiny programs fast.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    + os.environ.get("XLA_FLAGS", "")
-)
-
-# What one process has compiled, the other one of this run does not: a sixth.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+import pathlib
+import platform
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +14,62 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
 
+# Most of the time goes to compiling: a quarter of it to make tiny programs fast. The
+# flags are part of the key of JAX's cache, so a worker must not write them twice.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+TESTS = pathlib.Path(__file__).parent
+CACHES = TESTS.parent / ".pytest_cache" / "d"  # `pytest --cache-clear` removes it
+CACHE_BYTES = 500_000_000
+
+
+def cache_name():
+    """A name for what this JAX compiles on this machine.
+
+    XLA compiles for the instructions that the processor has, which are no part of
+    JAX's own key for a program.
+    """
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    features = {x for x in lines if x.startswith(("flags", "Features", "model name"))}
+    machine = f"{platform.machine()} {platform.processor()} {sorted(features)}"
+    digest = hashlib.sha256(f"{machine} {os.environ['XLA_FLAGS']}".encode()).hexdigest()
+    return f"jax-{version('jax')}-{version('jaxlib')}-{digest[:8]}"
+
+
+# A run reads what the last one compiled, and each of two workers what the other did.
+# The variables are for processes that a test starts.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHES / cache_name()))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Halves the caches, oldest files first, when they have grown too large."""
+    if hasattr(config, "workerinput"):
+        return
+    files = [(path, path.stat()) for path in CACHES.glob("jax-*/*") if path.is_file()]
+    size = sum(stat.st_size for _, stat in files)
+    if size > CACHE_BYTES:
+        for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
+            path.unlink(missing_ok=True)
+            size -= stat.st_size
+            if size < CACHE_BYTES / 2:
+                break
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests of the benchmarks, which the default run leaves out."""
+    for item in items:
+        if TESTS / "benchmarks" in item.path.parents:
+            item.add_marker("benchmarks")
 
 
 @pytest.fixture
@@ -65,8 +107,10 @@ def randomized():
         adapters, base = lj.split(params)
         leaves, treedef = jax.tree.flatten(adapters)
         rng = np.random.default_rng(seed)
+        # From JAX 0.12 on, `jnp.asarray` compiles a program for each shape.
         drawn = [
-            jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype) for x in leaves
+            jax.device_put(np.asarray(0.5 * rng.standard_normal(x.shape), x.dtype))
+            for x in leaves
         ]
         return lj.combine(treedef.unflatten(drawn), base)
 

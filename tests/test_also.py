@@ -15,7 +15,7 @@ def classifier(params, x):
 
 def with_head(dtype=jnp.float32):
     rng = np.random.default_rng(3)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    draw = lambda *shape: jax.device_put(np.asarray(rng.standard_normal(shape), dtype))
     head = {"kernel": draw(8, 2), "bias": draw(2)}
     return {"m": {"kernel": draw(8, 8)}, "head": head}
 
@@ -24,16 +24,17 @@ def with_head(dtype=jnp.float32):
 def test_a_trained_copy_takes_the_place_of_its_leaf(dtype, randomized, close):
     base, x = with_head(dtype), jnp.ones((3, 8), dtype)
     adapted = lj.lorafy(base, 2, targets="m", also="head")
-    apply = lj.lora(classifier)
-    np.testing.assert_array_equal(apply(adapted, x), classifier(base, x))
+    apply = jax.jit(lj.lora(classifier))
+    np.testing.assert_array_equal(apply(adapted, x), jax.jit(classifier)(base, x))
     params = randomized(adapted)
     assert jnp.abs(apply(params, x) - apply(adapted, x)).max() > 0.1
     atol = 1e-5 if dtype == "float32" else 0.1
-    close(apply(params, x), classifier(lj.merge(params), x), atol=atol)
+    merged = jax.jit(lambda p: classifier(lj.merge(p), x))
+    close(apply(params, x), merged(params), atol=atol)
     assert lj.merge(params)["head"]["kernel"].dtype == dtype
     loss = lambda fn: lambda params: jnp.sum(jnp.sin(fn(params).astype(jnp.float32)))
-    got = jax.grad(loss(lambda p: apply(p, x)))(params)
-    want = jax.grad(loss(lambda p: classifier(lj.merge(p), x)))(params)
+    got = jax.jit(jax.grad(loss(lambda p: apply(p, x))))(params)
+    want = jax.jit(jax.grad(loss(merged)))(params)
     for name in ("lora_w", "bias_lora_w"):
         assert got["head"][name].dtype == jnp.float32
         close(got["head"][name], want["head"][name], atol=atol)
@@ -102,7 +103,7 @@ def test_a_trained_head_survives(way, dtype, tmp_path, randomized):
     params = randomized(lj.lorafy(with_head(dtype), 2, targets="m", also="head"))
     back = WAYS[way](params, tmp_path)
     x = jnp.ones((3, 8), dtype)
-    want, got = (lj.lora(classifier)(tree, x) for tree in (params, back))
+    want, got = (jax.jit(lj.lora(classifier))(tree, x) for tree in (params, back))
     np.testing.assert_array_equal(got, want)
     for name, copy in params["head"].items():
         np.testing.assert_array_equal(back["head"][name], copy)

@@ -19,7 +19,9 @@ def classifier(params, x):
 
 def with_head():
     rng = np.random.default_rng(3)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: jax.device_put(
+        np.asarray(rng.standard_normal(shape), jnp.float32)
+    )
     return {
         "m": {"kernel": draw(8, 8)},
         "head": {"kernel": draw(8, 2), "bias": draw(2)},

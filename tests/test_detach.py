@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), jnp.float32))
 
 
 def base():

@@ -94,16 +94,17 @@ def quietly(layer, factored, *args, **kwargs):
 
 def test_without_rank_it_is_the_flax_layer(layer, close):
     ours, plain, options, x, _ = layer
-    variables = ours(**options).init(jax.random.key(0), x)
-    close(variables, plain(**options).init(jax.random.key(0), x), atol=0)
-    close(ours(**options).apply(variables, x), plain(**options).apply(variables, x), 0)
+    key, (ours, plain) = jax.random.key(0), (make(**options) for make in (ours, plain))
+    variables = jax.jit(ours.init)(key, x)
+    close(variables, jax.jit(plain.init)(key, x), atol=0)
+    close(jax.jit(ours.apply)(variables, x), jax.jit(plain.apply)(variables, x), 0)
 
 
 def test_init_with_rank_adds_an_adapter_that_does_nothing_yet(layer, close):
     ours, plain, options, x, factored = layer
     made = ours(**options, rank=2, alpha=6)
-    y, variables = made.init_with_output(jax.random.key(0), x)
-    base = plain(**options).init(jax.random.key(0), x)
+    y, variables = jax.jit(made.init_with_output)(jax.random.key(0), x)
+    base = jax.jit(plain(**options).init)(jax.random.key(0), x)
     close(lj.strip(variables), base, atol=0)
     close(y, plain(**options).apply(base, x), atol=0)
     close(quietly(made, factored, variables, x), y, atol=0)
@@ -118,14 +119,15 @@ def test_init_with_rank_adds_an_adapter_that_does_nothing_yet(layer, close):
 def test_equals_the_merged_flax_layer(layer, close, randomized):
     ours, plain, options, x, factored = layer
     made = ours(**options, rank=2, alpha=6)
-    variables = randomized(made.init(jax.random.key(0), x))
-    want = plain(**options).apply(lj.merge(variables), x)
+    variables = randomized(jax.jit(made.init)(jax.random.key(0), x))
+    merged = jax.jit(lj.merge)(variables)
+    want = plain(**options).apply(merged, x)
     close(quietly(made, factored, variables, x), want)
     close(quietly(ours(**options), factored, variables, x), want)
     # The same model under `lora`, and on the merged parameters.
     allowed = lj.lora(made.apply, materialize="error" if factored else "allow")
     close(allowed(variables, x), want)
-    close(made.apply(lj.merge(variables), x), want)
+    close(made.apply(merged, x), want)
 
 
 def test_dense_and_embed_against_numpy(randomized):
@@ -215,7 +217,7 @@ class Model(nn.Module):
 
 
 def test_model_of_layers_scanned_and_rematerialized(close, randomized):
-    variables = Model().init(jax.random.key(0), IDS)
+    variables = jax.jit(Model().init)(jax.random.key(0), IDS)
     scanned = variables["params"]["layers"]["dense"]
     assert scanned["lora_a"].value.shape == (3, 4, 2)
     assert scanned["lora_a"].names == ("layers", "in", None)
@@ -224,13 +226,14 @@ def test_model_of_layers_scanned_and_rematerialized(close, randomized):
     a = np.asarray(scanned["lora_a"].value)
     assert not np.allclose(a[0], a[1])
     variables = randomized(variables)
-    want = Model().apply(lj.merge(variables), IDS)
+    merged = lambda v, ids: Model().apply(lj.merge(v), ids)
+    want = jax.jit(merged)(variables, IDS)
     close(jax.jit(Model().apply)(variables, IDS), want)
     close(lj.lora(Model().apply, materialize="error")(variables, IDS), want)
 
     def gradient(fn):
         adapters, base = lj.split(variables)
-        return jax.grad(lambda a: jnp.sin(fn(lj.combine(a, base), IDS)).sum())(adapters)
+        total = lambda a: jnp.sin(fn(lj.combine(a, base), IDS)).sum()
+        return jax.jit(jax.grad(total))(adapters)
 
-    merged = lambda v, ids: Model().apply(lj.merge(v), ids)
     close(gradient(Model().apply), gradient(merged), atol=1e-4)

@@ -38,7 +38,7 @@ def params(randomized):
     }
     rng = np.random.default_rng(0)
     base = {
-        name: jnp.asarray(rng.standard_normal(shape) / 2, jnp.float32)
+        name: jax.device_put(np.asarray(rng.standard_normal(shape) / 2, np.float32))
         for name, shape in shapes.items()
     }
     axes = STACK | HEADS | WINDOW
@@ -391,7 +391,8 @@ def gradients(fn, params, x):
 
 
 def on_merged(fn):
-    return lambda params, x: fn(lj.merge(params), x)
+    """The oracle, as one program: operation by operation it would be fifty."""
+    return jax.jit(lambda params, x: fn(lj.merge(params), x))
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -419,7 +420,7 @@ def test_materializes_exactly_and_says_so(name, params, close):
     fn = MATERIALIZED[name]
     with pytest.warns(UserWarning, match=r"which needs the whole weight"):
         got = lora(fn)(params, X)
-    close(got, fn(lj.merge(params), X))
+    close(got, on_merged(fn)(params, X))
     allowed = lora(fn, materialize="allow")
     got = gradients(loss(allowed), params, X)
     close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
@@ -431,7 +432,7 @@ def test_materializes_exactly_and_says_so(name, params, close):
 def test_only_derivatives_of_custom_rules_form_whole_gradients(name, params, close):
     fn = CUSTOM[name]
     strict = lora(fn, materialize="error")
-    close(strict(params, X), fn(lj.merge(params), X))
+    close(strict(params, X), on_merged(fn)(params, X))
     with pytest.raises(ValueError, match="'w' meets 'derivative of custom_"):
         gradients(loss(strict), params, X)
     for adapted in (lora(fn), jax.jit(lora(fn))):  # the latter: when all is traced
@@ -782,7 +783,9 @@ def test_gradients_by_an_offloaded_weight(name, wrap, randomized, close):
         value = lambda p: jnp.sin(jax.device_put(f(p, X), DEVICE)).sum()
         return wrap(jax.grad(value))(params)
 
-    got, want = gradient(lora(fn, materialize="allow")), gradient(on_merged(fn))
+    # Not as one program, of whose derivatives JAX does not know where they are.
+    merged = lambda p, x: fn(lj.merge(p), x)
+    got, want = gradient(lora(fn, materialize="allow")), gradient(merged)
     assert got["w"].sharding.memory_kind == want["w"].sharding.memory_kind
     close(got, want)
 
@@ -821,7 +824,7 @@ def test_never_dearer_than_the_whole_weight(fn, said, close, randomized):
         compiled = jax.jit(run).lower(params, x).compile()
         flops.append(compiled.cost_analysis()["flops"])
     assert flops[0] <= 2 * flops[1]
-    close(lora(fn, materialize="allow")(params, x), fn(lj.merge(params), x), 1e-4)
+    close(lora(fn, materialize="allow")(params, x), on_merged(fn)(params, x), 1e-4)
     if said:
         with pytest.warns(UserWarning, match="'w' meets 'add'"):
             lora(fn)(params, x)
@@ -858,15 +861,13 @@ ADAPTED = functools.partial(lora(model, materialize="error"))
 
 
 def test_jit_and_vmap(params, close):
-    want = model(lj.merge(params), X)
+    want = on_merged(model)(params, X)
     close(jax.jit(ADAPTED)(params, X), want)
     close(jax.vmap(ADAPTED, in_axes=(None, 0))(params, X), want)
-    both = jax.tree.map(
-        lambda *x: jnp.stack(x), params, jax.tree.map(lambda x: x / 2, params)
-    )
-    got = jax.vmap(ADAPTED, in_axes=(0, None))(both, X)
-    halved = jax.tree.map(lambda x: x[1], both)
-    close(got[1], model(lj.merge(halved), X))
+    halved = jax.tree.map(lambda x: np.asarray(x) / np.float32(2), params)
+    both = jax.tree.map(lambda *x: np.stack(x), params, halved)
+    got = jax.jit(jax.vmap(ADAPTED, in_axes=(0, None)))(both, X)
+    close(got[1], on_merged(model)(halved, X))
 
 
 def test_forward_mode_and_second_derivatives(params, close):
@@ -1211,7 +1212,7 @@ class Stacked(nn.Module):
 
 
 def test_scanned_rematerialized_linen_model(randomized, close):
-    base = Stacked().init(jax.random.key(0), IDS)
+    base = jax.jit(Stacked().init)(jax.random.key(0), IDS)
     axes = {"params/layers/dense/kernel": lj.Axes((0,), (1,), (2,))}
     with pytest.raises(
         ValueError, match=r"'params/layers/dense/kernel'.*axes=find_axes"
@@ -1221,7 +1222,7 @@ def test_scanned_rematerialized_linen_model(randomized, close):
     apply = lj.lora(Stacked().apply, materialize="error")
     close(apply(params, IDS), Stacked().apply(base, IDS), atol=0)
     params = randomized(params)
-    close(apply(params, IDS), Stacked().apply(lj.merge(params), IDS))
+    close(apply(params, IDS), on_merged(Stacked().apply)(params, IDS))
     scalar = lambda fn: lambda p, ids: jnp.sin(fn(p, ids)).sum()
     adapters, half = lj.split(params)
     grad = lambda fn: jax.grad(lambda a: scalar(fn)(lj.combine(a, half), IDS))(adapters)
@@ -1432,3 +1433,122 @@ def test_constants_come_out_as_arrays():
     assert [type(x) for x in got] == [type(x) for x in want]
     for x, y in zip(got[:4], want[:4], strict=True):
         assert x.dtype == y.dtype and jnp.shape(x) == jnp.shape(y)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit])
+def test_lora_takes_float64_of_numpy_as_jax_does(wrap, close):
+    """Under x64 random bits, ranges and results would have other values and dtypes."""
+
+    def fn(params, x):
+        y = x @ params["w"]
+        noise = jax.random.normal(jax.random.key(0), y.shape)
+        kept = jax.random.bernoulli(jax.random.key(1), 0.5, y.shape)
+        return jnp.where(kept, y + noise, 0.0), jnp.arange(3), params["b"]
+
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((D, D)), "b": np.float64(1.5)}
+    assert base["w"].dtype == np.float64
+    params = lj.lorafy(base, 2, targets="w")
+    params["w_lora_b"] = jax.device_put(
+        np.asarray(rng.standard_normal((2, D)), jnp.float32)
+    )
+    got, want = wrap(lj.lora(fn))(params, X), wrap(fn)(lj.merge(params), X)
+    dtypes = lambda tree: [jnp.result_type(x) for x in tree]
+    assert dtypes(got) == dtypes(want)
+    close(got, want)
+    with jax.enable_x64(True):  # where it is on, float64 it is
+        run = lj.lora(lambda p: p["w"] * 2.0, materialize="allow")
+        assert run(params).dtype == np.float64
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_stops_the_gradient_of_the_scale(dora, randomized):
+    base = {"w": jnp.asarray(X[:, :3])}
+    params = randomized(lj.lorafy(base, 2, targets="w", dora=dora))
+    loss = lambda params: jnp.sin(X.T @ lj.lora(lambda p: p["w"])(params)).sum()
+    with pytest.warns(UserWarning, match="return"):
+        grads = jax.grad(loss)(params)
+    assert grads["w_lora_scale"] == 0
+    assert np.abs(grads["w_lora_a"]).max() > 0
+
+
+def test_lora_on_adapters_that_vary_over_a_mesh_and_a_weight_that_does_not(close):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    w, xs = rng.standard_normal((D, D)), rng.standard_normal((2, BATCH, D))
+    w, xs = jnp.asarray(w, jnp.float32), jnp.asarray(xs, jnp.float32)
+    rule = jax.custom_vjp(jnp.sin)
+    rule.defvjp(lambda w: (jnp.sin(w), w), lambda w, ct: (ct * jnp.cos(w),))
+    step = lambda w, x: jnp.tanh(x @ jnp.cos(w))
+    fns = [
+        lambda p, x: x @ p["w"],
+        lambda p, x: x @ jnp.tanh(p["w"]),
+        lambda p, x: x @ jax.nn.relu(p["w"]),
+        lambda p, x: x @ rule(p["w"]),
+        lambda p, x: lax.scan(lambda h, _: (step(h, p["w"]), None), p["w"], None, 2)[0],
+        lambda p, x: jnp.tanh(p["w"]) + lax.psum(p["w"].sum(), "i"),
+    ]
+    trees = [lj.lorafy({"w": w}, 2, targets="w") for _ in range(2)]
+    for tree in trees:
+        tree["w_lora_b"] = jax.device_put(
+            np.asarray(rng.standard_normal((2, D)), jnp.float32)
+        )
+    many = lj.stack(trees)
+    specs = {name: P() if name == "w" else P("i") for name in many}
+
+    def values(run):
+        def device(many, xs):
+            own = {k: v if k == "w" else v[0] for k, v in many.items()}
+            return [run(fn)(own, xs[0])[None] for fn in fns]
+
+        sizes = {"mesh": mesh, "in_specs": (specs, P("i")), "out_specs": P("i")}
+        return jax.jit(jax.shard_map(device, **sizes))(many, xs)
+
+    merged = lambda fn: (
+        lambda p, x: fn(
+            {"w": p["w"] + p["w_lora_scale"] * p["w_lora_a"] @ p["w_lora_b"]}, x
+        )
+    )
+    close(values(lambda fn: lj.lora(fn, materialize="allow")), values(merged))
+
+
+def closing_over_a_weight(params, x):
+    w = params["w"]
+
+    @jax.custom_jvp
+    def f(x):
+        return jnp.sin(x @ w)
+
+    f.defjvp(lambda xs, dots: (f(*xs), jnp.cos(xs[0] @ w) * (dots[0] @ w)))
+    return f(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit])
+def test_lora_runs_a_rule_that_closes_over_a_weight_or_names_it(wrap, params, close):
+    params = {name: params[name] for name in params if name[0] == "w"}
+    params = {k: v for k, v in params.items() if not k.startswith("window")}
+    total = lambda run: wrap(jax.value_and_grad(lambda x: run(x).sum()))
+    run = lj.lora(closing_over_a_weight, materialize="allow")
+    got = total(lambda x: run(params, x))(X)
+    close(got, total(lambda x: jnp.sin(x @ lj.merge(params)["w"]))(X))
+    with pytest.raises(ValueError, match=r"closes over 'w'.*Pass it as an argument"):
+        wrap(jax.grad(lambda params: run(params, X).sum()))(params)
+
+
+def test_lora_refuses_jet(params):
+    from jax.experimental import jet
+
+    run = lambda x: lj.lora(lambda p, x: x @ p["w"], unused="ignore")(params, x)
+    with pytest.raises(ValueError, match=r"jet has no rule.*merge\(params\)"):
+        jet.jet(run, (X,), ((X, X),))
+
+
+def test_lora_warns_of_the_same_line_at_each_call():
+    helper = jax.jit(lambda w: jnp.tanh(w))
+    params = lj.lorafy({"w": jnp.ones((D, D))}, 2, targets="w")
+    lines = set()
+    for _ in range(3):
+        with pytest.warns(UserWarning) as caught:
+            lj.lora(lambda params, x: x @ helper(params["w"]))(params, X)
+        lines.add(str(caught[0].message))
+    assert len(lines) == 1

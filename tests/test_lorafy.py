@@ -24,7 +24,9 @@ def w(*shape, dtype=jnp.float32):
 
 
 def weight(*shape, dtype=np.float32, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return jax.device_put(
+        np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    )
 
 
 def by_name(params):

@@ -1,6 +1,9 @@
 """A live module with adapters is that module with merged weights, in all it does."""
 
+import copy
 import functools
+import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +74,8 @@ def by_hand(module, model):
         beside = "/".join(map(str, path[:-1]))
         if f"{beside}/lora_a" in leaves and path[-1] in ("kernel", "embedding"):
             a, b, s = (leaves[f"{beside}/lora_{n}"] for n in ("a", "b", "scale"))
-            x = x.replace(jnp.asarray(np.asarray(x[...]) + s * a @ b, x.dtype))
+            whole = np.asarray(x[...]) + s * a @ b
+            x = x.replace(jax.device_put(whole.astype(x.dtype)))
         new.append((path, x))
     nnx.update(model, nnx.from_flat_state(new))
     return model
@@ -130,7 +134,7 @@ def test_other_methods_have_the_adapters_too():
     plain = by_hand(module, net())
     module.eval(), plain.eval()
     same(module.features(IDS), plain.features(IDS))
-    with pytest.raises(AttributeError, match=r"no attribute 'nothing'.*no method"):
+    with pytest.raises(AttributeError, match=r"LoRA has no attribute 'nothing'.*'Net'"):
         module.nothing  # noqa: B018
     with pytest.raises(AttributeError, match=r"module\.model\.layers, without"):
         module.layers  # noqa: B018
@@ -348,8 +352,7 @@ def test_methods_of_every_kind():
         module.steps(X)
     with pytest.raises(TypeError, match=r"Kinds is no function.*module\.encode"):
         module(X)
-    with pytest.raises(AttributeError, match="no attribute 'Config'"):
-        module.Config  # noqa: B018
+    assert module.Config is Kinds.Config  # a setting
 
 
 @pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # squared, it is formed
@@ -425,7 +428,10 @@ def test_axes_are_read_off_the_call():
         lj.LoRA(model, 2)
     graph, state = nnx.split(model)
     call = lambda state, x: nnx.merge(graph, state)(x)
-    module = moved(lj.LoRA(model, 2, axes=lj.find_axes(call, state, x)))
+    axes = lj.find_axes(model, x)
+    assert axes == lj.find_axes(call, state, x)
+    module = moved(lj.LoRA(model, 2, axes=axes))
+    assert lj.find_axes(module, x) == axes
     assert module.model.heads.lora_b[...].shape == (2, 2, 4)
     kernel = np.asarray(model.patches.kernel[...])
     own = module.model.patches
@@ -587,43 +593,6 @@ def test_an_error_in_the_model_leaves_the_module_as_it_was():
     assert module.model.calls[...] == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs
-def test_a_model_of_another_package():
-    """Tunix's Qwen3, as it is: with google-tunix 0.1.7."""
-    qwen3 = pytest.importorskip("tunix.models.qwen3.model")
-    sizes = dict(num_layers=2, vocab_size=30, embed_dim=16, hidden_dim=24, num_heads=2)
-    sizes |= dict(head_dim=8, num_kv_heads=1, rope_theta=10_000, norm_eps=1e-6)
-    model = qwen3.Qwen3(qwen3.ModelConfig(**sizes), rngs=nnx.Rngs(0))
-    ids, places = jnp.array([[3, 7, 1, 2]]), jnp.arange(4)[None]
-    mask = jnp.tril(jnp.ones((1, 4, 4), bool))
-
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    call = lambda params: nnx.merge(graph, params, rest)(ids, places, None, mask)[0]
-    axes = lj.find_axes(call, params)
-    module = lj.LoRA(model, 2, targets=["attn", "mlp"], axes=axes)
-    moved(module)
-    got, _ = module(ids, places, None, mask)
-    want, _ = module.merge()(ids, places, None, mask)
-    plain, _ = model(ids, places, None, mask)
-    same(got, want, 1e-4)
-    assert np.abs(got - plain).max() > 0.1
-
-    @nnx.jit
-    def step(module, optimizer):
-        def loss(module):
-            return -jax.nn.log_softmax(module(ids, places, None, mask)[0])[
-                ..., 5
-            ].mean()
-
-        value, grads = nnx.value_and_grad(loss, argnums=TRAINS)(module)
-        optimizer.update(module, grads)
-        return value
-
-    optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.LoRAParam)
-    losses = [float(step(module, optimizer)) for _ in range(10)]
-    assert losses[-1] < losses[0]
-
-
 def test_a_function_that_jax_traces_may_close_over_the_module():
     """In inference nothing is kept, so nothing may be written from inside the trace."""
     module = adapted()
@@ -634,3 +603,454 @@ def test_a_function_that_jax_traces_may_close_over_the_module():
     same(each, want)
     last = jax.lax.map(lambda ids: module.features(ids[None])[0], IDS)
     same(last, want)
+
+
+def act(x):
+    return x
+
+
+class Signed(nnx.Module):
+    """A model with settings, and signatures that trainers ask about."""
+
+    kind = "decoder"
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+        self.config = {"layers": 1}
+        self.decode = False
+        self.act = act
+        self.table = nnx.data(jnp.ones(3))
+        self.first = nnx.static((self.layer.__call__,))
+        self._seed = 3
+
+    @property
+    def num_embed(self):
+        return self.layer.in_features
+
+    @property
+    def weights(self):
+        return {"layer": self.layer.kernel}
+
+    def __call__(self, x, positions=None, *, segment_ids: int = 0):
+        """Runs the layer."""
+        return self.layer(x) * (2 if self.decode else 1)
+
+    def encode(self, x, /, scale=1.0):
+        """Scales what the layer gives."""
+        return self.layer(x) * scale
+
+    half = functools.partialmethod(encode, scale=0.5)
+
+    @nnx.jit
+    def jitted(self, x, positions=None):
+        return self.layer(x)
+
+
+def signed(**options):
+    return moved(lj.LoRA(Signed(nnx.Rngs(0)), 2, **options))
+
+
+ROUTES = {
+    "as built": lambda module: module,
+    "merged": lambda module: nnx.merge(*nnx.split(module)),
+    "cloned": nnx.clone,
+    "copied": copy.copy,
+    "deeply": copy.deepcopy,
+    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
+    "of shapes": lambda module: nnx.eval_shape(lambda: module),
+    "as a pytree": lambda module: jax.tree.map(lambda x: x, module),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_methods_have_the_signatures_of_the_model(route):
+    module, plain = ROUTES[route](signed()), Signed(nnx.Rngs(0))
+    for name in ("__call__", "encode", "half", "jitted"):
+        want = inspect.signature(getattr(plain, name))
+        assert inspect.signature(getattr(module, name)) == want
+    assert inspect.signature(module) == inspect.signature(plain)
+    assert module.__call__.__doc__ == "Runs the layer."
+    assert (module.encode.__name__, module.encode.__doc__) == (
+        "encode",
+        "Scales what the layer gives.",
+    )
+
+
+def test_signatures_inside_a_jitted_function():
+    found = []
+
+    @nnx.jit
+    def run(module, x):
+        found.append(inspect.signature(module.__call__))
+        return module(x)
+
+    same(run(signed(), X), signed()(X))
+    assert found == [inspect.signature(Signed(nnx.Rngs(0)).__call__)]
+
+
+def test_methods_are_equal_to_themselves_and_survive_pickle():
+    module = signed()
+    assert module.encode == module.encode and module.__call__ == module.__call__
+    traced = []
+    run = jax.jit(lambda method, x: traced.append(1) or method(x), static_argnums=0)
+    for _ in range(2):
+        same(run(module.encode, X), module.encode(X))
+    assert len(traced) == 1
+    again = pickle.loads(pickle.dumps(module.encode))
+    same(again(X, scale=2.0), 2 * module(X))
+
+
+def test_a_subclass_may_have_a_call_of_its_own():
+    class Twice(lj.LoRA):
+        factor = 1
+
+        def __call__(self, x):
+            return self.factor * super().__call__(x, segment_ids=1)
+
+    model = Signed(nnx.Rngs(0))
+    model.factor = 3  # of one name with the subclass's own
+    module = moved(Twice(model, 2))
+    module.factor = 2
+    assert module.model.factor == 3
+    assert str(inspect.signature(module.__call__)) == "(x)"
+    assert list(inspect.signature(module.encode).parameters) == ["x", "scale"]
+    same(module(X), 2 * signed()(X))
+
+
+def test_a_call_without_a_signature():
+    class Opaque(Signed):
+        def __call__(self, *args):
+            return self.layer(*args)
+
+    Opaque.__call__.__signature__ = "none"  # so that inspect refuses
+    module = moved(lj.LoRA(Opaque(nnx.Rngs(0)), 2))
+    kinds = [
+        p.kind.name for p in inspect.signature(module.__call__).parameters.values()
+    ]
+    assert kinds == ["VAR_POSITIONAL", "VAR_KEYWORD"]
+    same(module(X), module.merge()(X))
+
+
+def test_settings_are_those_of_the_model():
+    given = Signed(nnx.Rngs(0))
+    module = moved(lj.LoRA(given, 2))
+    assert module.config is module.model.config
+    assert (module.kind, module.num_embed, module.act) == ("decoder", 4, act)
+    for name in ("layer", "table", "first", "weights", "_seed"):
+        with pytest.raises(AttributeError, match=rf"module\.model\.{name}, without"):
+            getattr(module, name)
+        assert not hasattr(module, name)
+    before = module(X)
+    module.decode = True
+    assert module.model.decode and not given.decode
+    assert "decode" not in vars(module)
+    same(module(X), 2 * before)
+    module.set_attributes(decode=False)
+    same(module(X), before)
+    with pytest.raises(AttributeError, match=r"Write module\.model\.layer = "):
+        module.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    module.step = 7  # what the model has not is the module's own
+    assert module.step == 7 and not hasattr(module.model, "step")
+
+
+def test_settings_of_the_adapters_can_be_set_later():
+    module = signed()
+    plain = module(X)
+    module.dropout, module.rngs = 0.5, nnx.Rngs(5)
+    assert np.abs(module(X) - plain).max() > 1e-3
+    if hasattr(nnx, "view"):  # newer than the oldest Flax
+        same(nnx.view(module, deterministic=True)(X), plain)
+        assert not module.deterministic
+    module.eval()
+    same(module(X), plain)
+
+
+def names_of(tree):
+    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)}
+
+
+def test_functions_of_trees_take_modules(tmp_path):
+    """The same as with the state, without a prefix, and a module where there is one."""
+    model = net()
+    module = adapted(model=model)
+    module.eval(), model.eval()
+    state, want = nnx.state(module.model), module(IDS)
+    assert lj.count(module) == lj.count(state) == lj.count(module.model)
+    path = tmp_path / "a.safetensors"
+    lj.save(path, module)
+    data = path.read_bytes()
+    lj.save(path, state)
+    assert path.read_bytes() == data
+    names = {"embed/embedding": "embed", "layers/*/kernel": "layers.{}"}
+    names["head/kernel"] = "head"
+    lj.export_peft(tmp_path / "peft", module, names)
+
+    loaded = lj.load(path, model)
+    back = lj.import_peft(tmp_path / "peft", model, names)
+    joined = lj.attach(lj.detach(module), model)
+    for new in (loaded, back, joined):
+        assert type(new) is lj.LoRA and type(new.model) is Net
+        new.eval()
+        same(new(IDS), want)
+    with pytest.raises(ValueError, match=r"adapter in base already.*strip"):
+        lj.load(path, module)
+    assert type(lj.load(path, lj.strip(module))) is lj.LoRA
+
+    for plain in (lj.merge(module), lj.merge(module.model)):
+        assert type(plain) is Net and names_of(nnx.state(plain)) == names_of(
+            nnx.state(model)
+        )
+        same(plain(IDS), want)
+    plain = lj.strip(module)
+    assert type(plain) is Net
+    same(plain(IDS), model(IDS))
+    head = {"head.weight": np.asarray(model.head.kernel[...]).T}
+    assert lj.find_names(module, head, targets="head") == {"head/kernel": "head"}
+
+
+def test_functions_of_trees_give_modules():
+    model = net()
+    module, other = adapted(model=model), moved(adapted(model=model), seed=2)
+    for each in (model, module, other):
+        each.eval()
+    plain, want = model(IDS), module(IDS)
+    off = lj.rescale(module, 0.0)
+    same(off(IDS), plain)
+    same(module(IDS), want)  # which is not changed
+    both = lj.add(module, other)  # though one has run more often than the other
+    assert type(both) is lj.LoRA and both.model.head.lora_a.shape == (4, 4)
+    want_kernel = sum(np.asarray(lj.merge(m).head.kernel[...]) for m in (module, other))
+    same(
+        lj.merge(both).head.kernel[...],
+        want_kernel - np.asarray(model.head.kernel[...]),
+    )
+    wider = lj.resize(module, {"layers/0": 4})
+    assert wider.model.layers[0].lora_a.shape == (4, 4)
+    same(wider(IDS), want)
+    start = lj.LoRA(model, 2)
+    start.eval()
+    same(lj.principal(start)(IDS), plain)
+    tuned = lj.merge(module)
+    found = lj.extract(tuned, model, 2, targets=["kernel", "embedding"])
+    assert type(found) is lj.LoRA
+    found.eval()
+    same(found(IDS), want, 1e-4)
+    assert dict((p, r) for p, r, _ in lj.kept(tuned, found).rows)["head/kernel"] == 2
+
+
+def test_the_options_of_a_module_stay():
+    module = adapted(dropout=0.5, rngs=nnx.Rngs(5), unused="ignore")
+    new = lj.rescale(module, 2.0)
+    assert (new.dropout, new.unused) == (0.5, "ignore")
+    module.model.eval(), new.model.eval()
+    one, two = new(IDS), new(IDS)
+    assert np.abs(one - two).max() > 1e-3
+    assert new.rngs.dropout.count[...] == 2 and module.rngs.dropout.count[...] == 0
+
+
+def test_quantized_models():
+    model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
+    stored = lj.quantize(model, "nf4", block=4)
+    assert type(stored) is nnx.Sequential
+    assert isinstance(stored.layers[0].kernel.get_raw_value(), lj.Quantized)
+    assert isinstance(model.layers[0].kernel[...], jax.Array)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+    floats = lj.dequantize(stored)
+    module = moved(lj.LoRA(stored, 2))
+    kept = lj.strip(module).layers[0].kernel.get_raw_value()
+    assert kept.values is stored.layers[0].kernel.get_raw_value().values
+    same(module(x), lj.dequantize(module)(x))
+    after = lj.quantize(moved(lj.LoRA(model, 2)), "nf4", block=4)
+    same(after(x), module(x))
+    same(lj.merge(stored)(x), floats(x))
+    assert "nf4" in str(lj.explain(stored, x))
+
+
+def test_where_there_is_no_model_it_is_a_state():
+    module = adapted()
+    state = nnx.state(module.model)
+    halves = lj.split(module)
+    for got, want in zip(halves, lj.split(state), strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+    joined = lj.combine(*halves)
+    assert jax.tree.structure(joined) == jax.tree.structure(state)
+    for f in (lj.mask, lj.labels):
+        assert f(module) == f(state)
+    both = lj.stack([module, module])
+    assert both["head"]["lora_a"].shape == (2, 4, 2)
+    assert lj.in_axes(both)["head"]["lora_a"] == 0
+    assert type(lj.take(both, 1)) is nnx.State
+    kept = lj.detach(module)
+    before = np.asarray(kept["head"]["lora_a"][...])
+    moved(module, seed=3)
+    np.testing.assert_array_equal(kept["head"]["lora_a"][...], before)
+    for state in (*halves, both, kept):
+        assert type(state) is nnx.State
+
+
+def test_functions_of_functions_take_modules():
+    module = adapted()
+    module.eval()
+    plain = nnx.clone(lj.strip(module))
+    graph, state = nnx.graphdef(plain), nnx.state(module.model)
+    fn = lambda state, ids: nnx.merge(graph, state)(ids)
+    report = lj.explain(module, IDS)
+    assert [row[:7] for row in report.rows] == [
+        row[:7] for row in lj.explain(fn, state, IDS).rows
+    ]
+    assert all(row.used for row in report.rows)
+    idle = [row.path for row in lj.explain(module.features, IDS).rows if not row.used]
+    assert idle == ["head/kernel"]
+    total = lambda ids, model: model(ids).sum()
+    report = lj.explain(total, IDS, model=module, argnames="model")
+    assert len(report.rows) == 4
+    axes = lj.find_axes(plain, IDS)
+    assert axes["head/kernel"] == lj.Axes((), (0,), (1,))
+    assert lj.find_axes(total, IDS, model=plain, argnames="model") == axes
+    assert "head/kernel" not in lj.find_axes(plain.features, IDS)
+    noisy = Noisy(nnx.Rngs(0))
+    axes = lj.find_axes(noisy, X, nnx.Rngs(noise=1), name="sum")
+    assert axes == {"layer/kernel": lj.Axes((), (0,), (1,))}
+
+
+class Kept(nnx.Module):
+    """A matrix that is no parameter, which no adapter can update."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+        self.mixing = nnx.BatchStat(jnp.eye(4))
+
+    def __call__(self, x):
+        return self.layer(x @ self.mixing[...])
+
+
+def test_axes_of_a_model_are_those_of_its_parameters():
+    axes = lj.find_axes(Kept(nnx.Rngs(0)), X)
+    assert [*axes] == ["layer/kernel"]
+    module = lj.LoRA(Kept(nnx.Rngs(0)), 2, targets="*", axes=axes)
+    same(module(X), module.merge()(X))
+
+
+def test_abstract_models(tmp_path):
+    path = tmp_path / "a.safetensors"
+    module = adapted()
+    lj.save(path, module)
+    shapes = nnx.eval_shape(lambda: net())
+    ids = jax.ShapeDtypeStruct(IDS.shape, IDS.dtype)
+    assert lj.find_axes(shapes, ids) == lj.find_axes(net(), IDS)
+    whole = lj.LoRA(shapes, 2, targets=["kernel", "embedding"])
+    assert lj.count(whole) == lj.count(module)
+    assert len(lj.explain(whole, ids).rows) == 4
+    loaded = lj.load(path, shapes)
+    same(loaded.model.head.lora_b[...], module.model.head.lora_b[...])
+    assert isinstance(loaded.model.head.kernel.get_raw_value(), jax.ShapeDtypeStruct)
+    stored = lj.quantize(shapes, "int8")
+    assert lj.count(stored).base_bytes < lj.count(module).base_bytes
+
+
+def test_keys_and_counts_are_no_parameters():
+    model = net()
+    weights = jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    module = lj.LoRA(model, 1)
+    assert lj.count(module).total - lj.count(module).trainable == sum(
+        x.size for x in weights
+    )
+    other = lj.LoRA(model, 1)
+    other.model.drop(jnp.ones(3))  # counts
+    assert type(lj.add(module, other)) is lj.LoRA
+    other.model.norm.mean[...] += 1
+    with pytest.raises(ValueError, match=r"'norm/mean' of tree 1.*attach"):
+        lj.add(module, other)
+    tuned = nnx.clone(model)
+    tuned.drop(jnp.ones(3))
+    tuned.head.kernel[...] += 1
+    assert type(lj.extract(tuned, model, 1, targets="head")) is lj.LoRA
+
+
+def test_a_lora_inside_a_model():
+    class Outer(nnx.Module):
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    outer = Outer(signed())
+    assert lj.count(outer) == lj.count(outer.inner)
+    twice = lj.rescale(outer, 2.0)
+    assert type(twice) is Outer and twice.inner.model.layer.lora_scale[...] == 2
+    with pytest.raises(ValueError, match=r"Outer holds a LoRA at 'inner'"):
+        lj.merge(outer)
+
+
+def test_what_takes_no_module_says_what_does():
+    model = Half(nnx.Rngs(0))
+    with pytest.raises(
+        TypeError, match=r"live module Half\. Write LoRA\(model, rank\)"
+    ):
+        lj.lorafy(model, 2)
+    with pytest.raises(
+        TypeError, match=r"live module Half\. Write LoRA\(model, rank\)"
+    ):
+        lj.lora(model)
+    call = lj.lora(lambda model, x: model(x))
+    with pytest.raises(TypeError, match=r"live module LoRA.*function itself"):
+        call(lj.LoRA(model, 2), X)
+    with pytest.raises(ValueError, match=r"no adapters.*LoRA\(model, rank\)"):
+        lj.count(model)
+
+
+FROZEN = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+
+
+def update(module, optimizer, x):
+    loss = lambda module: jnp.mean(module(x) ** 2)
+    optimizer.update(module, nnx.grad(loss, argnums=TRAINS)(module))
+
+
+def apart(module, optimizer, x, steps, traced):
+    graph, base, state = nnx.split((module, optimizer), FROZEN, ...)
+
+    @jax.jit
+    def step(base, state, x):
+        traced.append(1)
+        module, optimizer = nnx.merge(graph, base, state)
+        update(module, optimizer, x)
+        return nnx.state((module, optimizer), nnx.Not(FROZEN))
+
+    for _ in range(steps):
+        state = step(base, state, x)
+    nnx.update((module, optimizer), state)
+
+
+def no_updates(module, optimizer, x, steps, traced):
+    step = nnx.jit(lambda *args: traced.append(1) or update(*args), graph_updates=False)
+    for _ in range(steps):
+        step(module, optimizer, x)
+
+
+@pytest.mark.parametrize("run", [apart, no_updates])
+def test_a_step_that_copies_no_frozen_weight(run):
+    if (
+        run is no_updates
+        and "graph_updates" not in inspect.signature(nnx.jit).parameters
+    ):
+        pytest.skip("Flax before 0.12.6")
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(64, 4, rngs=rngs),
+        nnx.Dropout(0.5, rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+    )
+    module = lj.LoRA(model, 2)
+    optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.LoRAParam)
+    weights = lambda: jax.tree.leaves(nnx.state(module, FROZEN))
+    pointers = [x.unsafe_buffer_pointer() for x in weights()]
+    mean, traced = module.model.layers[2].mean[...], []
+    run(module, optimizer, jnp.ones((3, 64)), 3, traced)
+    assert [x.unsafe_buffer_pointer() for x in weights()] == pointers
+    assert len(traced) == 1
+    assert np.abs(module.model.layers[0].lora_b[...]).max() > 1e-3
+    assert module.model.layers[1].rngs.count[...] == 3
+    assert np.abs(module.model.layers[2].mean[...] - mean).max() > 0
+    assert optimizer.step[...] == 3

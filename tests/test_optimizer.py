@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 
@@ -379,3 +380,174 @@ def test_it_fits_a_train_state():
     assert bits(lj.strip(state.params)) == bits(lj.strip(params))
     moved = state.params["layers"][0]["down"]["lora_a"]
     assert (moved != params["layers"][0]["down"]["lora_a"]).any()
+
+
+# Donation, as the documents describe it
+
+
+def trained_by(tx, loss):
+    """One step of the documents: donated."""
+
+    @jax.jit(donate_argnums=(0, 1))
+    def step(params, state, *rest):
+        updates, state = tx.update(jax.grad(loss)(params, *rest), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def product(params, x):
+    return x @ params["m"]["kernel"] @ params["head"]
+
+
+def test_donating_the_tree_deletes_what_it_shares_with_others():
+    base = lj.strip(small())
+    params, other = lj.lorafy(base, 2), lj.lorafy(base, 2)
+    tx = lj.adapters_only(optax.sgd(0.5))
+    loss = lambda params: jnp.sum(lj.lora(product)(params, jnp.ones((2, 3))))
+    buffer = params["m"]["kernel"].unsafe_buffer_pointer()
+    params, _ = trained_by(tx, loss)(params, tx.init(params))
+    assert params["m"]["kernel"].unsafe_buffer_pointer() == buffer
+    assert np.isfinite(lj.merge(params)["m"]["kernel"]).all()
+    for lost in (base, other):
+        with pytest.raises(RuntimeError, match="Array has been deleted"):
+            product(lost, jnp.ones((2, 3)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(lj.split(other)[0]))
+
+
+def test_donating_the_half_of_split_keeps_the_base():
+    base = lj.strip(small())
+    params, other = lj.lorafy(base, 2), lj.lorafy(base, 2)
+    tx, run = optax.sgd(0.5), lj.lora(product)
+    loss = lambda a, b: jnp.sum(run(lj.combine(a, b), jnp.ones((2, 3))))
+    adapters, frozen = lj.split(params)
+    adapters, _ = trained_by(tx, loss)(adapters, tx.init(adapters), frozen)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((base, other)))
+    params = lj.combine(adapters, frozen)
+    assert params["m"]["kernel"] is base["m"]["kernel"]
+    assert (run(params, jnp.ones((2, 3))) != run(other, jnp.ones((2, 3)))).any()
+
+
+def test_an_array_that_is_in_the_tree_twice_can_be_trained_by_split_alone():
+    table = normal(3, 3)
+    params = lj.lorafy({"m": {"kernel": table}, "head": table}, 2)
+    x = jnp.ones((2, 3))
+    tx, whole = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
+    only = lj.adapters_only(tx)
+    twice = "donate the same buffer twice"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=twice):
+        trained_by(only, whole)(params, only.init(params))
+    adapters, frozen = lj.split(params)
+    step = trained_by(tx, lambda a, b: whole(lj.combine(a, b)))
+    adapters, _ = step(adapters, tx.init(adapters), frozen)
+    assert np.isfinite(adapters["m"]["lora_b"]).all() and not table.is_deleted()
+
+
+# What else reads the gradients
+
+
+def clipped(tx):
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+SGD = optax.sgd(0.1)
+READERS = {
+    "nothing": (lj.adapters_only(SGD), lambda grads: 0.0),
+    "the norm of the adapters": (
+        lj.adapters_only(SGD),
+        lambda grads: optax.tree.norm(lj.split(grads)[0]),
+    ),
+    "a clip inside": (lj.adapters_only(clipped(SGD)), lambda grads: 0.0),
+    "a finite check inside": (
+        lj.adapters_only(optax.apply_if_finite(SGD, 3)),
+        lambda grads: 0.0,
+    ),
+    "the norm of all": (lj.adapters_only(SGD), optax.tree.norm),
+    "a clip outside": (clipped(lj.adapters_only(SGD)), lambda grads: 0.0),
+}
+
+
+@functools.cache
+def flops_with(name):
+    tx, log = READERS[name]
+    kernels = {str(i): {"kernel": np.ones((64, 64), np.float32)} for i in range(3)}
+    params, x = lj.lorafy(kernels, 2), np.ones((32, 64), np.float32)
+
+    def fn(params, x):
+        for name in params:
+            x = jnp.tanh(x @ params[name]["kernel"])
+        return x
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean(lj.lora(fn)(p, x) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, log(grads)
+
+    state = jax.eval_shape(tx.init, params)
+    return step.lower(params, state).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", list(READERS)[1:4])
+def test_reading_the_gradients_of_the_adapters_costs_nothing(name):
+    # Some operations for each of the adapters' elements, and no product.
+    assert flops_with(name) < 1.01 * flops_with("nothing")
+
+
+@pytest.mark.parametrize("name", list(READERS)[4:])
+def test_reading_all_gradients_costs_those_of_the_frozen_weights(name):
+    assert flops_with(name) > 1.3 * flops_with("nothing")
+
+
+# Where the state is
+
+
+def on_mesh(kind):
+    devices = jax.devices()[:4]
+    if kind == "one device":
+        return jax.device_put(lj.strip(small()), devices[3])
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=devices)
+    shape = {"m": {"kernel": (4, 8)}, "head": (8, 4)}
+    place = NamedSharding(mesh, PartitionSpec(None, "x"))
+    put = lambda shape: jax.device_put(np.ones(shape, np.float32), place)
+    return jax.tree.map(put, shape, is_leaf=lambda x: isinstance(x, tuple))
+
+
+STATES = {
+    "adamw": lambda: optax.adamw(0.1),
+    "a rate in the state": lambda: optax.inject_hyperparams(optax.sgd)(0.1),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "L-BFGS": lambda: optax.scale_by_lbfgs(2),
+    "noise from a key": lambda: optax.add_noise(0.1, 0.1, jax.random.key(0)),
+}
+
+
+KINDS = [(name, AxisType.Auto) for name in STATES]
+KINDS += [("adamw", "one device"), ("adamw", AxisType.Explicit)]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_the_state_is_on_the_devices_of_the_adapters(name, kind):
+    params, tx = lj.lorafy(on_mesh(kind), 2), STATES[name]()
+    devices = params["m"]["kernel"].sharding.device_set
+    state = lj.adapters_only(tx).init(params)
+    plain = tx.init(lj.split(params)[0])
+    assert jax.tree.structure(state) == jax.tree.structure(plain)
+    for x, want in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+        assert x.committed and x.sharding.device_set == devices
+        weak, want_weak = (jax.typeof(y).weak_type for y in (x, want))
+        assert x.dtype == want.dtype and weak == want_weak
+        assert (x == want).all()
+        if want.committed:
+            assert x.sharding == want.sharding
+
+
+def test_a_state_on_no_device_in_particular_stays_so():
+    params, tx = small(), lj.adapters_only(optax.adam(0.1))
+    assert not any(x.committed for x in jax.tree.leaves(tx.init(params)))
+    apart = jax.device_put(params["m"]["lora_a"], jax.devices()[1])
+    params["m"]["lora_b"] = jax.device_put(params["m"]["lora_b"], jax.devices()[2])
+    state = tx.init(params | {"m": params["m"] | {"lora_a": apart}})
+    assert not state[0].count.committed
+    shapes = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)

@@ -23,7 +23,7 @@ AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 
 
 def weight(*shape, dtype=jnp.float32):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))
 
 
 def w(*shape, dtype=jnp.float32):
@@ -36,9 +36,8 @@ def by_name(params):
 
 def stored(params):
     """The shapes of the scales, and the formats, by name."""
-    formats = {"int8": "int8", "int4": "int4", "uint4": "nf4"}
     return {
-        name: (formats[q.values.dtype.name], q.scale.shape)
+        name: (q.format, q.scale.shape)
         for name, q in by_name(params).items()
         if is_quantized(q)
     }
@@ -145,7 +144,7 @@ def test_names_and_patterns_are_those_of_lorafy(how, options, want):
 def test_the_greatest_block_that_divides(n, block, blocks):
     params = {"kernel": w(n, 3)}
     if blocks is None:
-        match = r"\(64, 3\), has 64 numbers along dimension 0 .*of 7 have.*block=64"
+        match = r"\(64, 3\), has 64 elements along dimension 0 .*of 7, so.*block=64"
         with pytest.raises(ValueError, match=match):
             lj.quantize(params, "nf4", block=block)
     else:
@@ -315,7 +314,7 @@ def broken(**changes):
         (model, "nf4", {"block": 1}, "at least 2, found 1"),
         (model, "nf4", {"block": 2.0}, "found 2.0"),
         (model, "nf4", {"block": True}, "found True"),
-        (lambda: {"kernel": w(65, 3)}, "nf4", {}, "each number would have a scale"),
+        (lambda: {"kernel": w(65, 3)}, "nf4", {}, "each element would have a scale"),
         (lambda: {"kernel": w(64, 3)}, "nf4", {"block": 63}, "Write block=64"),
         (
             lambda: {"a": {"kernel": w(64, 3)}, "b": {"kernel": w(0, 3)}},
@@ -345,7 +344,7 @@ def broken(**changes):
             small,
             "nf4",
             {},
-            "'query/kernel' is in few bits already. Write exclude=",
+            "'query/kernel' is quantized already. Write exclude=",
         ),
         (lambda: broken(scale=jnp.ones((5, 3))), "nf4", {}, "'m/kernel' is no quan"),
         (lambda: {}, "nf4", {}, "nothing to quantize"),
@@ -362,7 +361,9 @@ def test_no_tree_is_an_error():
 
 
 def test_nothing_to_dequantize_is_an_error():
-    with pytest.raises(ValueError, match=r"No leaf .* few bits. Pass a tree from quan"):
+    with pytest.raises(
+        ValueError, match=r"No leaf .* is quantized. Pass a tree from q"
+    ):
         lj.dequantize(model())
 
 

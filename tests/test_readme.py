@@ -20,6 +20,33 @@ def test_code_prints_its_output(tmp_path, monkeypatch, capsys, third_party):
     assert (tmp_path / "adapter.safetensors").stat().st_size < 40_000
 
 
+def test_its_training_steps_copy_no_frozen_weight(tmp_path, monkeypatch, third_party):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    first = lambda params: params["params"]["layers_0"]["kernel"]
+    new = lambda memory: memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    exec(compile(CODE[0], "README.md", "exec"), names)
+    step, params, state = (names[name] for name in ("step", "params", "state"))
+    memory = step.lower(params, state).compile().memory_analysis()
+    # XLA counts a pointer for each result.
+    assert memory.output_size_in_bytes > 1_700_000 and new(memory) < 200
+    before, buffer = first(params), first(params).unsafe_buffer_pointer()
+    names["params"], _ = step(params, state)
+    assert first(names["params"]).unsafe_buffer_pointer() == buffer
+    assert before.is_deleted()
+
+    (half,) = (block for block in CODE if "lj.split(params)" in block)
+    exec(compile(half, "README.md", "exec"), names)
+    step, adapters, state, base = (
+        names[name] for name in ("step", "adapters", "state", "base")
+    )
+    memory = step.lower(adapters, state, base).compile().memory_analysis()
+    assert memory.output_size_in_bytes < 100_000 and new(memory) < 200
+    assert first(names["params"]) is first(base)
+    assert first(base).unsafe_buffer_pointer() == buffer
+
+
 def test_it_is_short():
     lines = [line for line in CODE[0].splitlines() if line.strip()]
     assert len(lines) <= 15

@@ -30,11 +30,11 @@ RNG = np.random.default_rng(0)
 
 
 def weight(*shape, dtype=jnp.float32):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))
 
 
 def draw(key, shape, dtype):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))
 
 
 def layer(wrap=lambda x, names: x):

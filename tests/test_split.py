@@ -1,5 +1,7 @@
 """The two halves of a tree, its mask and its count, in every container."""
 
+import re
+
 import flax
 import flax.linen as nn
 import jax
@@ -47,7 +49,9 @@ def adapted(kind, also=()):
 
 
 def normal(key, shape, dtype):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    return jax.device_put(
+        np.asarray(np.random.default_rng(0).standard_normal(shape), dtype)
+    )
 
 
 def names(tree):
@@ -191,7 +195,17 @@ def tree(**changes):
     return {"m": leaves, "ok": {"kernel": jax.ShapeDtypeStruct((2,), jnp.float32)}}
 
 
-@pytest.mark.parametrize("use", USES)
+def refuse(params, match):
+    """Asserts that each use of the tree that `params` makes says what is wrong."""
+    for name, use in USES.items():
+        try:
+            use(params())
+        except ValueError as error:
+            assert re.search(match, str(error)), (name, str(error))
+        else:
+            pytest.fail(f"{name} takes it")
+
+
 @pytest.mark.parametrize(
     ("params", "match"),
     [
@@ -219,9 +233,8 @@ def tree(**changes):
         (lambda: tree() | {"m": tree()["m"] | {"lora_scale": 2.0}}, "'m/lora_scale'"),
     ],
 )
-def test_every_use_refuses_no_adapter_and_a_broken_one_by_path(use, params, match):
-    with pytest.raises(ValueError, match=match):
-        USES[use](params())
+def test_every_use_refuses_no_adapter_and_a_broken_one_by_path(params, match):
+    refuse(params, match)
 
 
 LAYOUTS = {  # weight, A, B, scale
@@ -257,7 +270,6 @@ def copied(**changes):
     return {"m": arrays}
 
 
-@pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -273,10 +285,9 @@ def copied(**changes):
         ),
     ],
 )
-def test_every_use_refuses_a_broken_copy_by_path(use, changes, match):
+def test_every_use_refuses_a_broken_copy_by_path(changes, match):
     assert lj.count(copied()) == (15, 30, 60)
-    with pytest.raises(ValueError, match=match):
-        USES[use](copied(**changes))
+    refuse(lambda: copied(**changes), match)
 
 
 def test_an_update_and_a_copy_of_one_bias_are_two_things():

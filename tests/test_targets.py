@@ -446,7 +446,7 @@ def test_the_default_is_every_kernel_and_reports_other_weights():
         {"also": "gate"},
         {"targets": lambda path, x: path.endswith("kernel")},
     ],
-    ids=str,
+    ids=["targets", "ranks", "exclude", "also", "function"],
 )
 def test_what_the_caller_decides_is_no_surprise(options):
     adapted = lj.lorafy(PARAMS, **{"rank": 2} | options)

@@ -142,10 +142,16 @@ def test_a_leaf_is_no_tree(tree):
         flatten(tree)
 
 
-def test_a_live_module_is_no_tree():
+def test_a_live_module_has_the_leaves_of_its_state():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"module Linear.*nnx\.state\(model, nnx\.Par"):
-        flatten(module)
+    leaves = flatten(module)
+    assert leaves == flatten(nnx.state(module))
+    new = unflatten(module, leaves | {("bias",): nnx.Param(x(3))})
+    assert type(new) is nnx.Linear and new is not module
+    assert new.kernel[...] is module.kernel[...]
+    np.testing.assert_array_equal(new.bias[...], x(3))
+    holes = unflatten(module, leaves | {("bias",): None})
+    assert type(holes) is nnx.State and holes["bias"] is None
 
 
 def test_two_leaves_cannot_have_one_path():

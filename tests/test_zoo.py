@@ -243,8 +243,16 @@ LARGE = [name for name in ZOO if "For" in name and not name.startswith("GPT2")]
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in ZOO]
 
 
-def adapted(model, **options):
+@functools.cache
+def made(name):
+    """A model, and the axes of its weights: traced once for all of its tests."""
+    model = ZOO[name]()
     axes = lj.find_axes(model.apply, model.params, *model.inputs) | dict(model.axes)
+    return model, axes
+
+
+def adapted(name, **options):
+    model, axes = made(name)
     return lj.lorafy(model.params, model.rank, targets=[*axes], axes=axes, **options)
 
 
@@ -255,9 +263,8 @@ def filled(shapes, seed):
     return jax.tree.map(draw, shapes)
 
 
-def in_few_bits(model, params):
+def in_few_bits(axes, params):
     """Every weight that pairs of numbers divide in NF4, on what adapts it."""
-    axes = lj.find_axes(model.apply, model.params, *model.inputs) | dict(model.axes)
 
     def is_even(path, w):
         table = path.endswith("embedding")
@@ -288,11 +295,11 @@ QUICK = {("linen scan", "nf4"), ("routed experts", "nf4"), ("linen scan", "dora"
 def test_equals_the_merged_model(name, how, third_party, close):
     """Values and gradients, of a function that is traced once."""
     chex.clear_trace_counter()
-    model = ZOO[name]()
-    params = adapted(model, dora=how == "dora")
+    model, axes = made(name)
+    params = adapted(name, dora=how == "dora")
     fill = lambda seed: filled(params, seed)
     if how == "nf4":
-        fill = lambda seed: in_few_bits(model, filled(params, seed))
+        fill = lambda seed: in_few_bits(axes, filled(params, seed))
 
     @chex.assert_max_traces(n=1)
     def once(*args):
@@ -315,10 +322,10 @@ def test_equals_the_merged_model(name, how, third_party, close):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_keeps_every_weight_factored(name, third_party):
-    model = ZOO[name]()
-    rows = lj.explain(model.apply, adapted(model), *model.inputs).rows
+    model, _ = made(name)
+    rows = lj.explain(model.apply, adapted(name), *model.inputs).rows
     assert [row.path for row in rows if not row.used] == []
     formed = {row.path: row.materialized for row in rows if row.materialized}
     assert formed == dict(model.formed)
-    params = adapted(model, exclude=list(model.formed))
+    params = adapted(name, exclude=list(model.formed))
     jax.eval_shape(lj.lora(model.apply, materialize="error"), params, *model.inputs)

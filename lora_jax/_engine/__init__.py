@@ -8,12 +8,14 @@ each weight. The wing knows arrays, jaxprs and factors: no tree, no file, no opt
 Read in this order:
 
   shapes.py    sizes and reshapes, of shapes alone
-  quantized.py a weight in few bits: its views, and the plain array
+  per_layer.py one layer of a stack after another
+  quantized.py quantized arrays: their views, and the plain array
   factors.py   a weight and its adapter as one array, and the views of it
   thin.py      products with thin arrays, and how they are added to plain ones
   ops.py       the factored products, as namesakes of those of `jax.lax`
   dora.py      the magnitudes of DoRA, and the norms that divide them
   jaxpr.py     JAX's jaxprs: the only file that knows how a release writes them
+  casts.py     which casts must be applied to the whole sum
   run.py       one evaluation: what it is told, and what it has to tell
   products.py  a rule for each product that meets a weight
   views.py     a rule for each view of a weight

@@ -22,7 +22,7 @@ from lora_jax._engine.factors import (
     stacked,
     wider,
 )
-from lora_jax._engine.quantized import dequantize, is_quantized, spread
+from lora_jax._engine.quantized import is_quantized, spread, widened
 from lora_jax._engine.thin import einsum
 
 
@@ -33,7 +33,11 @@ def weight(
 
     Where the norm is zero there is nothing to divide, and the weight is zero.
     """
-    f = align(w, a, b, scale, name)
+    return with_magnitude(align(w, a, b, scale, name), magnitude)
+
+
+def with_magnitude(f: Factors, magnitude: Any) -> Factors:
+    """Factors with the gain that a magnitude gives them, if there is one."""
     if magnitude is None:
         return f
     outputs = [d for d in range(f.ndim) if f.b.shape[d] != 1]
@@ -63,7 +67,7 @@ def norms(f: Factors) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _norms(f: Factors) -> jax.Array:
     dtype = wider(f.dtype, f.a.dtype, f.b.dtype)
-    w, a, b = (dequantize(on_device(x)).astype(dtype) for x in (f.w, f.a, f.b))
+    w, a, b = (widened(on_device(x), dtype) for x in (f.w, f.a, f.b))
     scale = on_device(f.scale).astype(dtype)
     product = functools.partial(einsum, precision=lax.Precision.HIGHEST)
     dims, r, q = list(range(f.ndim)), f.ndim, f.ndim + 1

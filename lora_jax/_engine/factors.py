@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax._engine import quantized
 from lora_jax._engine.quantized import dequantize, is_quantized
-from lora_jax._engine.shapes import segments
+from lora_jax._engine.shapes import segments, size
 
 # The types of numbers that there are only under `jax.enable_x64`.
 WIDE = {np.dtype(name) for name in ("int64", "uint64", "float64", "complex128")}
@@ -115,7 +115,9 @@ def _aligned(a: Any, b: Any, scale: Any, shape: tuple[int, ...]) -> tuple[Any, .
         n if n == i == o else 1
         for n, i, o in zip(shape, a.shape[:-1], b.shape[:-1], strict=True)
     )
-    return a, b, jnp.reshape(scale, tuple(sizes))
+    # A setting, not a parameter: whatever filter chooses what is trained, its gradient
+    # is zero.
+    return a, b, lax.stop_gradient(jnp.reshape(scale, tuple(sizes)))
 
 
 def delta(f: Factors) -> jax.Array:
@@ -136,6 +138,11 @@ def delta(f: Factors) -> jax.Array:
     )
     product = jnp.expand_dims(product, [d for d in range(f.ndim) if d not in kept])
     return jnp.broadcast_to(product, f.shape)
+
+
+def delta_flops(f: Factors) -> int:
+    """The FLOPs of `delta`."""
+    return 2 * size(f.shape[d] for d in varying(f)) * f.rank
 
 
 def materialize(f: Factors) -> jax.Array:
@@ -184,6 +191,23 @@ def wider(*dtypes: Any) -> np.dtype:
 def x64(dtypes: Iterable[Any]) -> AbstractContextManager:
     """`jax.enable_x64` where it was on, of which nothing but the types tells later."""
     return nullcontext() if WIDE.isdisjoint(dtypes) else jax.enable_x64(True)
+
+
+def canonical(x: Any) -> Any:
+    """An argument as JAX itself takes it: NumPy's float64 is float32 unless x64 is on.
+
+    Without this a float64 NumPy weight would be traced under `jax.enable_x64`, where
+    `jax.random` draws other bits and `jnp.arange` has another dtype. An array of JAX
+    that has a wide dtype is different: it was made under x64 on purpose.
+    """
+    if not isinstance(x, np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        return x
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    if dtype == x.dtype:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(dtype=dtype)
+    return x.astype(dtype)
 
 
 def present(factor: jax.Array) -> list[int]:

@@ -11,7 +11,7 @@ import math
 import os
 import sysconfig
 import textwrap
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jax import lax
 from jax.extend import core
 
 from lora_jax._engine import quantized
-from lora_jax._engine.factors import x64
+from lora_jax._engine.factors import canonical, x64
 from lora_jax._engine.quantized import Quantized, is_quantized, like
 
 # Calls whose operands are the inputs of the jaxpr under this parameter, one to one.
@@ -54,6 +54,7 @@ class Trace(NamedTuple):
 
     jaxpr: Any
     restore: Callable[[Sequence[Any]], Any]  # flat results to the function's own
+    inputs: tuple[Any, ...] = ()  # the tracers that the function got
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> Trace:
@@ -63,10 +64,12 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
     """
     args = jax.tree.map(like, args, is_leaf=is_quantized)
     static: list[Any] = []
+    inputs: tuple[Any, ...] = ()
     out_tree = None
 
     def flat(*args):
-        nonlocal static, out_tree
+        nonlocal static, out_tree, inputs
+        inputs = tuple(jax.tree.leaves(args))
         leaves, out_tree = jax.tree.flatten(fn(*args))
         static = [None if isinstance(x, jax.Array) else x for x in leaves]
         return [x for x in leaves if isinstance(x, jax.Array)]
@@ -81,7 +84,7 @@ def trace(fn: Callable[..., Any], *args: Any) -> Trace:
         leaves = [next(rest) if t else x for t, x in zip(traced, static, strict=True)]
         return jax.tree.unflatten(out_tree, leaves)
 
-    return Trace(jaxpr, restore)
+    return Trace(jaxpr, restore, inputs)
 
 
 def _array(x: Any, like: Any) -> Any:
@@ -108,6 +111,7 @@ def trace_call(
       bits for one: the others reach `fn` as they are.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
+    leaves = [canonical(x) for x in leaves]
     dynamic = [
         i
         for i, x in enumerate(leaves)
@@ -128,9 +132,15 @@ def evaluate(
     jaxpr: Any,
     args: Sequence[Any],
     apply: Callable[[int, Any, list[Any]], Sequence[Any]],
+    known: Mapping[int, Any] | None = None,
 ) -> list[Any]:
-    """Runs `apply(index, equation, operands) -> results` over the equations."""
+    """Runs `apply(index, equation, operands) -> results` over the equations.
+
+    Constants that are tracers of a finished trace are replaced: `known` has the value
+    for the `id` of each.
+    """
     jaxpr, consts = _opened(jaxpr)
+    consts = [known.get(id(c), c) for c in consts] if known else consts
     values = dict(zip(jaxpr.constvars, consts, strict=True))
     values |= dict(zip(jaxpr.invars, args, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
@@ -216,6 +226,21 @@ def varying_axes(x: jax.Array) -> frozenset:
     return _varying(jax.typeof(x))
 
 
+def vary_like(w: Any, parts: Sequence[Any]) -> Any:
+    """A weight, varying along every axis of `shard_map` that a part of its adapter has.
+
+    W + scale * A B varies along all of them. A function traced on a W of fewer axes has
+    the wrong types wherever that sum is materialized: in a carry, in a custom rule.
+    """
+    axes = frozenset().union(*map(varying_axes, parts))
+
+    def vary(x):
+        missing = axes - varying_axes(x)
+        return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, w) if axes else w
+
+
 def zeros(aval: Any) -> jax.Array | np.ndarray:
     """Zeros of an abstract type, varying along the axes of `shard_map` that it has."""
     if aval.dtype == jax.dtypes.float0:  # a whole number has no other derivative
@@ -238,6 +263,79 @@ def result_dtypes(eqn: Any) -> list[Any]:
     return [v.aval.dtype for v in eqn.outvars]
 
 
+def operand_dtypes(eqn: Any) -> list[Any]:
+    return [v.aval.dtype for v in eqn.invars]
+
+
+def flow(
+    jaxpr: Any,
+    states: Sequence[Any],
+    step: Callable[[Any, list[Any]], Sequence[Any]],
+    join: Callable[[Sequence[Any]], Any],
+    nothing: Any,
+    enter: Callable[[Any, list[Any]], None] = lambda eqn, states: None,
+) -> list[Any]:
+    """What is known of a jaxpr's outputs, given what is known of its inputs.
+
+    Runs `step(equation, states) -> states` over all equations that an input reaches, in
+    calls, loops and branches too; `enter(equation, states)` first where there are such.
+    A loop is repeated until its carry no longer changes, so that states must be sets
+    that only grow under `join`. `nothing` is the state of constants.
+    """
+    jaxpr, _ = _opened(jaxpr)
+    known = dict(zip(jaxpr.invars, states, strict=True))
+    read = lambda v: nothing if isinstance(v, core.Literal) else known.get(v, nothing)
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        if any(x != nothing for x in operands):
+            results = flow_through(eqn, operands, step, join, nothing, enter)
+            known.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def flow_through(
+    eqn: Any,
+    operands: list[Any],
+    step: Callable[[Any, list[Any]], Sequence[Any]],
+    join: Callable[[Sequence[Any]], Any],
+    nothing: Any,
+    enter: Callable[[Any, list[Any]], None] = lambda eqn, states: None,
+) -> Sequence[Any]:
+    """One equation of `flow`: what is known of its results."""
+    inside = lambda inner, states: flow(inner, states, step, join, nothing, enter)
+    name, params = eqn.primitive.name, eqn.params
+    if name in CALLS:
+        enter(eqn, operands)
+        return inside(call_jaxpr(eqn), operands)
+    if name == "scan":
+        consts, carry = scan_counts(eqn)
+        return _flow_loop(params["jaxpr"], consts, carry, operands, inside, join)
+    if name == "while":
+        n, consts = params["cond_nconsts"], params["body_nconsts"]
+        body, own = params["body_jaxpr"], operands[n:]
+        results = _flow_loop(body, consts, len(eqn.outvars), own, inside, join)
+        inside(params["cond_jaxpr"], [*operands[:n], *results])
+        return results
+    if name == "cond":
+        branches = [inside(branch, operands[1:]) for branch in params["branches"]]
+        return [join(x) for x in zip(*branches, strict=True)]
+    return step(eqn, operands)
+
+
+def _flow_loop(
+    body: Any, consts: int, carry: int, operands: list[Any], inside: Any, join: Any
+) -> list[Any]:
+    before = operands[consts : consts + carry]
+    while True:
+        results = inside(
+            body, [*operands[:consts], *before, *operands[consts + carry :]]
+        )
+        after = [join(pair) for pair in zip(before, results[:carry], strict=True)]
+        if after == before:
+            return [*after, *results[carry:]]
+        before = after
+
+
 def contains(jaxpr: Any, name: str) -> bool:
     """Whether a primitive stands in a jaxpr, or in one within it."""
     return any(
@@ -251,6 +349,13 @@ def _inner(eqn: Any) -> list[Any]:
         v for x in eqn.params.values() for v in (x if isinstance(x, tuple) else [x])
     )
     return [v for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def ids_of(jaxpr: Any) -> set[int]:
+    """The `id`s of all equations of a jaxpr, and of those within it."""
+    eqns = _opened(jaxpr)[0].eqns
+    inner = (ids_of(sub) for eqn in eqns for sub in _inner(eqn))
+    return {*map(id, eqns)}.union(*inner)
 
 
 def result_shapes(jaxpr: Any) -> list[tuple[int, ...]]:

@@ -28,6 +28,7 @@ from lora_jax._engine import quantized, thin
 from lora_jax._engine.factors import (
     Factors,
     bare,
+    delta_flops,
     gained,
     materialize,
     present,
@@ -35,11 +36,14 @@ from lora_jax._engine.factors import (
     view,
     wider,
 )
-from lora_jax._engine.quantized import through
+from lora_jax._engine.quantized import is_quantized, through
 from lora_jax._engine.shapes import size
 from lora_jax._engine.thin import RANK, Labels
 
 GROUP = -2  # a label beside RANK
+# The FLOPs that W + scale * A B as one array must save. Below it each way takes as long
+# as it takes to start an operation.
+WORTHWHILE = 2**17
 
 
 def dot_general(
@@ -136,6 +140,39 @@ def _dot_general(
     return _gained(y, f, out)
 
 
+def is_dearer(base: int, extra: int, f: Factors) -> bool:
+    """Whether the factors of a product cost more than the array W + scale * A B would.
+
+    Both are compared as a step of training: the product with factors takes `extra`
+    FLOPs more than the `base` of the plain one, and about as many again for each of two
+    derivatives. The array takes those of `delta` as often, and the product that is the
+    gradient of the array, as many FLOPs as `base`. Counted four times rather than
+    three, so that a forward pass alone takes at most 5/4 of the plain one.
+    """
+    form = delta_flops(f)
+    return extra - form > WORTHWHILE and 4 * extra > base + 4 * form
+
+
+def dot_general_flops(
+    x: Any, f: Factors, dimension_numbers: Any, swap: bool
+) -> tuple[int, int]:
+    """The FLOPs of `lax.dot_general` with the plain weight, and what factors add."""
+    (x_sum, f_sum), (x_batch, f_batch) = (
+        (pair[::-1] if swap else pair) for pair in dimension_numbers
+    )
+    paired = dict(zip((*x_sum, *x_batch), (*f_sum, *f_batch), strict=True))
+    sizes = dict(enumerate(f.shape))
+    sizes |= {f.ndim + d: n for d, n in enumerate(x.shape) if d not in paired}
+    of_x = {paired.get(d, f.ndim + d) for d in range(x.ndim)}
+    out = {*sizes} - {*f_sum}
+    flops = lambda dims: 2 * size(sizes[d] for d in dims)
+    parts = [{*present(f.a)}, {*present(f.b)}]
+    first, second = sorted(parts, key=lambda own: -size(sizes[d] for d in own - out))
+    first_met = (of_x & (out | first | second)) | first
+    kept = (of_x | first) & (out | second)
+    return flops(sizes), f.rank * (flops(first_met) + flops(kept | second))
+
+
 def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
     """An array times a weight's gain, which has some of its dimensions."""
     if f.gain is None:
@@ -193,6 +230,12 @@ def conv_general_dilated(
         # As where each channel is by itself: the factors would make r times as many
         # numbers as the kernel, which is small.
         return convolve(x, materialize(f))
+    if drop is None and not is_quantized(f.w) and f.dtype.itemsize > 3 and not before:
+        rows = size(jax.eval_shape(convolve, x, f.w).shape) // size([out])
+        inputs = size(n for d, n in enumerate(f.shape) if d != out_channel)
+        base = 2 * rows * inputs * size([out])
+        if is_dearer(base, 2 * rows * r * (groups * inputs + size([out])), f):
+            return convolve(x, materialize(f))
     y = through(convolve, x, f.w, looped=looped)
     dtype = _compute_dtype(x, f, y)
     precision = params.get("precision")

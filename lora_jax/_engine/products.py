@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax._engine import factors, ops
+from lora_jax._engine import factors, ops, thin
 from lora_jax._engine.factors import Factors, materialize
 from lora_jax._engine.jaxpr import bind, shapes
-from lora_jax._engine.quantized import dequantize
+from lora_jax._engine.quantized import dequantize, is_quantized
 from lora_jax._engine.run import Rule, Run, plain_one
 from lora_jax._engine.shapes import size
 
@@ -38,8 +38,33 @@ def _dot_general(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         # those of x, and the factors would form them once for each rank.
         whole = materialize(f)
         return bind(eqn, [whole, x] if swap else [x, whole])
+    if drop is None and (cheap := _without_factors(eqn, x, f, swap)) is not None:
+        return cheap
     options = {"swap": swap, "drop": drop, "looped": run.looped}
     return [ops.dot_general(x, f, **options, **eqn.params)]
+
+
+def _without_factors(eqn: Any, x: Any, f: Factors, swap: bool) -> list[Any] | None:
+    """The product with W + scale * A B as one array, where the factors cost more.
+
+    That is so where a side of the weight is short (coordinates, routers, heads of two
+    classes), where many small weights are concatenated, and where experts are averaged.
+    A weight of fewer digits than float32 would round the update away, so there the
+    update is an array of its own, next to W, and pays later; but of a byte it would be
+    rounded too much itself.
+    """
+    if not f.rank or f.dtype.itemsize < 2 or thin.is_explicit(x):
+        return None
+    base, extra = ops.dot_general_flops(x, f, eqn.params["dimension_numbers"], swap)
+    product = lambda w: bind(eqn, [w, x] if swap else [x, w])
+    if not is_quantized(f.w) and f.dtype.itemsize > 3:
+        if not ops.is_dearer(base, extra, f):
+            return None
+        return product(materialize(f))
+    if f.gain is not None or extra - base < ops.WORTHWHILE + factors.delta_flops(f):
+        return None
+    (y,), (update,) = product(f.w), product(factors.delta(f).astype(f.dtype))
+    return [y + update]
 
 
 def _gather(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:

@@ -6,10 +6,11 @@ call carries the factors inside. No rule, or a rule that gives `None`: the weigh
 materialised for this one use, which is slower and never wrong.
 """
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import Factors, Label, materialize, settled
+from lora_jax._engine.casts import exact_casts
+from lora_jax._engine.factors import JOIN, Factors, Label, materialize, settled
 from lora_jax._engine.jaxpr import (
     CALLS,
     Trace,
@@ -29,6 +31,8 @@ from lora_jax._engine.jaxpr import (
     contains,
     custom_consts,
     evaluate,
+    flow_through,
+    ids_of,
     knows_what_moves,
     look_ahead,
     loop_body,
@@ -46,6 +50,7 @@ from lora_jax._engine.run import (
     Note,
     Rule,
     Run,
+    by_weight,
     calls,
     count,
     form,
@@ -57,14 +62,23 @@ from lora_jax._engine.run import (
     plain_one,
     weights,
 )
-from lora_jax._engine.views import VIEWS, is_view
+from lora_jax._engine.views import VIEWS, always_follows, is_product, is_view
 
 
 def run_jaxpr(
-    run: Run, jaxpr: Any, args: Sequence[Any], beyond: Any = None
+    run: Run,
+    jaxpr: Any,
+    args: Sequence[Any],
+    beyond: Any = None,
+    leaving: Sequence[int] = (),
 ) -> list[Any]:
-    """The results of a jaxpr on arrays and `Factors`; they are such themselves."""
+    """The results of a jaxpr on arrays and `Factors`; they are such themselves.
+
+    `beyond` is as in `look_ahead`, and `leaving` as in `exact_casts`.
+    """
     leads_to = look_ahead(jaxpr, beyond)
+    if run.exact is None:
+        run = run._replace(exact=exact_casts(jaxpr, [*map(_names, args)], leaving))
 
     def apply(index, eqn, operands):
         if not any(isinstance(x, Factors) for x in operands):
@@ -82,7 +96,11 @@ def run_jaxpr(
             count(here, rule, operands)
         return map(settled, results)
 
-    return evaluate(jaxpr, args, apply)
+    return evaluate(jaxpr, args, apply, run.known)
+
+
+def _names(x: Any) -> list[str]:
+    return x.name.split(JOIN) if isinstance(x, Factors) else []
 
 
 def _inline(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -156,16 +174,21 @@ def _jit(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     for told in new.values():
         note(run, told._replace(name=owner(told.name)))
     shapes = _avals_of(operands)
+    # A line inside the jitted function is the same for every caller. Where there is
+    # none the note names the line of the call, which the next caller has to replace.
+    call_line = place_of(run)
     if new:
+        own_line = lambda told: "" if told.place == call_line else told.place
         shared.told[shapes] = [
-            told._replace(name=Label("", told.name.of))
+            told._replace(name=Label("", told.name.of), place=own_line(told))
             for told in new.values()
             if told.name.of
         ]
     else:
         for i, told in enumerate(shared.told.get(shapes, ())):
             here = run._replace(trail=(*run.trail, (i, 1)))
-            note(here, told._replace(name=owner(told.name), place=place_of(run)))
+            line = told.place or call_line
+            note(here, told._replace(name=owner(told.name), place=line))
     return [
         dataclasses.replace(x, name=owner(x.name)) if isinstance(x, Factors) else x
         for x in results
@@ -182,7 +205,8 @@ def _form(run: Run, eqn: Any) -> Form:
     jaxpr, params = call_jaxpr(eqn), eqn.params
     shardings = params["in_shardings"], params["out_shardings"]
     options = params.get("compiler_options_kvs", ())
-    keyless = Run(run.materialize, run.rate, looped=run.looped)
+    exact = run.exact and run.exact & ids_of(jaxpr)
+    keyless = Run(run.materialize, run.rate, looped=run.looped, exact=exact)
     how = (keyless, params["inline"], shardings, options)
     forms = _forms.setdefault(jaxpr, {})
     if how not in forms:
@@ -221,13 +245,19 @@ def _remat(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
 def _custom_jvp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     """The function's own forward rule, itself evaluated on the factors."""
     run = run._replace(key=None)  # no rule knows of a mask
-    inner, here = run._replace(counting=False), listener()
+    quiet = run._replace(counting=False, exact=None)  # of another jaxpr
+    here, outer = listener(), operands
+    closed = custom_consts(eqn)
     call = jax.custom_jvp(_function_of(run, eqn))
 
+    @_closures_named(run, operands)
     def call_jvp(primals, tangents):
         (operands,), (dots,) = primals, tangents
         operands = _named_here(operands, here)
+        inner = _closed_over(quiet, outer, operands)
         moving = _moving(operands, dots, lambda dot: not isinstance(dot, SymbolicZero))
+        if any(isinstance(operands[i], Factors) for i in moving if i < closed):
+            raise _closure_error(run, operands)  # JAX would drop its tangent silently
         _form_gradients(inner, operands, moving)
         dots = {i: _tangent(operands[i], jax.tree.map(_dense, dots[i])) for i in moving}
         jvp = lambda xs, dots: jax.jvp(_along(eqn, xs), [_pick(xs, dots)], [dots])
@@ -261,7 +291,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     of the function's that does not, both ways are traced at once, and never again.
     """
     run = run._replace(key=None)  # no rule knows of a mask
-    inner, here = run._replace(counting=False), listener()
+    inner, here = run._replace(counting=False, exact=None), listener()
     n, known = len(eqn.outvars), _rules.setdefault(call_jaxpr(eqn), {})
 
     def rule(moving, operands):
@@ -286,6 +316,7 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         except Exception:  # `vmap` makes operands of the constants of a rule
             return None
 
+    @_closures_named(run, operands)
     def forward(operands):
         is_primal = lambda x: isinstance(x, CustomVJPPrimal)
         primals = operands
@@ -304,13 +335,15 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
                 jnp.zeros((0, 1 + (i in moving)), bool) for i in range(len(operands))
             ]
             traced = known[moving][0] if moving in known else rule(moving, operands)
-        results = run_jaxpr(inner, traced.jaxpr, operands)
+        saved = range(n, len(result_shapes(traced.jaxpr)))  # the way back may use any
+        results = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)
         out = plain(inner, results[:n], "custom_vjp_call")
         if marks and moving not in known:
             cotangents = [*map(_zero_cotangent, out)]
             known[moving] = traced, way_back(traced, results[n:], cotangents)
         return out, (operands, marks, [] if marks else results[n:])
 
+    @_closures_named(run, operands)
     def backward(saved, cotangents):
         operands, marks, residuals = saved
         operands, residuals = (_named_here(x, here) for x in (operands, residuals))
@@ -318,7 +351,8 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         if marks:
             moving = tuple(i for i, x in enumerate(marks) if x.shape[-1] > 1)
             traced, pulled = known[moving]
-            residuals = run_jaxpr(inner, traced.jaxpr, operands)[n:]
+            saved = range(n, len(result_shapes(traced.jaxpr)))
+            residuals = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)[n:]
         else:
             pulled = way_back(rule_for_all(operands), residuals, cotangents)
         results = run_jaxpr(inner, pulled.jaxpr, [*residuals, *cotangents])
@@ -335,6 +369,17 @@ def _custom_vjp(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     return custom(operands)
 
 
+def _closed_over(run: Run, outer: Sequence[Any], own: Sequence[Any]) -> Run:
+    """The run of a derivative rule that may close over tracers of a finished trace.
+
+    What the function closes over are its first operands. The rule closes over the same
+    values, but JAX does not pass them to it: it holds the tracers that `fn` got.
+    """
+    values = zip(outer[: custom_consts(run.eqn)], own, strict=False)
+    pairs = ((t, new) for old, new in values for t, v in run.inputs if v is old)
+    return run._replace(known={id(t): new for t, new in pairs} | (run.known or {}))
+
+
 def _named_here(operands: Sequence[Any], here: int) -> list[Any]:
     """The operands of a rule that JAX may run later, while another form is traced.
 
@@ -346,6 +391,32 @@ def _named_here(operands: Sequence[Any], here: int) -> list[Any]:
         dataclasses.replace(x, name=Label(x.name)) if isinstance(x, Factors) else x
         for x in operands
     ]
+
+
+@contextlib.contextmanager
+def _closures_named(run: Run, operands: Sequence[Any]) -> Iterator[None]:
+    """Explains the error of a derivative rule that closes over a traced value.
+
+    The function was traced before the rule runs, so whatever the rule closes over is a
+    value of a finished trace. JAX itself gives the same error under `jax.jit`. The
+    function closes over the same values, which are operands of the call, and first.
+    """
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise _closure_error(run, operands) from error
+
+
+def _closure_error(run: Run, operands: Sequence[Any]) -> ValueError:
+    name, n = run.eqn.primitive.name.removesuffix("_call"), custom_consts(run.eqn)
+    own = [x for x in operands[:n] if isinstance(x, Factors)]
+    what = repr(str(factors.joined(own))) if own else "a value made of the weights"
+    line = f" at {at}" if (at := place_of(run)) else ""
+    return ValueError(
+        f"A jax.{name} function{line} closes over {what}: its rule, which runs later, "
+        "has no derivative for that. Pass it as an argument, f(x, w) with a rule for "
+        "both, in place of f(x) with w from outside."
+    )
 
 
 def _form_gradients(run: Run, operands: Sequence[Any], moving: Sequence[int]) -> None:
@@ -437,19 +508,25 @@ def _scan(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     slices, restore = zip(*stacks, strict=True) if stacks else ((), ())
     keys = None if run.key is None else jax.random.split(run.key, length)
 
-    def step(run, carry, x):
-        slices, key = x
+    def step_with(run, constants, carry, x):
+        (consts, fixed), (slices, key) = constants, x
         xs = [join(x) for join, x in zip(restore, slices, strict=True)]
         run = run._replace(key=key, looped=True)
         results = run_jaxpr(run, jaxpr, [*consts, *_filled(carry, fixed), *xs])
         # A weight that comes out of each step is a stack of weights again.
         return _free(results[:n_carry], fixed), results[n_carry:]
 
-    def trial(run, carry, xs):
-        return step(run, carry, jax.tree.map(lambda x: x[0], xs))[0]
+    def first_with(run, constants, carry, xs):
+        return step_with(run, constants, carry, jax.tree.map(lambda x: x[0], xs))[0]
 
     xs = (list(slices), keys)
     carry = _free(init, fixed)
+    constants = (consts, fixed)
+    if length:
+        constants = _materialized_once(run, operands, constants, first_with, carry, xs)
+    fixed = constants[1]
+    step = lambda run, carry, x: step_with(run, constants, carry, x)
+    trial = lambda run, carry, xs: first_with(run, constants, carry, xs)
     carry = (
         _steady(run, operands, carry, trial, xs)
         if length
@@ -485,6 +562,72 @@ def _filled(carry: Sequence[Any], fixed: dict[int, Factors]) -> list[Any]:
     return [
         fixed[i] if i in fixed else next(rest) for i in range(len(carry) + len(fixed))
     ]
+
+
+def _materialized_once(
+    run: Run, operands: Sequence[Any], constants: Any, step: Any, *args: Any
+) -> Any:
+    """A loop's constants, as arrays where its body would materialize them.
+
+    XLA does not move the sum W + scale * A B out of the loop, so that each step would
+    compute it again, and its derivative as well. One abstract step shows which weights
+    the body materializes. Most bodies need none: there every weight goes to a product
+    by way of views that its factors can always follow.
+
+    Args:
+      run: The evaluation, at the loop.
+      operands: Of the loop's equation.
+      constants: A tree of arrays and `Factors`.
+      step: `step(run, constants, *args)`, one step of the loop.
+      *args: Its other arguments.
+    """
+    leaves, treedef = jax.tree.flatten(constants, is_leaf=_is_factors)
+    weights = {i: x for i, x in enumerate(leaves) if _is_factors(x) and x.rank}
+    if not weights or run.materialize == "error":
+        return constants  # as an error it has to be raised where it is met
+    if _meets_only_products(run, operands):
+        return constants
+    marks = {f"constant {i} of the loop": i for i in weights}
+    marked = list(leaves)
+    for mark, i in marks.items():
+        marked[i] = dataclasses.replace(leaves[i], name=Label(mark))
+    quiet = run._replace(materialize="allow", counting=False)
+    with noting() as found:
+        jax.eval_shape(
+            lambda leaves, *args: step(quiet, treedef.unflatten(leaves), *args),
+            marked,
+            *args,
+        )
+    once = run._replace(trail=(*run.trail[:-1], (run.trail[-1][0], 1)))
+    seen: set[int] = set()
+    for told in by_weight(found):
+        i = marks.get(str(told.name))
+        if i is None or not told.formed:
+            continue
+        cost = 0 if i in seen else factors.delta_flops(weights[i])
+        note(once, told._replace(name=weights[i].name, flops=cost))
+        seen.add(i)
+        leaves[i] = materialize(weights[i])
+    return treedef.unflatten(leaves)
+
+
+def _is_factors(x: Any) -> bool:
+    return isinstance(x, Factors)
+
+
+def _meets_only_products(run: Run, operands: Sequence[Any]) -> bool:
+    """Whether a loop's weights go to products alone, by views that always follow."""
+    blocked = []
+
+    def step(eqn, states):
+        if is_product(eqn):
+            return [False] * len(eqn.outvars)
+        if not always_follows(run, eqn):
+            blocked.append(eqn)
+        return [True] * len(eqn.outvars)
+
+    flow_through(run.eqn, [*map(_is_factors, operands)], step, any, False)
+    return not blocked
 
 
 def _steady(
@@ -524,7 +667,9 @@ _stays: weakref.WeakKeyDictionary[Any, dict[Any, list[bool]]] = (
 
 def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]:
     body = loop_body(run.eqn)
-    shapes = (run.eqn.primitive.name, run.key is None, _avals_of(_nameless(operands)))
+    exact = run.exact and run.exact & ids_of(body)
+    avals = _avals_of(_nameless(operands))
+    shapes = (run.eqn.primitive.name, run.key is None, exact, avals)
     found = _stays.setdefault(body, {})
     if shapes not in found:
         quiet = run._replace(materialize="allow", counting=False)
@@ -596,14 +741,28 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
     # Under `vmap` each example has its own end: the others go on without it.
     ((*mapped,),) = result_shapes(params["cond_jaxpr"])
 
-    def go(run, carry):
-        carry = [*cond_consts, *_filled(carry, fixed)]
-        return run_jaxpr(run, params["cond_jaxpr"], carry)[0]
+    def more(run, constants, carry):
+        cond_consts, _, fixed = constants
+        operands = [*cond_consts, *_filled(carry, fixed)]
+        return run_jaxpr(run, params["cond_jaxpr"], operands)[0]
+
+    def next_carry(run, constants, carry):
+        _, body_consts, fixed = constants
+        run = run._replace(looped=True)
+        operands = [*body_consts, *_filled(carry, fixed)]
+        return _free(run_jaxpr(run, params["body_jaxpr"], operands), fixed)
+
+    def first(run, constants, carry):
+        return more(run, constants, carry), next_carry(run, constants, carry)
+
+    carry, constants = _free(init, fixed), (cond_consts, body_consts, fixed)
+    every = [*cond_consts, *operands]
+    constants = _materialized_once(run, every, constants, first, carry)
+    fixed = constants[-1]
+    go = lambda run, carry: more(run, constants, carry)
 
     def step(run, carry):
-        run = run._replace(looped=True)
-        results = [*body_consts, *_filled(carry, fixed)]
-        results = _free(run_jaxpr(run, params["body_jaxpr"], results), fixed)
+        results = next_carry(run, constants, carry)
         if not mapped:
             return results
         running = go(run, carry)
@@ -623,7 +782,6 @@ def _while(run: Run, eqn: Any, operands: list[Any]) -> list[Any]:
         key, own = (None, None) if key is None else jax.random.split(key)
         return key, _alike(run, carry, step(run._replace(key=own), carry))
 
-    carry = _free(init, fixed)
     carry = (
         plain(run, carry, "while")
         if mapped

@@ -28,6 +28,9 @@ class Run(NamedTuple):
     key: jax.Array | None = None  # None: no dropout
     counting: bool = False  # whether to note every product, with its FLOPs
     looped: bool = False  # in the body of a loop
+    inputs: tuple[tuple[Any, Any], ...] = ()  # tracers of `fn`, each with its operand
+    exact: frozenset[int] | None = None  # casts of the whole sum; None: not yet known
+    known: Any = None  # the same for a derivative rule: `evaluate`
     leads_to: Callable[..., bool] | None = None  # of a jaxpr's equations: `look_ahead`
     eqn: Any = None  # where the evaluation stands in it,
     trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
@@ -44,6 +47,8 @@ class Note(NamedTuple):
     place: str  # file:line in the user's source
     formed: bool  # W + scale * A B was formed, instead of a factored product
     flops: int = 0  # added by the adapter, if they were counted
+    alone: bool = False  # a cast of W alone, which the update does not see
+    cheaper: bool = False  # formed because the factors would cost more
     adapted: bool = True  # False: in few bits, and without an adapter
 
 
@@ -75,8 +80,7 @@ def form(run: Run, f: Factors, cause: str) -> None:
     if not f.rank:
         note(run, Note(f.name, cause, place_of(run), True, adapted=False))
         return
-    own = factors.varying(f)
-    cost = 2 * math.prod(f.shape[d] for d in own) * f.a.shape[-1]
+    own, cost = factors.varying(f), factors.delta_flops(f)
     # A row, a column, or some: no dearer than a product.
     thin = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
     what = Note(f.name, cause, place_of(run), not thin, cost)
@@ -153,7 +157,9 @@ def by_weight(found: dict[Any, Note]) -> list[Note]:
 
 def warn(told: Sequence[Note]) -> None:
     """Warns of the weights that were formed, once for all of them."""
-    formed = list(dict.fromkeys(_met(n) for n in told if n.formed and n.adapted))
+    formed = list(
+        dict.fromkeys(_met(n) for n in told if n.formed and n.adapted and not n.cheaper)
+    )
     if formed:
         listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
         warnings.warn(

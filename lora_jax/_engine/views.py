@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from lora_jax._engine import factors
+from lora_jax._engine.casts import digits
 from lora_jax._engine.factors import Factors
 from lora_jax._engine.jaxpr import (
     bind,
@@ -26,8 +27,10 @@ from lora_jax._engine.jaxpr import (
     varying_axes,
 )
 from lora_jax._engine.products import PRODUCTS
-from lora_jax._engine.run import Rule, Run, weights
+from lora_jax._engine.run import Note, Rule, Run, note, place_of, weights
 from lora_jax._engine.shapes import size
+
+LARGE = 2**13  # elements of a weight, below which its factors are kept
 
 
 def _on_weight(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
@@ -47,18 +50,18 @@ def _cast(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
     (f,), (dtype,) = operands, result_dtypes(eqn)
     if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
         return None
-    digits = _digits(dtype)
-    if digits < _digits(f.dtype) and run.leads_to(eqn, *_finer(digits)):
-        return None
+    own = digits(dtype)
+    if own < digits(f.dtype):
+        if id(eqn) in run.exact or run.leads_to(eqn, *_finer(own)):
+            return None
+        note(
+            run, Note(f.name, "convert_element_type", place_of(run), False, alone=True)
+        )
     return _on_weight(run, eqn, operands)
 
 
-def _digits(dtype: Any) -> int:
-    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
-
-
 @functools.cache
-def _finer(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
+def _finer(few: int) -> tuple[Callable[[Any], bool] | bool, ...]:
     """What `leads_to` asks of a weight of few digits: whether it is summed in more.
 
     It may be wherever a shared form, or a loop, hands it out.
@@ -66,17 +69,17 @@ def _finer(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
 
     def is_sum(eqn):
         named = eqn.primitive.name in ("add", "sub")
-        return named and _digits(result_dtypes(eqn)[0]) > digits
+        return named and digits(result_dtypes(eqn)[0]) > few
 
     return is_sum, _is_no_product, True
 
 
 @functools.cache
-def _coarser(digits: int) -> tuple[Callable[[Any], bool] | bool, ...]:
+def _coarser(many: int) -> tuple[Callable[[Any], bool] | bool, ...]:
     """What `leads_to` asks of a difference: whether digits of it are cast away."""
 
     def is_cast(eqn):
-        return is_view(eqn) and _digits(result_dtypes(eqn)[0]) < digits
+        return is_view(eqn) and digits(result_dtypes(eqn)[0]) < many
 
     return is_cast, is_view, True
 
@@ -260,20 +263,33 @@ def _side_by_side(
     if not _is_weight(run, operands):
         return None
     (w,) = bind(eqn, weights(operands))
-    return _grown(factors.concatenate([*map(row, operands)], w, axis), operands)
+    whole = factors.concatenate([*map(row, operands)], w, axis)
+    return _grown(run, whole, operands)
 
 
-def _grown(f: Factors | None, parts: list[Any]) -> list[Factors] | None:
-    """A weight made of several, unless their ranks add up to more than it is worth.
+def _grown(run: Run, f: Factors | None, parts: list[Any]) -> list[Any] | None:
+    """A weight made of several, unless the sum of their ranks is too large for it.
 
-    Factors that hold more numbers than the weight make each product with them dearer
-    than the one with the weight.
+    Each product with it takes as many FLOPs for each row as its factors have elements.
+    Where those are more than a quarter of the weight's own, the weights are cheaper as
+    arrays: see `ops.is_dearer`. Of fewer digits than float32 arrays would round the
+    update away, and the factors stay until they are larger than the weight.
     """
-    ranks = [x.a.shape[-1] for x in parts if isinstance(x, Factors)]
-    if f is None or f.a.shape[-1] == max(ranks):
+    adapted = [x for x in parts if isinstance(x, Factors)]
+    if f is None or f.rank == max(x.rank for x in adapted):
         return _maybe(f)
     own = size(f.shape[d] for d in factors.varying(f))
-    return [f] if size(f.a.shape) + size(f.b.shape) <= own else None
+    elements = size(f.a.shape) + size(f.b.shape)
+    if elements > own:
+        return None
+    if 4 * elements <= own or own < LARGE or f.dtype.itemsize < 4:
+        return [f]
+    for x in adapted:
+        cost = factors.delta_flops(x)
+        name = run.eqn.primitive.name
+        note(run, Note(x.name, name, place_of(run), True, cost, cheaper=True))
+    arrays = [factors.materialize(x) if isinstance(x, Factors) else x for x in parts]
+    return bind(run.eqn, arrays)
 
 
 def _is_weight(run: Run, operands: list[Any]) -> bool:
@@ -291,21 +307,38 @@ def _is_weight(run: Run, operands: list[Any]) -> bool:
     for f in adapted:
         if any(n != 1 for d, n in enumerate(shape) if d not in factors.varying(f)):
             return False  # the weight repeats itself, for each example of a batch
-    return run.leads_to(run.eqn, _is_product, keeps)
+    return run.leads_to(run.eqn, is_product, keeps)
 
 
-def _is_product(eqn: Any) -> bool:
+def is_product(eqn: Any) -> bool:
     return eqn.primitive.name in PRODUCTS
 
 
 def _is_no_product(eqn: Any) -> bool:
     """Whether a weight that goes through an equation is one, or formed there anyway."""
-    return not _is_product(eqn)
+    return not is_product(eqn)
 
 
 def is_view(eqn: Any) -> bool:
     """Whether an equation hands a weight on: in factors, if these operands allow."""
     return eqn.primitive.name in VIEWS
+
+
+# Views that never materialize a weight, whatever the operands.
+_ALWAYS = {
+    *("copy", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice"),
+    *("split", "unstack", "rev", "neg", "stop_gradient", "name", "pvary"),
+    *("optimization_barrier", "sharding_constraint", "reshard", "device_put"),
+}
+
+
+def always_follows(run: Run, eqn: Any) -> bool:
+    """Whether the factors follow a weight through an equation, whatever they are."""
+    if eqn.primitive.name != "convert_element_type":
+        return eqn.primitive.name in _ALWAYS
+    (dtype,) = result_dtypes(eqn)
+    floating = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
+    return floating and id(eqn) not in run.exact
 
 
 def keeps(eqn: Any) -> bool:
@@ -364,15 +397,17 @@ def _sum(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:
         return None  # what is added has no gain
     (w,) = bind(eqn, weights(operands))
     both = isinstance(f, Factors) and isinstance(g, Factors)
-    if minus and not both and run.leads_to(eqn, *_coarser(_digits(w.dtype))):
-        return None  # the array may be nearly W + A B: that is far from W alone
+    if not both and run.leads_to(eqn, *_coarser(digits(w.dtype))):
+        return (
+            None  # the array may be nearly +-(W + A B): then what is left of W is not
+        )
     if isinstance(g, Factors) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
     if not isinstance(g, Factors):
         return [dataclasses.replace(f, w=w)]
     if not isinstance(f, Factors):
         return [dataclasses.replace(g, w=w)]
-    return _grown(factors.add(f, g, w), operands)
+    return _grown(run, factors.add(f, g, w), operands)
 
 
 def _scaled(run: Run, eqn: Any, operands: list[Any]) -> list[Any] | None:

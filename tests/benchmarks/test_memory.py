@@ -79,7 +79,9 @@ def test_scanned_and_layer_by_layer_are_one_function(name):
     scanned = Model(arch, **wide)
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), x)["params"]
     rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    draw = lambda x: jax.device_put(
+        np.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    )
     whole = jax.tree.map(draw, shapes)
     layers = {
         f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], whole["blocks"])
@@ -103,9 +105,11 @@ def drawn(name, *more):
     given = f"--model=tiny-{name}", "--sequence=8", "--dtype=float32", "--layers=1"
     job = memory.prepare(memory.options().parse_args([*given, *more]))
     rng = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    draw = lambda x: jax.device_put(
+        np.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
+    )
     params = jax.tree.map(draw, job.params)
-    batch = jnp.asarray(rng.integers(30, size=(2, 3, 8)), jnp.int32)
+    batch = jax.device_put(np.asarray(rng.integers(30, size=(2, 3, 8)), jnp.int32))
     if job.args.base:
         axes = lj.find_axes(lambda p, x: job.loss(p, x, x), params, batch[0])
         params = memory.store(params, job.args, axes)

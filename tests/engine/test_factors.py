@@ -46,7 +46,10 @@ LAYOUTS = {
 
 
 def normal(shape):
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), np.float32))
+
+
+materialized = jax.jit(materialize)  # one program; its operations alone would be ten
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -60,8 +63,8 @@ def test_delta_against_numpy(layout):
     assert fits(w.shape, a.shape, b.shape, scale.shape)
     want = np.einsum(equation, *(np.asarray(x, np.float64) for x in (a, b, scale)))
     f = align(w, a, b, scale)
-    np.testing.assert_allclose(delta(f), want, atol=1e-5)
-    np.testing.assert_allclose(materialize(f), w + want.astype(np.float32), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(delta)(f), want, atol=1e-5)
+    np.testing.assert_allclose(materialized(f), np.asarray(w) + want, atol=1e-5)
 
 
 def test_axes_are_those_of_the_equation(layout):
@@ -78,19 +81,21 @@ def test_axes_are_those_of_the_equation(layout):
 
 def test_views_of_the_factors_are_views_of_the_weight(layout):
     (w, a, b, scale), _ = layout
-    f, whole = align(w, a, b, scale), materialize(align(w, a, b, scale))
-    for permutation in itertools.islice(itertools.permutations(range(w.ndim)), 6):
-        got = transpose(f, w.transpose(permutation), permutation)
-        np.testing.assert_allclose(
-            materialize(got), whole.transpose(permutation), atol=1e-6
-        )
-    shape = (2, *w.shape)
-    dims = tuple(range(1, w.ndim + 1))
-    got = broadcast(f, jnp.broadcast_to(w, shape), dims)
-    np.testing.assert_allclose(
-        materialize(got), jnp.broadcast_to(whole, shape), atol=1e-6
-    )
-    assert got.a.size == a.size and got.b.size == b.size
+    orders = [*itertools.islice(itertools.permutations(range(w.ndim)), 6)]
+    shape, dims = (2, *w.shape), tuple(range(1, w.ndim + 1))
+
+    @jax.jit
+    def views(w, a, b, scale):
+        f = align(w, a, b, scale)
+        turned = [transpose(f, w.transpose(order), order) for order in orders]
+        wide = broadcast(f, jnp.broadcast_to(w, shape), dims)
+        assert wide.a.size == a.size and wide.b.size == b.size
+        return materialize(f), [*map(materialize, turned)], materialize(wide)
+
+    whole, turned, wide = jax.device_get(views(w, a, b, scale))
+    for got, order in zip(turned, orders, strict=True):
+        np.testing.assert_allclose(got, whole.transpose(order), atol=1e-6)
+    np.testing.assert_allclose(wide, np.broadcast_to(whole, shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +123,16 @@ def test_views_of_the_factors_are_views_of_the_weight(layout):
 )
 def test_reshape_respects_the_split(name, shape, follows):
     *shapes, _ = LAYOUTS[name]
-    f = align(*map(normal, shapes))
-    got = reshape(f, f.w.reshape(shape))
-    assert (got is not None) == follows
-    if follows:
-        want = materialize(f).reshape(shape)
-        np.testing.assert_allclose(materialize(got), want, atol=1e-6)
+
+    @jax.jit
+    def both(*parts):
+        f = align(*parts)
+        got = reshape(f, f.w.reshape(shape))
+        assert (got is not None) == follows
+        return (materialize(got), materialize(f).reshape(shape)) if follows else None
+
+    if pair := both(*map(normal, shapes)):
+        np.testing.assert_allclose(*pair, atol=1e-6)
 
 
 def test_reshape_of_nothing_is_materialized():
@@ -161,7 +170,7 @@ def pieces(*shapes, axes):
     for w, a, b, scale in shapes:
         f = align(normal(w), normal(a), normal(b), normal(scale), "w")
         made.append(transpose(f, jnp.transpose(f.w, axes), axes))
-    return made, [np.asarray(materialize(f)) for f in made]
+    return made, [np.asarray(materialized(f)) for f in made]
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
@@ -179,7 +188,7 @@ def test_side_by_side(axis, axes):
     weights = [x.w if isinstance(x, Factors) else x for x in parts]
     f = concatenate(parts, jnp.concatenate(weights, axis), axis)
     want = np.concatenate([plain[0], array, plain[1]], axis)
-    np.testing.assert_allclose(materialize(f), want, atol=1e-5)
+    np.testing.assert_allclose(materialized(f), want, atol=1e-5)
     assert f.a.shape[-1] == 3  # the ranks add up
 
 

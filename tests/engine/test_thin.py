@@ -30,6 +30,7 @@ def check(got, want):
 def test_einsum_against_numpy():
     """Labels in random orders: kept, summed, shared, and in neither operand."""
     sizes = dict(zip(range(6), (2, 3, 4, 5, 2, 3), strict=True))
+    labels_of, operands, wanted = [], [], []
     for _ in range(40):
         x_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
         y_labels = RNG.permutation(5)[: RNG.integers(1, 5)].tolist()
@@ -42,13 +43,20 @@ def test_einsum_against_numpy():
             for g in (x_labels, y_labels, out)
         ]
         want = np.einsum(f"{letters[0]},{letters[1]}->{letters[2]}", x, y)
-        check(
-            thin.einsum(jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, out), want
-        )
-        padded = thin.einsum(
-            jnp.asarray(x), x_labels, jnp.asarray(y), y_labels, [5, *out]
-        )
-        check(padded, want[None])
+        for result, value in ((out, want), ([5, *out], want[None])):
+            labels_of.append((x_labels, y_labels, result))
+            operands.append((x, y))
+            wanted.append(value)
+
+    @jax.jit  # all of them: one program, and not eighty
+    def products(operands):
+        pairs = zip(operands, labels_of, strict=True)
+        return [
+            thin.einsum(x, of_x, y, of_y, out) for (x, y), (of_x, of_y, out) in pairs
+        ]
+
+    for got, want in zip(products(operands), wanted, strict=True):
+        check(got, want)
 
 
 ROWS_AND_COLUMNS = [((3,), (5,)), ((2, 3), (5,)), ((3,), (2, 5)), ((2, 3), (4, 5))]
@@ -59,12 +67,13 @@ ROWS_AND_COLUMNS = [((3,), (5,)), ((2, 3), (5,)), ((3,), (2, 5)), ((2, 3), (4, 5
 def test_a_sum_of_any_dimensions(rows, columns, r):
     y, h, b = normal(*rows, *columns), normal(*rows, r), normal(*columns, r)
     want = y + np.tensordot(h, b, ([-1], [-1]))
-    check(thin.add(*map(jnp.asarray, (y, h, b)), None), want)
-    some = [jnp.stack([z, 2 * z]) for z in (y, h, b)]
-    check(
-        jax.jit(jax.vmap(lambda *args: thin.add(*args, None)))(*some)[1],
-        2 * y + 4 * (want - y),
+    add = lambda *args: thin.add(*args, None)
+    some = [np.stack([z, 2 * z]) for z in (y, h, b)]
+    got, each = jax.jit(lambda one, some: (add(*one), jax.vmap(add)(*some)))(
+        (y, h, b), some
     )
+    check(got, want)
+    check(each[1], 2 * y + 4 * (want - y))
 
 
 FN = lambda p, x: jnp.tanh(x) @ p["kernel"]

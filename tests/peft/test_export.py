@@ -16,7 +16,9 @@ from lora_jax._peft.checks import VLLM_RANKS
 
 def tree():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: jax.device_put(
+        np.asarray(rng.standard_normal(shape), jnp.float32)
+    )
     return {
         "tokens": {"embedding": draw(7, 4)},
         "conv": {"kernel": draw(3, 2, 4, 5), "bias": draw(5)},
@@ -67,8 +69,13 @@ def update(folder, name, table=False):
     return scale * np.einsum("or...,r...->o...", b.reshape(len(b), r), a)
 
 
+merge = jax.jit(lj.merge)  # one program; its operations alone would be fifty
+
+
 def moved(params):
-    return jax.tree.map(lambda x, y: np.asarray(x - y), lj.merge(params), tree())
+    return jax.tree.map(
+        lambda x, y: np.asarray(x) - np.asarray(y), merge(params), tree()
+    )
 
 
 @pytest.mark.parametrize("form", ["dict", "frozen", "params", "state"])
@@ -188,7 +195,7 @@ def test_portable(tmp_path, randomized, close):
     close(update(tmp_path, "lm_head"), table)
     close(update(tmp_path, "model.embed_tokens", True).T, table)
     back = lj.import_peft(tmp_path, tree(), names, axes=AXES)
-    close(lj.merge(back), lj.merge(params))
+    close(merge(back), merge(params))
     one = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 1)
     lj.export_peft(tmp_path, one, {"a": "a"}, portable=True)
     assert read(tmp_path)[0]["r"] == 1

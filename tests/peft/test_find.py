@@ -92,7 +92,7 @@ SCANNED = {
 
 
 def arrays(tree, dtype=None):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x, dtype)), tree)
 
 
 def test_an_unrolled_model_in_nine_lines():
@@ -441,8 +441,18 @@ def damage(t, rng):
     return kind, t
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_a_wrong_pairing_cannot_come_out(seed):
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_a_wrong_pairing_cannot_come_out(first):
+    for seed in range(first, first + 25):
+        try:
+            pair(seed)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
+def pair(seed):
+    """Reads one damaged checkpoint: an error, or a map that is right in every value."""
     rng = np.random.default_rng(seed)
     t = torch_model(seed, layers=2)
     kind, bad = damage(t, rng)

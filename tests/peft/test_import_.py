@@ -19,7 +19,9 @@ AXES = {f"blocks/{name}/kernel": lj.Axes((0,), (1,), (2,)) for name in "qo"}
 
 def base():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda *shape: jax.device_put(
+        np.asarray(rng.standard_normal(shape), jnp.float32)
+    )
     return {
         "tokens": {"embedding": draw(7, 4)},
         "blocks": {
