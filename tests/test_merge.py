@@ -1,6 +1,8 @@
 """Plain parameters again: with W + scale * A B, or with W bit for bit."""
 
 import collections
+import re
+import warnings
 
 import flax
 import flax.linen as nn
@@ -9,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 
@@ -194,5 +198,219 @@ def test_a_broken_adapter_is_refused_by_path(use, part):
 
 
 def test_abstract_parameters_merge_to_abstract_ones():
-    base = {"m": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.bfloat16)}}
-    assert lj.merge(lj.lorafy(base, 2)) == base
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    for sharding in (None, NamedSharding(mesh, P("x", None))):
+        w = jax.ShapeDtypeStruct((4, 3), jnp.bfloat16, sharding=sharding)
+        base = {"m": {"kernel": w, "bias": w}}
+        params = lj.lorafy(base, 2, also="bias")
+        assert lj.merge(params) == base
+        for leaf in jax.tree.leaves(lj.merge(params, dtype=jnp.float32)):
+            assert (leaf.dtype, leaf.sharding) == (jnp.float32, sharding)
+
+
+# Stacks of layers
+
+
+def dyadic(shape, dtype="float32"):
+    """Multiples of 1/256 below 4, of which float32 holds all products and sums here."""
+    return jnp.asarray(RNG.integers(-1023, 1024, shape) / 256, jnp.float32).astype(
+        dtype
+    )
+
+
+def stack_of(at, dtype):
+    """Three layers along dimension `at`, with an adapter."""
+    shape = [8, 6]
+    shape.insert(at, 3)
+    inputs, outputs = (d for d in range(3) if d != at)
+    axes = {"w": lj.Axes((at,), (inputs,), (outputs,))}
+    params = lj.lorafy({"w": dyadic(shape, dtype)}, 2, targets="*", axes=axes)
+    for name in ("w_lora_a", "w_lora_b"):
+        params[name] = dyadic(params[name].shape)
+    return params | {"w_lora_scale": jnp.float32([0.5, 1, 2])}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_of_a_stack_is_that_of_each_layer(at, dtype, wrap):
+    params = stack_of(at, dtype)
+    got = np.moveaxis(np.asarray(wrap(lj.merge)(params)["w"]), at, 0)
+    for i, scale in enumerate([0.5, 1, 2]):
+        take = lambda x, i=i: np.take(np.asarray(x, np.float64), i, at)
+        w = take(params["w"])
+        a, b = params["w_lora_a"], params["w_lora_b"]
+        if a.ndim == 4:  # both have the dimensions of the stack, then the rank
+            update = np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64), -1)
+            update = take(update)
+        else:
+            update = np.asarray(a[i], np.float64) @ np.asarray(b[i], np.float64)
+        want = (w + scale * update).astype(np.float32).astype(jnp.dtype(dtype))
+        np.testing.assert_array_equal(got[i], want)
+
+
+@pytest.mark.parametrize("how", [None, "int8", "nf4"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_merge_of_a_stack_is_that_of_its_layers_with_magnitudes_or_codes(
+    how, dora, randomized, close
+):
+    axes = {"kernel": lj.Axes((0,), (1,), (2,))}
+    base = {"kernel": weight(3, 8, 6)}
+    if how:
+        base = lj.quantize(base, how, axes=axes, block=4)
+    params = randomized(lj.lorafy(base, 2, axes=axes, dora=dora))
+    layers = [
+        lj.merge(jax.tree.map(lambda x, i=i: x[i], params))["kernel"] for i in range(3)
+    ]
+    close(lj.merge(params)["kernel"], jnp.stack(layers))
+    close(jax.jit(lj.merge)(params)["kernel"], jnp.stack(layers))
+
+
+@pytest.mark.parametrize("how", [None, "nf4"])
+def test_merge_of_a_stack_makes_floats_of_one_layer(how):
+    axes = {"kernel": lj.Axes((0,), (1,), (2,))}
+    temporaries = []
+    for layers in (1, 16):
+        w = jax.ShapeDtypeStruct((layers, 64, 64), jnp.bfloat16)
+        base = {"kernel": w}
+        base = lj.quantize(base, how, axes=axes) if how else base
+        params = lj.lorafy(base, 2, axes=axes)
+        compiled = jax.jit(lj.merge).lower(params).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] < temporaries[0] + 2 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", None, "y"), P("y", "x"), P(None, "x", "y")])
+def test_merge_leaves_a_sharded_stack_where_it_is(kind, spec, randomized, close):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    at = NamedSharding(mesh, spec)
+    base = {"kernel": weight(8, 16, 8, dtype=jnp.bfloat16)}
+    axes = {"kernel": lj.Axes((0,), (1,), (2,))}
+    want = lj.merge(randomized(lj.lorafy(base, 2, axes=axes)))["kernel"]
+    base = {"kernel": jax.device_put(base["kernel"], at)}
+    placed = lj.lorafy(base, 2, axes=axes)
+    params = jax.tree.map(
+        lambda x, y: jax.device_put(x, y.sharding), randomized(placed), placed
+    )
+    merged = lj.merge(params)["kernel"]
+    assert merged.sharding.is_equivalent_to(at, 3)
+    close(merged.astype("float32"), want.astype("float32"), atol=0.02)
+    if kind == AxisType.Explicit:
+        text = jax.jit(lj.merge).lower(params).compile().as_text()
+        assert f"[{8},{16},{8}]" not in text, "no device has the whole stack"
+
+
+# The dtype, and what rounding loses
+
+
+def test_merge_to_a_dtype_rounds_once_to_it():
+    """Adapted weights and trained copies; other leaves keep theirs."""
+    params = {
+        "m": {"kernel": dyadic((16, 12), "bfloat16"), "bias": dyadic(12, "bfloat16")},
+        "table": {"embedding": dyadic((5, 4), "bfloat16")},
+    }
+    adapted = lj.lorafy(params, 4, also="bias")
+    a, b = dyadic((16, 4)), dyadic((4, 12))
+    adapted["m"] |= {"lora_a": a, "lora_b": b, "bias_lora_w": dyadic(12) + 2**-12}
+    exact = np.asarray(params["m"]["kernel"], float) + np.asarray(a, float) @ b
+    for dtype in ("float32", "float16", "bfloat16", None):
+        for wrap in (lambda f: f, jax.jit):
+            merged = wrap(lambda p, dtype=dtype: lj.merge(p, dtype=dtype))(adapted)
+            to = jnp.dtype(dtype or "bfloat16")
+            want = exact.astype(np.float32).astype(to)
+            assert bits(merged["m"]["kernel"]) == bits(want)
+            bias = np.asarray(adapted["m"]["bias_lora_w"]).astype(to)
+            assert bits(merged["m"]["bias"]) == bits(bias)
+            assert merged["table"]["embedding"].dtype == jnp.bfloat16
+    base = lj.quantize(params, "int8", targets=["kernel", "table"])
+    merged = lj.merge(lj.lorafy(base, 2), dtype=jnp.float32)
+    assert merged["m"]["kernel"].dtype == jnp.float32
+    assert merged["table"]["embedding"].dtype == jnp.bfloat16
+    with pytest.raises(
+        ValueError, match=r"floating, found int8. Write merge\(params, dt"
+    ):
+        lj.merge(adapted, dtype=jnp.int8)
+
+
+def lost_share(w, update, dtype):
+    """How much of an update rounding the sum loses, in NumPy."""
+    w, update = np.asarray(w, np.float64), np.asarray(update, np.float64)
+    rounded = (w + update).astype(np.float32).astype(dtype).astype(np.float64)
+    return np.linalg.norm(rounded - w - update) / np.linalg.norm(update)
+
+
+def with_update(w, size, stack=False):
+    """A weight, with an adapter whose update is of that size next to the weight."""
+    params = lj.lorafy({"kernel": w}, 4, axes=AXES if stack else None)
+    a, b = (RNG.standard_normal(params[k].shape) for k in ("lora_a", "lora_b"))
+    factor = size * np.std(np.asarray(w, np.float64)) / np.std(a @ b)
+    params |= {"lora_a": jnp.asarray(a, "float32")}
+    params |= {"lora_b": jnp.asarray(b * factor, "float32")}
+    return params, a @ b * factor
+
+
+AXES = {"kernel": lj.Axes((0,), (1,), (2,))}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(64, 32), (4, 32, 16)])
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 0.1])
+def test_merge_warns_where_rounding_loses_most_of_an_update(dtype, shape, size):
+    w = weight(*shape, dtype=dtype)
+    params, update = with_update(w, size, len(shape) == 3)
+    share = lost_share(w, update, jnp.dtype(dtype))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lj.merge(params)
+    assert abs(share - 0.5) > 1e-3, "the sizes of this test are clear cases"
+    assert len(caught) == (share > 0.5)
+    if caught:
+        text, said = str(caught[0].message), f"{min(share, 1):.0%}"
+        assert f"'kernel' ({said} in {dtype})" in text
+        assert "merge(params, dtype=jnp.float32)" in text
+        assert caught[0].filename == __file__
+    lj.merge(params, dtype=jnp.float32)  # warnings are errors
+    jax.jit(lj.merge)(params)
+    jax.eval_shape(lj.merge, params)
+
+
+def test_merge_warns_of_magnitudes_and_codes_too():
+    w = weight(64, 32, dtype=jnp.bfloat16)
+    params, _ = with_update(w, 1e-4)
+    quantized = params | lj.quantize({"kernel": w}, "int8")
+    norm = np.linalg.norm(np.asarray(w, np.float64), axis=0)
+    dora = params | {"lora_magnitude": jnp.asarray(norm, jnp.float32)}
+    for p in (quantized, dora):
+        with pytest.warns(UserWarning, match=r"'kernel' \(\d+% in bfloat16\)"):
+            lj.merge(p)
+    larger = dora | {"lora_magnitude": jnp.asarray(1.1 * norm, jnp.float32)}
+    lj.merge(larger)
+
+
+def test_merge_warns_once_and_lists_six_weights():
+    params = {
+        str(i): with_update(weight(8, 8, dtype="bfloat16"), 1e-5)[0] for i in range(8)
+    }
+    params["0"], _ = with_update(weight(8, 8, dtype="bfloat16"), 0.1)
+    with pytest.warns(UserWarning, match="loses most of the updates of") as caught:
+        lj.merge(params)
+    assert len(caught) == 1
+    assert re.findall(r"'(\d)/kernel'", str(caught[0].message)) == [*"123456"]
+    assert "'6/kernel' (100% in bfloat16), ...: the merged" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_merge_warns_of_no_update_that_is_zero(dtype):
+    lj.merge(lj.lorafy({"kernel": weight(8, 8).astype(dtype)}, 2))
+
+
+def test_merge_warns_of_no_trained_copy():
+    """`lora` rounds it to the leaf's dtype as well: nothing is lost by merging."""
+    base = {"kernel": weight(8, 8), "scale": jnp.ones(8, jnp.bfloat16)}
+    params = lj.lorafy(base, 2, also="scale")
+    params |= {"scale_lora_w": jnp.full(8, 1.001)}
+    np.testing.assert_array_equal(lj.merge(params)["scale"], 1)
+    np.testing.assert_array_equal(
+        lj.merge(params, dtype=jnp.float32)["scale"], np.float32(1.001)
+    )

@@ -1,4 +1,4 @@
-"""Orbax stores what `detach` returns and an optimizer state, and training resumes."""
+"""Orbax stores adapters, optimizer states and quantized bases, and restores them."""
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +155,87 @@ def test_without_a_target_orbax_restores_plain_containers(tmp_path):
         np.testing.assert_array_equal(x, y)
     with pytest.raises(AttributeError, match="'dict' object has no attribute 'mu'"):
         TX.update(params, found["optimizer"], params)
+
+
+# Quantized bases
+
+AXES = {"stack/kernel": lj.Axes((0,), (1,), (2,))}
+
+
+def base_of(sharded):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    base = {
+        "up": {"kernel": draw(16, 8), "bias": draw(8)},
+        "stack": {"kernel": draw(4, 16, 8)},
+    }
+    if sharded:
+        mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+        spec = {1: P(), 2: P("x", "y"), 3: P("y", None, "x")}
+        place = lambda x: NamedSharding(mesh, spec[x.ndim])
+        base = jax.tree.map(lambda x: jax.device_put(x, place(x)), base)
+    return base
+
+
+def shapes(tree):
+    sharding = lambda x: getattr(x, "sharding", None)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), tree
+    )
+
+
+def stored_in(folder, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "base", tree)
+    return folder / "base"
+
+
+def restored(path, *target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, *target)
+
+
+@pytest.mark.filterwarnings("ignore")  # Orbax's own
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
+def test_a_quantized_base_is_restored_bit_for_bit(tmp_path, how, sharded):
+    """Into shapes, which no weight has been made for, and on the same devices."""
+    base = base_of(sharded)
+    quantized = lj.quantize(base, how, axes=AXES, block=4)
+    path = stored_in(tmp_path, quantized)
+    target = lj.quantize(shapes(base), how, axes=AXES, block=4)
+    got = restored(path, target)
+    assert jax.tree.structure(got) == jax.tree.structure(quantized)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(quantized), strict=True)
+    for x, y in pairs:
+        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        np.testing.assert_array_equal(x, y)
+    params = lj.lorafy(got, 2, axes=AXES)
+    assert params["up"]["kernel"] is got["up"]["kernel"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
+def test_a_quantized_base_is_restored_in_no_other_format(tmp_path, how):
+    base = base_of(False)
+    path = stored_in(tmp_path, lj.quantize(base, how, axes=AXES, block=4))
+    for other in {"int8", "int4", "nf4"} - {how}:
+        target = lj.quantize(shapes(base), other, axes=AXES, block=4)
+        with pytest.raises(ValueError, match=f"kernel.{other}"):
+            restored(path, target)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_was_restored_without_a_target_is_refused(tmp_path):
+    base = base_of(False)
+    quantized = lj.quantize(base, "nf4", axes=AXES, block=4)
+    loose = restored(stored_in(tmp_path, quantized))
+    match = (
+        r"'(up|stack)/kernel' is a mapping with 'nf4' and 'scale'.*Restore with a tar"
+    )
+    for use in (lj.dequantize, lambda p: lj.quantize(p, "nf4")):
+        with pytest.raises(ValueError, match=match):
+            use(loose)
+    parts = loose["up"]["kernel"]
+    made = lj.Quantized(parts["nf4"], parts["scale"], (jnp.bfloat16,), "nf4")
+    assert jax.tree.structure(made) == jax.tree.structure(quantized["up"]["kernel"])

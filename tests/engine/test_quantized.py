@@ -1,7 +1,9 @@
-"""Few bits: the numbers, their errors, and views that act on both parts."""
+"""Quantized arrays: their values and errors, and views that act on both parts."""
 
 import dataclasses
+import pickle
 import re
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from lora_jax._engine.quantized import (
     FORMATS,
     NF4,
     Quantized,
+    _make,
     dequantize,
     format_name,
     is_quantized,
@@ -24,11 +27,13 @@ from lora_jax._engine.quantized import (
     part_specs,
     quantize_array,
     through,
+    widened,
     wrong,
 )
 
 RNG = np.random.default_rng(0)
 each_format = pytest.mark.parametrize("how", FORMATS)
+COLLECTIVES = "all-gather", "all-to-all", "collective-permute", "all-reduce"
 
 
 def normal(*shape, dtype=np.float32):
@@ -149,6 +154,193 @@ def test_a_block_of_zeros_has_a_scale_and_one_not_finite_has_none(how):
     np.testing.assert_array_equal(finite, [[True] * 3, [True, False, False]])
 
 
+def test_values_of_nf4_are_quantiles_of_a_normal_distribution():
+    """As bitsandbytes computes them, with its rounded offset."""
+    draw, offset = NormalDist().inv_cdf, 0.9677083
+    quantiles = [draw(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
+    quantiles += [0.0, *(-draw(p) for p in np.linspace(offset, 0.5, 8)[:-1])]
+    np.testing.assert_allclose(NF4, np.sort(quantiles) / max(quantiles), atol=2e-7)
+
+
+def expected(w, how, sizes):
+    """Codes and scales, in NumPy: blocks, the largest magnitude, the nearest value."""
+    split = [n for n, m in zip(w.shape, sizes, strict=True) for n in (m, n // m)]
+    blocks = np.asarray(w, np.float32).reshape(split)
+    most = np.abs(blocks).max(tuple(range(1, 2 * w.ndim, 2)), keepdims=True)
+    bound = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}[how]
+    scale = (most / np.float32(bound)).astype(jnp.bfloat16)
+    scale[scale == 0] = 1
+    low, high = {"int8": (-128, 127)}.get(how, (-8, 7))
+    values = np.array(NF4) if how == "nf4" else np.arange(low, high + 1)
+    x = blocks / scale.astype(np.float32)
+    codes = np.abs(x[..., None] - values).argmin(-1) + low
+    return codes.reshape(w.shape), scale.reshape(sizes), x.reshape(w.shape)
+
+
+@each_format
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_quantize_array_is_that_of_numpy(how, jit, seed):
+    """Of any shape, blocks, dtype and stack, compiled or not."""
+    rng = np.random.default_rng(seed)
+    shape = rng.choice([1, 2, 4, 6, 8], rng.integers(1, 5))
+    sizes = [int(rng.choice([m for m in (1, 2, n) if n % m == 0])) for n in shape]
+    dtype = ["float32", "bfloat16", "float16", "float8_e4m3fn"][seed]
+    w = jnp.asarray(rng.standard_normal(shape), dtype)
+    batch = [d for d in range(w.ndim) if rng.random() < 0.5]
+    for d in batch:
+        sizes[d] = w.shape[d]
+    make = lambda w: quantize_array(w, how, sizes, batch)
+    q = (jax.jit(make) if jit else make)(w)
+    codes, scale, x = expected(w, how, tuple(sizes))
+    assert (q.format, q.dtypes) == (how, (jnp.dtype(dtype),))
+    np.testing.assert_array_equal(q.scale, scale)
+    # XLA multiplies by the reciprocal of a scale: what is half-way may go either way.
+    tie = np.abs(x - np.round(x)) > 0.499 if how != "nf4" else False
+    assert np.all((np.asarray(q.values, int) == codes) | tie)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@each_format
+def test_codes_belong_to_the_scale_as_it_is_stored(how, jit):
+    """Large enough for fusions in which XLA drops a cast to bfloat16 and back."""
+    w = 0.02 * np.random.default_rng(1).standard_normal((4096, 64), np.float32)
+    make = lambda w: quantize_array(w, how, (64, 64))
+    q = (jax.jit(make) if jit else make)(w)
+    codes, scale, _ = expected(w, how, (64, 64))
+    np.testing.assert_array_equal(q.scale, scale)
+    assert np.mean(np.asarray(q.values, int) != codes) < 1e-4  # half-way
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "kept"),
+    [
+        (("bfloat16",), False),
+        (("float16",), False),
+        (("float32", "bfloat16", "float32"), True),
+        (("bfloat16", "float32"), True),
+        (("float32", "float16", "float32"), True),
+        (("float32",), True),
+    ],
+)
+def test_compiled_sums_are_of_values_that_are_rounded(dtypes, kept):
+    """`widened` of any, and `dequantize` where the array itself has the digits."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.integers(-127, 128, (1024, 64)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (16, 64)), jnp.float32)
+    q = Quantized(values, scale, dtypes)
+    want = np.max(in_numpy(q).astype(np.float32), 0)
+    largest = lambda w: jnp.max(w, 0)
+    got = [jax.jit(lambda q: largest(widened(q, jnp.float32)))(q)]
+    if kept:
+        got.append(jax.jit(lambda q: largest(dequantize(q)))(q))
+    for x in got:
+        np.testing.assert_array_equal(x, want)
+
+
+# Stacks: one layer at a time
+
+
+def floats(layers, how, dtype=jnp.bfloat16):
+    """The bytes of temporaries that a stack takes."""
+    make = lambda w: quantize_array(
+        w, how, (layers, 8 if how != "int8" else 1, 64), [0]
+    )
+    w = jax.ShapeDtypeStruct((layers, 128, 64), dtype)
+    return jax.jit(make).lower(w).compile().memory_analysis().temp_size_in_bytes
+
+
+@each_format
+def test_quantize_array_of_a_stack_makes_floats_of_one_layer(how):
+    one, stack = floats(1, how), floats(16, how)
+    assert stack < one + 2 * 128 * 64 * 4
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("spec", "reduced"),
+    [
+        (P("x", None, "y"), False),
+        (P("y", "x"), True),  # a scale for inputs of several devices
+        (P(("x", "y")), False),
+        (P(None, "x", "y"), True),
+    ],
+)
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_quantize_array_gathers_no_stack(kind, spec, reduced, how):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    at = NamedSharding(mesh, spec)
+    w = jax.device_put(normal(16, 32, 8, dtype=jnp.bfloat16), at)
+    sizes = (16, 1 if how == "int8" else 8, 8)
+    q = quantize_array(w, how, sizes, [0])
+    want = quantize_array(np.asarray(w), how, sizes)
+    same(q.values, want.values), same(q.scale, want.scale)
+    assert q.values.sharding.spec == spec
+    names = (*spec, None, None)[:3]
+    names = P(*(n if m > 1 else None for n, m in zip(names, sizes, strict=True)))
+    assert q.scale.sharding.is_equivalent_to(NamedSharding(mesh, names), 3)
+    parts = {"x": 2, "y": 4, ("x", "y"): 8, None: 1}[spec[0]]
+    options = {"static_argnums": (1, 2, 3), "out_shardings": (at, q.scale.sharding)}
+    make = jax.jit(_make, **options)
+    text = make.lower(w, how, sizes, ((0, parts),)).compile().as_text()
+    crossed = {name for name in COLLECTIVES if f" {name}(" in text}
+    assert crossed == ({"all-reduce"} if reduced and how == "int8" else set())
+    if kind == AxisType.Explicit:
+        traced = jax.jit(lambda w: quantize_array(w, how, sizes, [0]))
+        same(traced(w).values, want.values)
+        text = traced.lower(w).compile().as_text()
+        assert crossed == {name for name in COLLECTIVES if f" {name}(" in text}
+
+
+# Formats
+
+
+def test_formats_of_equal_codes_are_different_trees():
+    codes, scale = jnp.ones((4, 6), jnp.int4), jnp.ones((2, 6))
+    four, nf4 = (Quantized(codes, scale, ("float32",), *f) for f in ([], ["nf4"]))
+    assert (four.format, nf4.format) == ("int4", "nf4")
+    assert Quantized(jnp.ones((4, 6), jnp.int8), scale, ("float32",)).format == "int8"
+    assert jax.tree.structure(four) != jax.tree.structure(nf4)
+    names = [
+        jax.tree_util.keystr(path)
+        for x in (four, nf4)
+        for path, _ in jax.tree_util.tree_leaves_with_path(x)
+    ]
+    assert names == [".int4", ".scale", ".nf4", ".scale"]
+    np.testing.assert_array_equal(dequantize(four), 1)
+    np.testing.assert_array_equal(dequantize(nf4), np.float32(NF4[9]))
+    mixed = on(lambda x, y: jnp.concatenate([x, y]), four, nf4)
+    assert not is_quantized(mixed)
+    want = np.repeat(np.float32([[1], [NF4[9]]]), 4, 0)
+    np.testing.assert_array_equal(mixed, np.broadcast_to(want, (8, 6)))
+
+
+@each_format
+def test_a_quantized_array_is_a_pytree_and_pickles(how):
+    q = drawn(how, (4, 6), (2, 6), ("bfloat16", "float32"))
+    again = jax.tree.map(lambda x: x, q)
+    for x in (again, pickle.loads(pickle.dumps(q))):
+        assert jax.tree.structure(x) == jax.tree.structure(q)
+        same(x.values, q.values), same(x.scale, q.scale)
+    holes = jax.tree.map(lambda x: None, q)
+    assert (holes.format, holes.dtypes) == (how, q.dtypes)
+
+
+@pytest.mark.parametrize("shape", [(128, 6), (2, 64, 3)])
+def test_codes_of_bitsandbytes_are_those_of_nf4_plus_eight(shape):
+    """Bytes of two codes, the high bits first, and a scale for each 64 elements."""
+    rng = np.random.default_rng(0)
+    packed = rng.integers(0, 256, np.prod(shape) // 2).astype(np.uint8)
+    codes = np.stack([packed >> 4, packed & 15], -1).reshape(shape)
+    scale = rng.uniform(0.5, 2, (*shape[:-2], shape[-2] // 64, shape[-1]))
+    scale = scale.astype(np.float32)
+    values = jnp.asarray(codes.astype(np.int8) - 8).astype(jnp.int4)
+    q = Quantized(values, jnp.asarray(scale), ("float32",), "nf4")
+    assert wrong(q) is None
+    want = np.float32(NF4)[codes] * np.repeat(scale, 64, -2)
+    np.testing.assert_array_equal(dequantize(q), want)
+
+
 # The errors, as others measured them
 
 ERRORS = {  # by format and block: relative Frobenius errors of N(0, 0.02^2)
@@ -194,7 +386,10 @@ def test_errors_are_those_of_qwix(how, block, third_party):
     q = quantize_array(w, how, (256 // block, 128))
     want = gap(w, qwix.dequantize(theirs))
     assert gap(w, dequantize(q)) == pytest.approx(want, rel=5e-3)
-    taken = Quantized(theirs.qvalue, theirs.scale, (jnp.float32,))
+    values = theirs.qvalue
+    if how == "nf4":  # from 0 to 15
+        values = (values.astype(jnp.int8) - 8).astype(jnp.int4)
+    taken = Quantized(values, theirs.scale, (jnp.float32,), how)
     np.testing.assert_allclose(dequantize(taken), qwix.dequantize(theirs), rtol=1e-6)
 
 
@@ -231,6 +426,10 @@ def test_bytes_of_keys():
     [
         ({"values": jnp.ones((4, 6), jnp.int16)}, "its values are int16"),
         ({"values": jnp.ones((4, 6))}, "its values are float32"),
+        ({"values": jnp.ones((4, 6), jnp.uint4)}, r"uint4, .*astype\(jnp.int8\) - 8\)"),
+        ({"values": jnp.ones((4, 6), jnp.int4)}, "int4, and those of 'int8' are int8"),
+        ({"format": "nf4"}, "its values are int8, and those of 'nf4' are int4"),
+        ({"format": "fp4"}, "its format is 'fp4', and may be 'int8', 'int4', 'nf4'"),
         ({"scale": jnp.ones((2, 6), jnp.int32)}, "scale and dtypes must be floating"),
         ({"dtypes": ("int8",)}, "scale and dtypes must be floating"),
         ({"scale": jnp.ones((3, 6))}, r"shape \(3, 6\) makes no blocks of \(4, 6\)"),
