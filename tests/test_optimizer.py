@@ -402,7 +402,7 @@ def product(params, x):
 
 def test_donating_the_tree_deletes_what_it_shares_with_others():
     base = lj.strip(small())
-    params, other = lj.lorafy(base, 2), lj.lorafy(base, 2)
+    params, other = (lj.lorafy(base, 2, targets="kernel") for _ in range(2))
     tx = lj.adapters_only(optax.sgd(0.5))
     loss = lambda params: jnp.sum(lj.lora(product)(params, jnp.ones((2, 3))))
     buffer = params["m"]["kernel"].unsafe_buffer_pointer()
@@ -417,7 +417,7 @@ def test_donating_the_tree_deletes_what_it_shares_with_others():
 
 def test_donating_the_half_of_split_keeps_the_base():
     base = lj.strip(small())
-    params, other = lj.lorafy(base, 2), lj.lorafy(base, 2)
+    params, other = (lj.lorafy(base, 2, targets="kernel") for _ in range(2))
     tx, run = optax.sgd(0.5), lj.lora(product)
     loss = lambda a, b: jnp.sum(run(lj.combine(a, b), jnp.ones((2, 3))))
     adapters, frozen = lj.split(params)
@@ -430,7 +430,7 @@ def test_donating_the_half_of_split_keeps_the_base():
 
 def test_an_array_that_is_in_the_tree_twice_can_be_trained_by_split_alone():
     table = normal(3, 3)
-    params = lj.lorafy({"m": {"kernel": table}, "head": table}, 2)
+    params = lj.lorafy({"m": {"kernel": table}, "head": table}, 2, targets="kernel")
     x = jnp.ones((2, 3))
     tx, whole = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
     only = lj.adapters_only(tx)
@@ -528,7 +528,7 @@ KINDS += [("adamw", "one device"), ("adamw", AxisType.Explicit)]
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_the_state_is_on_the_devices_of_the_adapters(name, kind):
-    params, tx = lj.lorafy(on_mesh(kind), 2), STATES[name]()
+    params, tx = lj.lorafy(on_mesh(kind), 2, targets="kernel"), STATES[name]()
     devices = params["m"]["kernel"].sharding.device_set
     state = lj.adapters_only(tx).init(params)
     plain = tx.init(lj.split(params)[0])
