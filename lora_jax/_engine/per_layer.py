@@ -50,10 +50,13 @@ def _split(x: jax.Array, layers: Mapping[int, int]) -> jax.Array:
     The first of the two has the sharding, so that the loop is over an unsharded one.
     """
     shape: list[int] = []
-    for d, n in enumerate(x.shape):
+    names: list[Any] = []
+    for d, (n, name) in enumerate(zip(x.shape, _spec(x), strict=True)):
         parts = min(n, layers.get(d, 1))
-        shape += [n] if layers.get(d, 1) == 1 else [parts, n // parts]
-    return jnp.reshape(x, shape)
+        cut = layers.get(d, 1) > 1
+        shape += [parts, n // parts] if cut else [n]
+        names += [name, None] if cut else [name]
+    return _reshaped(x, shape, names)
 
 
 def _taken(
@@ -72,20 +75,26 @@ def _taken(
 def _joined(x: jax.Array, layers: Mapping[int, int], steps: Sequence[int]) -> jax.Array:
     """The results of all steps, (steps, ...), as one array."""
     x = jnp.reshape(x, (*steps, *x.shape[1:]))
-    for i, (d, parts) in enumerate(layers.items()):
+    for i, d in enumerate(layers):
         at = len(steps) - i  # the first dimension of a result
         x = jnp.moveaxis(x, 0, at + d)  # (..., parts, steps, ...)
-        shape = (*x.shape[: at + d - 1], parts * steps[i], *x.shape[at + d + 1 :])
-        x = _merged(x, shape, at + d - 1)
+        shape, names = [*x.shape], _spec(x)
+        shape[at + d - 1] *= shape.pop(at + d)
+        names.pop(at + d)
+        x = _reshaped(x, shape, names)
     return x
 
 
-def _merged(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """A reshape that merges a dimension, which may be sharded, and the next one."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+def _spec(x: jax.Array) -> list[Any]:
+    """The names of mesh axes that cut each dimension, as far as its type has them."""
+    spec = jax.typeof(x).sharding.spec
+    return [*spec, *(None,) * (x.ndim - len(spec))]
+
+
+def _reshaped(x: jax.Array, shape: Sequence[int], names: Sequence[Any]) -> jax.Array:
+    """A reshape to a sharding that JAX does not find by itself in each release."""
+    mesh = jax.typeof(x).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
         return jnp.reshape(x, shape)
-    # Next to a dimension of size 1 older releases of JAX do not find the sharding.
-    spec = (*sharding.spec, *(None,) * (x.ndim - len(sharding.spec)))
-    spec = PartitionSpec(*spec[: axis + 1], *spec[axis + 2 :])
-    return jnp.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+    to = NamedSharding(mesh, PartitionSpec(*names))
+    return jnp.reshape(x, shape, out_sharding=to)

@@ -62,7 +62,7 @@ def test_a_base_has_its_kernels_in_the_format_and_its_table_in_int8(
     assert few_bits.base(apply, params, "float32") is params
     made = few_bits.base(apply, jax.eval_shape(lambda: params), "nf4")
     kernel = made["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]
-    assert kernel.values.dtype == jnp.uint4
+    assert kernel.values.dtype == jnp.int4
     assert kernel.scale.shape == ((2, 1, 32) if scanned else (1, 32))
     assert made["tokens"]["embedding"].values.dtype == jnp.int8
     assert not isinstance(made["norm"]["scale"], lj.Quantized)
