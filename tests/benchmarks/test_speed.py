@@ -118,11 +118,9 @@ def test_qwix_trains_the_same_numbers():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qwix_stores_the_same_weights_in_four_bits():
     pytest.importorskip("qwix")
+    # The codes of qwix count from 0, ours from -8.
     sizes = lambda params: sorted(
-        # qwix stores the codes of NF4 from 0, and we from -8.
-        x.size
-        for x in jax.tree.leaves(params)
-        if x.dtype in (jnp.int4, jnp.uint4)
+        x.size for x in jax.tree.leaves(params) if x.dtype in (jnp.int4, jnp.uint4)
     )
     *_, frozen = speed.qwix_parts(TINY, **speed.QLORA)
     assert sizes(frozen) == sizes(speed.stored(TINY, "nf4"))

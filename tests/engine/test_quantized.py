@@ -170,10 +170,12 @@ def expected(w, how, sizes):
     bound = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}[how]
     scale = (most / np.float32(bound)).astype(jnp.bfloat16)
     scale[scale == 0] = 1
-    low, high = {"int8": (-128, 127)}.get(how, (-8, 7))
-    values = np.array(NF4) if how == "nf4" else np.arange(low, high + 1)
     x = blocks / scale.astype(np.float32)
-    codes = np.abs(x[..., None] - values).argmin(-1) + low
+    if how == "nf4":
+        codes = np.abs(x[..., None] - np.array(NF4)).argmin(-1) - 8
+    else:
+        n = {"int8": 128, "int4": 8}[how]
+        codes = np.clip(np.round(x), -n, n - 1)
     return codes.reshape(w.shape), scale.reshape(sizes), x.reshape(w.shape)
 
 
