@@ -66,7 +66,7 @@ def test_a_base_in_few_bits_on_one_chip(compiled):
     assert held <= stats.argument_size_in_bytes < 1.1 * held  # packed
     # Neither all layers of a weight in floats, nor all logits, forward or backward.
     for _, n_in, n_out, _ in KERNELS:
-        assert f"u4[{LAYERS},{n_in},{n_out}]" in text
+        assert f"s4[{LAYERS},{n_in},{n_out}]" in text
         for dtype in ("bf16", "f32"):
             assert f"{dtype}[{LAYERS},{n_in},{n_out}]" not in text
     found = {tuple(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]", text)}
