@@ -27,6 +27,7 @@ from lora_jax._tree import (
     flatten,
     is_abstract,
     is_traced,
+    leaf_name,
     path_name,
     quantized_leaves,
     rebox,
@@ -188,7 +189,7 @@ def _scale_shape(
     path: Path, w: Any, name: str, axes: Axes, block: int | None
 ) -> tuple[int, ...]:
     """How many blocks there are along each dimension."""
-    shared = axes.outputs if path[-1] == "embedding" else axes.inputs
+    shared = axes.outputs if leaf_name(path) == "embedding" else axes.inputs
     sizes = list(w.shape)
     if name == "int8" and block is None:
         return tuple(1 if d in shared else n for d, n in enumerate(sizes))

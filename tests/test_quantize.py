@@ -632,3 +632,12 @@ def test_what_is_cut_off_may_be_nothing(wrap, randomized, close):
 
     x = jnp.ones((2, 16))
     close(wrap(lj.lora(fn))(params, x), fn(lj.merge(params), x))
+
+
+def test_a_table_in_one_dict_with_path_like_keys_shares_scales_along_rows():
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)), jnp.float32)
+    flat = lj.quantize({"tokens/embedding": table}, "int8", targets="tokens")
+    deep = lj.quantize({"tokens": {"embedding": table}}, "int8", targets="tokens")
+    scale = flat["tokens/embedding"].scale
+    assert scale.shape == (6, 1)
+    np.testing.assert_array_equal(scale, deep["tokens"]["embedding"].scale)
