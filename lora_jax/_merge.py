@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import warnings
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from lora_jax._engine.quantized import (
     values_of,
 )
 from lora_jax._lorafy import with_copies
+from lora_jax._targets import warn
 from lora_jax._tree import (
     Path,
     flatten,
@@ -200,12 +200,11 @@ def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
             dtype = unbox(plain[path]).dtype
             lost.append(f"{path_name(path)!r} ({share:.0%} in {dtype})")
     if lost:
-        warnings.warn(
+        warn(
             "Rounding the merged weights loses most of the updates of "
             f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}: the merged "
             "model is closer to the base than to the adapted model. Keep the updates: "
-            "merge(params, dtype=jnp.float32).",
-            stacklevel=3,
+            "merge(params, dtype=jnp.float32)."
         )
 
 
