@@ -236,12 +236,13 @@ class LoRA(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def merge(self) -> nnx.Module:
+    def merge(self, *, dtype: Any = None) -> nnx.Module:
         """Returns a plain model of the given class, with W + scale A B for each W.
 
         Its variables are its own; what is not adapted shares its arrays with `model`.
+        `dtype` is that of the adapted weights, as in the function `merge`.
         """
-        return merge(self)
+        return merge(self, dtype=dtype)
 
     def _run(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         _check_method(type(self.model), name)

@@ -1054,3 +1054,10 @@ def test_a_step_that_copies_no_frozen_weight(run):
     assert module.model.layers[1].rngs.count[...] == 3
     assert np.abs(module.model.layers[2].mean[...] - mean).max() > 0
     assert optimizer.step[...] == 3
+
+
+def test_merge_takes_a_dtype():
+    model = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    merged = lj.LoRA(model, 2).merge(dtype=jnp.float32)
+    assert merged.kernel[...].dtype == jnp.float32
+    assert merged.bias[...].dtype == jnp.bfloat16
