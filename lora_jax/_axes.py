@@ -7,7 +7,8 @@ from flax import nnx
 
 from lora_jax._adapters import Axes
 from lora_jax._arguments import chosen, leaves_of, on_states, pick, place
-from lora_jax._engine.jaxpr import trace_call, used_inputs
+from lora_jax._engine.jaxpr import trace_call
+from lora_jax._engine.liveness import used_inputs
 from lora_jax._engine.uses import Use, uses_of
 from lora_jax._targets import is_adaptable
 from lora_jax._tree import Path, leaf_order, path_name, unbox

@@ -1,4 +1,4 @@
-"""What `lora` makes of a function: which adapters stay factored, and at what cost."""
+"""`explain`: which adapters stay factored under `lora(fn)`, and at what cost."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,9 +21,11 @@ from lora_jax._arguments import (
     place,
     replaced,
 )
-from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
+from lora_jax._engine.flops import flops
+from lora_jax._engine.jaxpr import trace_call
+from lora_jax._engine.liveness import used_inputs
 from lora_jax._engine.quantized import format_name
-from lora_jax._engine.run import Run, by_weight, noting
+from lora_jax._engine.run import Run, by_weight, collect_notes
 from lora_jax._lora import call
 from lora_jax._tree import (
     Path,
@@ -36,22 +38,28 @@ from lora_jax._tree import (
 
 CAST = "cast before the update"
 TITLES = ("weight", "shape", "stored", "rank", "factored", "FLOPs")
-TITLES += ("formed whole by", CAST)
-RIGHT = {"rank", "factored", "FLOPs"}  # numbers
+TITLES += ("materialized by", CAST)
+RIGHT = {"rank", "factored", "FLOPs"}  # columns of numbers
 
 
 class Row(NamedTuple):
-    """What becomes of one adapter, or of a leaf that trains whole: its `rank` is None.
+    """What becomes of one weight: adapted, quantized, or trained in full.
 
-    Or of a weight in few bits without an adapter: its `rank` is 0, and where it is
-    formed it is made of floats for that one use. `stored` says how the weight is kept,
-    "nf4/64" for numbers of NF4 with a scale for 64, or its dtype. `full_rank` is the
-    largest rank that serves the weight; `factored` counts the places in the program
-    where it stays in factors; `materialized` names the primitives that
-    need W + scale * A B, at the `places` in the user's source, and the custom rules
-    whose derivative needs it or a whole gradient of it; `flops` is what it adds. `used`
-    is False for an adapter that no result depends on. `casts` are the places where W
-    alone is cast to fewer digits, and the update is added to the product with the rest.
+    Attributes:
+      path: Of the weight in the tree.
+      shape: Of the weight.
+      stored: "nf4/64" for NF4 with a scale per 64 elements, or the dtype.
+      rank: Of the adapter; 0 for a quantized weight without one, None for a leaf that
+        is trained in full.
+      full_rank: The largest useful rank; None for a leaf that is trained in full.
+      factored: In how many places of the program the weight stays factored.
+      materialized: The primitives that need W + scale * A B itself, and the custom
+        rules whose derivative needs it or a gradient of its size.
+      places: Their lines in the user's source.
+      flops: What the adapter adds.
+      used: False if no result depends on the weight.
+      casts: The lines where W alone is cast to fewer digits, and the update is added to
+        the product.
     """
 
     path: str
@@ -67,7 +75,8 @@ class Row(NamedTuple):
     casts: tuple[str, ...] = ()
 
     @property
-    def few_bits(self) -> bool:
+    def quantized(self) -> bool:
+        """Whether the weight is stored in 4 or 8 bits per element."""
         return "/" in self.stored
 
 
@@ -81,8 +90,8 @@ class Report(NamedTuple):
         columns = dict(
             zip(TITLES, zip(*map(_cells, self.rows), strict=True), strict=True)
         )
-        if not any(row.few_bits for row in self.rows):
-            del columns["stored"]  # all as the function sees them
+        if not any(row.quantized for row in self.rows):
+            del columns["stored"]  # each weight is stored in its dtype
         if not any(row.casts for row in self.rows):
             del columns[CAST]
         padded = []
@@ -101,9 +110,9 @@ def explain(
     argnames: str | Sequence[str] = (),
     **kwargs: Any,
 ) -> Report:
-    """Explains what `lora(fn)` does with each adapter, by tracing alone.
+    """Explains what `lora(fn)` does with each adapter.
 
-    Nothing runs and nothing is allocated.
+    The function is traced; nothing runs and nothing is allocated.
 
     Args:
       fn: The function that `lora` would get, such as `model.apply`. Or a module from
@@ -115,22 +124,22 @@ def explain(
       **kwargs: Its keyword arguments.
 
     Returns:
-      A `Report`, which prints as a table. `.rows` has one row per adapter, and per
-      weight in few bits: `path`, `shape`, `stored` ("nf4/64": in NF4, with a scale for
-      64 numbers; or a dtype), `rank` (None for a leaf that trains whole, 0 without an
-      adapter), `full_rank` (a rank above it is wasteful, and the table says so),
-      `factored` (in how many places of the program it stays in factors),
-      `materialized` (the primitives that need the whole weight, so that W + scale * A B
-      is formed; "derivative of custom_vjp_call" where only that does, or forms a whole
-      gradient), `places` (their files and lines in the source of `fn`), `flops` (what
-      it adds), `used` (whether a result depends on it), `casts` (where W alone is cast
-      to fewer digits: see `lora`). `.flops` is the function's own.
-      FLOPs are of products, forward: two for each number multiplied and added, in each
-      step of a `scan`, in one of a `while` loop.
+      A `Report`, which prints as a table. `.rows` has one row per adapter and per
+      quantized weight, with the attributes `path`, `shape`, `stored` ("nf4/64" for NF4
+      with a scale per 64 elements, or a dtype), `rank` (0 without an adapter, None for
+      a leaf that is trained in full), `full_rank` (a higher rank is wasteful, and the
+      table shows that), `factored` (in how many places of the program the weight stays
+      factored), `materialized` (the primitives that need W + scale * A B itself;
+      "derivative of custom_vjp_call" if only the derivative needs it, or a gradient of
+      its size), `places` (their lines in the source of `fn`), `flops` (what the adapter
+      adds), `used` (whether a result depends on it) and `casts` (the lines where W
+      alone is cast to fewer digits: see `lora`). `.flops` are those of the function
+      itself. FLOPs are those of products in the forward pass, two for a multiplication
+      and an addition, in all steps of a `scan`, and in one of a `while` loop.
 
     Raises:
-      ValueError: If the parameters have no adapters, nor weights in few bits, or broken
-        ones.
+      ValueError: If the parameters have broken adapters, or neither adapters nor
+        quantized weights.
       TypeError: If `argnums` or `argnames` names no argument, or one that is no tree.
 
     Example:
@@ -138,7 +147,7 @@ def explain(
       >>> fn = lambda params, x: jnp.tanh(x @ params["kernel"])
       >>> params = lj.lorafy({"kernel": jnp.ones((512, 512))}, 8)
       >>> print(lj.explain(fn, params, jnp.ones((4, 512))))
-      weight  shape       rank  factored   FLOPs  formed whole by
+      weight  shape       rank  factored   FLOPs  materialized by
       kernel  (512, 512)     8         1  +65.5k
       Adapters: 1. Uses in factors: 1. FLOPs: +65.5k to 2.1M (3.12 %).
 
@@ -166,7 +175,7 @@ def explain(
         if use.get(i)
     }
 
-    # Over the parts of weights in few bits: `adapted` takes those as they are.
+    # Traced over the arrays of quantized weights: `adapted` takes those as they are.
     parts, treedef = jax.tree.flatten((args, kwargs))
 
     def adapted(*parts):
@@ -174,14 +183,14 @@ def explain(
         run = Run("allow", counting=True)
         return call(fn, args, kwargs, where, "ignore", run)
 
-    with noting() as found:
+    with collect_notes() as found:
         trace_call(adapted, parts, {})
-    told = by_weight(found)
+    single = by_weight(found)
     rows = []
     for key in given:
         for path, own in (quantized_leaves(leaves[key]) | adapters[key]).items():
             name = named(key, path, given)
-            notes = [n for n in told if str(n.name) == name]
+            notes = [n for n in single if str(n.name) == name]
             is_used = (key, path) in used
             rows.append(_row(name, leaves[key], path, own, notes * is_used, is_used))
     return Report(tuple(rows), flops(plain.jaxpr))
@@ -202,19 +211,19 @@ def _row(
         shapes = [unbox(leaves[part]).shape for part in own]
         rank, axes = shapes[0][-1], axes_of_shapes(w.shape, *shapes)
         full = min(math.prod(w.shape[d] for d in dims) for dims in axes[1:])
-    formed = dict.fromkeys((n.primitive, n.place) for n in notes if n.formed)
+    met = dict.fromkeys((n.primitive, n.line) for n in notes if n.materialized)
     return Row(
         path=name,
         shape=tuple(w.shape),
         stored=format_name(w) if is_quantized(w) else str(w.dtype),
         rank=rank,
         full_rank=full,
-        factored=sum(not (n.formed or n.alone) for n in notes),
-        materialized=tuple(primitive for primitive, _ in formed),
-        places=tuple(place for _, place in formed),
+        factored=sum(not (n.materialized or n.alone) for n in notes),
+        materialized=tuple(primitive for primitive, _ in met),
+        places=tuple(line for _, line in met),
         flops=sum(n.flops for n in notes),
         used=used,
-        casts=tuple(dict.fromkeys(n.place for n in notes if n.alone)),
+        casts=tuple(dict.fromkeys(n.line for n in notes if n.alone)),
     )
 
 
@@ -225,7 +234,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.path,
         str(row.shape),
         row.stored,
-        {None: "whole", 0: "none"}.get(row.rank, str(row.rank)),
+        {None: "full", 0: "none"}.get(row.rank, str(row.rank)),
         str(row.factored),
         f"+{_short(row.flops)}",
         causes if row.used else _IDLE[row.rank == 0],
@@ -238,23 +247,23 @@ _IDLE = ("NEVER USED: it would learn nothing", "never used")
 
 def _totals(report: Report) -> str:
     adapted = [row for row in report.rows if row.rank != 0]
-    formed = sum(len(row.materialized) for row in adapted)
+    materialized = sum(len(row.materialized) for row in adapted)
     idle = sum(not row.used for row in adapted)
-    few = sum(row.few_bits for row in report.rows)
-    whole = sum(row.rank is None for row in report.rows)
+    quantized = sum(row.quantized for row in report.rows)
+    full = sum(row.rank is None for row in report.rows)
     added = sum(row.flops for row in report.rows)
     wasteful = [
         f"{row.path} ({row.rank} above {row.full_rank})"
         for row in report.rows
-        if row.rank is not None and row.rank > row.full_rank
+        if row.rank is not None and row.rank > (row.full_rank or 0)
     ]
     share = f" ({100 * added / report.flops:.3g} %)" if report.flops else ""
     parts = (
         f"Adapters: {sum(row.rank is not None for row in adapted)}",
-        *([f"Trained whole: {whole}"] if whole else []),
-        *([f"In few bits: {few}"] if few else []),
+        *([f"Trained in full: {full}"] if full else []),
+        *([f"Quantized: {quantized}"] if quantized else []),
         f"Uses in factors: {sum(row.factored for row in adapted)}",
-        *([f"Uses formed whole: {formed}"] if formed else []),
+        *([f"Uses materialized: {materialized}"] if materialized else []),
         *([f"NEVER USED: {idle}"] if idle else []),
         *([f"Wasteful ranks: {', '.join(wasteful)}"] if wasteful else []),
         f"FLOPs: +{_short(added)} to {_short(report.flops)}{share}",
@@ -263,6 +272,6 @@ def _totals(report: Report) -> str:
 
 
 def _short(n: float) -> str:
-    """As 1.23G: three digits and a unit."""
+    """A number in three digits and a unit, such as 1.23G."""
     unit = max(min(int(math.log10(max(n, 1))) // 3, 5), 0)
     return f"{n / 1000**unit:.3g}{'kMGTP'[unit - 1] if unit else ''}"

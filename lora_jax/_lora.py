@@ -1,9 +1,9 @@
-"""The same function on adapted parameters: traced once, evaluated on the factors."""
+"""`lora`: a function on adapted parameters, traced once and evaluated on factors."""
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
@@ -20,10 +20,12 @@ from lora_jax._arguments import (
     replaced,
 )
 from lora_jax._engine.dora import weight
-from lora_jax._engine.factors import Factors, bare, canonical
-from lora_jax._engine.jaxpr import trace_call, used_inputs, vary_like
-from lora_jax._engine.rules import run_jaxpr
-from lora_jax._engine.run import Run, by_weight, noting, plain, warn
+from lora_jax._engine.dtypes import canonical
+from lora_jax._engine.evaluate import run_jaxpr
+from lora_jax._engine.factors import Factors, without_adapter
+from lora_jax._engine.jaxpr import trace_call, vary_like
+from lora_jax._engine.liveness import used_inputs
+from lora_jax._engine.run import Run, by_weight, collect_notes, materialize_all, warn
 from lora_jax._lorafy import with_copies
 from lora_jax._tree import (
     Path,
@@ -37,40 +39,43 @@ from lora_jax._tree import (
     unflatten,
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def lora(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     *,
     argnums: int | Sequence[int] | None = None,
     argnames: str | Sequence[str] = (),
     dropout: float = 0.0,
     unused: str = "error",
     materialize: str = "warn",
-) -> Callable[..., Any]:
-    """The same function, on parameters with adapters.
+) -> Callable[P, R]:
+    """Makes a function of parameters a function of parameters with adapters.
 
-    Dropout acts in those calls alone that are given `dropout_key=`: without one, under
-    `jax.grad` too, nothing is dropped.
+    `lora(fn)(params, ...)` equals `fn(merge(params), ...)` up to rounding, for every
+    JAX function `fn`. It does not materialize W + scale * A B where a weight meets a
+    matrix product, a lookup or a convolution: it adds (x A) B to x W. A leaf that is
+    trained in full is replaced by its copy, `lora_w`, cast to the leaf's dtype. The
+    function itself is not changed and need not support adapters. Works inside and
+    around `jit`, `grad`, `jvp`, `vmap`, `scan`, `remat` and shardings.
 
-    `lora(fn)(params, ...)` equals `fn(merge(params), ...)` to rounding, for every JAX
-    function `fn`, and does not form `W + scale * A B` where a weight meets a matrix
-    product, a lookup or a convolution: it adds `(x A) B` to `x W`. A leaf that trains
-    whole is replaced by its copy, `lora_w`, cast to the leaf's dtype. The function is
-    not changed and need not know of adapters. Works inside and around `jit`, `grad`,
-    `jvp`, `vmap`, `scan`, `remat` and shardings.
+    Dropout acts only in calls with `dropout_key=`: without one nothing is dropped,
+    under `jax.grad` too.
 
-    A cast to bfloat16 or float16 on the way to a product is of W alone, and the update
-    is added to the product: equal to the merged weights up to that type's rounding,
-    except that a sum beyond float16's range is a number and not infinite. So the
-    difference of two products of different precision, `x @ q(w) - x @ w` with a
-    rounding q, is here x q(W) - x W, the rounding error of W, while merged weights give
-    that of W + scale * A B: of the same size, but not equal. `explain` marks these
+    A cast to bfloat16 or float16 on the way to a product is applied to W alone, and the
+    update is added to the product. The result equals that of merged weights up to the
+    rounding of that type, except that a sum beyond the range of float16 is finite. So
+    the difference of two products of different precision, `x @ q(w) - x @ w` with a
+    rounding q, is x q(W) - x W here, the rounding error of W. Merged weights give that
+    of W + scale * A B, which has the same size and another value. `explain` marks these
     weights. Where a rounded weight meets the weight itself in any other way
-    (`w - q(w)`, `where(q(w) == w, ...)`, a custom rule), the sum is rounded, exactly.
+    (`w - q(w)`, `where(q(w) == w, ...)`, a custom rule), W + scale * A B is rounded.
 
     `lora_scale` is a setting: its gradient is zero. A function with a rule of
-    `jax.custom_jvp` or `jax.custom_vjp` that closes over a weight should take it as an
-    argument instead. `jax.experimental.jet` has no rules for what a product needs.
+    `jax.custom_jvp` or `jax.custom_vjp` should take a weight as an argument, and not
+    close over it. `jax.experimental.jet` is not supported.
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.
@@ -79,19 +84,20 @@ def lora(
       argnames: Which keyword arguments hold them, as in Hugging Face's
         `model(ids, params=params)`.
       dropout: Rate at which the input of each adapter in a matrix product or a
-        convolution is dropped. Acts only in calls that are given `dropout_key=`, and
-        not within functions with derivative rules of their own (`jax.custom_vjp`,
-        `jax.custom_jvp`): those know of no mask.
+        convolution is dropped. Acts only in calls with `dropout_key=`, and not within
+        functions with derivative rules of their own (`jax.custom_vjp`,
+        `jax.custom_jvp`), which cannot know of a mask.
       unused: What to do about an adapter that the result does not depend on: "error",
         or "ignore".
-      materialize: What to do where JAX needs a whole weight: "warn" and form it there,
-        "allow" the same in silence, or "error".
+      materialize: What to do where a function needs W + scale * A B itself: "warn" and
+        materialize it there, "allow" it without a warning, or raise an "error".
 
     Returns:
-      A function of the same arguments, and of an optional `dropout_key`, which `fn`
-      gets too if it has such a parameter. Adapted weights are traced; anything else is
-      passed through as it is, in and out. Each call outside of `jit` traces `fn` again,
-      as with `jax.grad`: put `jit` around it.
+      A function of the same arguments, for type checkers too, and of an optional
+      keyword argument `dropout_key`, which `fn` gets as well if it has such a
+      parameter. Adapted weights are traced; anything else is passed through unchanged,
+      in and out. Each call outside of `jit` traces `fn` again, as with `jax.grad`: put
+      `jit` around it.
 
     Raises:
       ValueError: If an option is not one of those above. When called: if the parameters
@@ -121,18 +127,18 @@ def lora(
     shares_key = _has_parameter(fn, "dropout_key")
 
     @functools.wraps(fn)
-    def adapted(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> Any:
+    def adapted(*args: Any, dropout_key: jax.Array | None = None, **kwargs: Any) -> R:
         if shares_key:
             kwargs["dropout_key"] = dropout_key
         key = dropout_key if dropout else None
         run = Run(materialize, float(dropout), key)
-        with noting() as notes:
+        with collect_notes() as notes:
             results = call(fn, args, kwargs, where, unused, run)
         if materialize == "warn":
             warn(by_weight(notes))
         return results
 
-    return adapted
+    return adapted  # pyright: ignore[reportReturnType]  `dropout_key` is in no ParamSpec
 
 
 def call(
@@ -143,6 +149,7 @@ def call(
     unused: str,
     run: Run,
 ) -> Any:
+    """Calls `fn` on the base of the adapted arguments, evaluated on the factors."""
     _check_transformation(args, kwargs)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
@@ -165,9 +172,9 @@ def call(
                 parts = (canonical(unbox(leaves[key][p])) for p in (path, *own))
                 factors[i] = weight(*parts, name=name)
             elif is_quantized(operands[i]):
-                factors[i] = bare(operands[i], name)
+                factors[i] = without_adapter(operands[i], name)
 
-    # All else reaches `fn` as it is: derivative rules in it may close over arguments.
+    # Other arguments reach `fn` untraced: derivative rules in it may close over them.
     others = elsewhere(args, kwargs)
     traced, dynamic = trace_call(fn, args, kwargs, {*names, *factors, *others})
     if unused == "error":
@@ -177,13 +184,13 @@ def call(
     operands = [factors.get(i, operands[i]) for i in dynamic]
     run = run._replace(inputs=tuple(zip(traced.inputs, operands, strict=True)))
     results = run_jaxpr(run, traced.jaxpr, operands)
-    return traced.restore(plain(run, results, "return"))
+    return traced.restore(materialize_all(run, results, "return"))
 
 
 def _check_transformation(args: Any, kwargs: Any) -> None:
-    """Refuses `jax.experimental.jet`, which has no rules for what a product needs.
+    """Refuses `jax.experimental.jet`, which cannot differentiate a factored product.
 
-    It has none for `jax.custom_jvp`, barriers and `jax.checkpoint`, not even where
+    It has no rules for `jax.custom_jvp`, barriers and `jax.checkpoint`, not even where
     Flax or `jax.nn.relu` use them, and its own errors do not say so. Its tracers have
     no public class, only a name.
     """
@@ -198,7 +205,7 @@ def _check_transformation(args: Any, kwargs: Any) -> None:
 def _in_shard_map(
     leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
 ) -> dict[Path, Any]:
-    """The leaves, with weights that vary along the axes of their adapters."""
+    """The leaves, with weights that vary like their adapters within `shard_map`."""
     new = {}
     for path, own in of_rank(adapters).items():
         w, *parts = (unbox(leaves[part]) for part in (path, *own))
@@ -211,8 +218,9 @@ def _check_used(used: dict[str, bool]) -> None:
     if idle := [name for name, use in used.items() if not use]:
         raise ValueError(
             f"The function never uses {len(idle)} adapted weight(s): {listed(idle)}. "
-            "What trains there would learn nothing. Leave them out of lorafy(params, "
-            "rank, also=...), or exclude=[...], or write lora(fn, unused='ignore')."
+            "What is trained there would learn nothing. Leave them out of lorafy("
+            "params, rank, also=...), or exclude=[...], or write "
+            "lora(fn, unused='ignore')."
         )
 
 

@@ -16,8 +16,8 @@ from lora_jax._adapters import (
 from lora_jax._engine.quantized import (
     FORMATS,
     Quantized,
+    mesh_parts,
     quantize_array,
-    ways,
 )
 from lora_jax._engine.quantized import dequantize as dequantized
 from lora_jax._state import from_state, to_state
@@ -194,7 +194,7 @@ def _scale_shape(
     if name == "int8" and block is None:
         return tuple(1 if d in shared else n for d, n in enumerate(sizes))
     axis = shared[-1]
-    n = sizes[axis] // ways(w)[axis]  # on one device, so that none needs another's
+    n = sizes[axis] // mesh_parts(w)[axis]  # of one device, which then needs no other
     own = math.gcd(block or BLOCK, n)
     if own == 1:
         raise ValueError(

@@ -102,12 +102,12 @@ def test_prints_a_table():
     text = str(lj.explain(fn, lj.lorafy(base, R, targets="*"), X))
     line = fn.__code__.co_firstlineno
     title, w, v, u, totals = text.splitlines()
-    assert title.split() == "weight shape rank factored FLOPs formed whole by".split()
+    assert title.split() == "weight shape rank factored FLOPs materialized by".split()
     assert w.startswith("block/w  (8, 8)") or u.startswith("block/w  (8, 8)")
     assert f"tanh at tests/test_explain.py:{line}" in text
     assert "u        (8, 8)     2         0     +0  NEVER USED" in text
     assert totals == (
-        "Adapters: 3. Uses in factors: 1. Uses formed whole: 1. NEVER USED: 1. "
+        "Adapters: 3. Uses in factors: 1. Uses materialized: 1. NEVER USED: 1. "
         "FLOPs: +576 to 1.28k (45 %)."
     )
     del v

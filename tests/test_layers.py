@@ -88,7 +88,7 @@ def quietly(layer, factored, *args, **kwargs):
     """Applies it; one that must form W + AB has to say so."""
     if factored:
         return layer.apply(*args, **kwargs)
-    with pytest.warns(UserWarning, match="needs the whole weight"):
+    with pytest.warns(UserWarning, match="needs W . scale"):
         return layer.apply(*args, **kwargs)
 
 

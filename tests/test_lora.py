@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax._engine import rules
+from lora_jax._engine import evaluate
 from lora_jax._engine.quantized import quantize_array
 
 D, BATCH, VOCAB, LAYERS = 4, 3, 5, 2
@@ -418,7 +418,7 @@ def test_equals_merged_without_materializing(name, params, close):
 @pytest.mark.parametrize("name", MATERIALIZED)
 def test_materializes_exactly_and_says_so(name, params, close):
     fn = MATERIALIZED[name]
-    with pytest.warns(UserWarning, match=r"which needs the whole weight"):
+    with pytest.warns(UserWarning, match=r"which needs W . scale"):
         got = lora(fn)(params, X)
     close(got, on_merged(fn)(params, X))
     allowed = lora(fn, materialize="allow")
@@ -574,12 +574,12 @@ def test_nested_loops_are_tried_once_each(params):
             calls += 1
             return original(*args)
 
-        original, rules.run_jaxpr = rules.run_jaxpr, counted
+        original, evaluate.run_jaxpr = evaluate.run_jaxpr, counted
         try:
             fn = lambda p, x: nest(depth, x, p["w"])[0]
             jax.eval_shape(lora(fn, materialize="error"), params, X)
         finally:
-            rules.run_jaxpr = original
+            evaluate.run_jaxpr = original
         return calls
 
     assert steps(6) < 6 * steps(2)
@@ -1046,7 +1046,7 @@ def test_one_warning_for_a_call_with_its_places(params):
         y = jnp.tanh(p["w"]).sum() + jnp.sort(p["w"], axis=0).sum()
         return y + sum(jnp.exp(w).sum() for w in p["stack"]) + p["table"].max()
 
-    with pytest.warns(UserWarning, match="needs the whole weight") as caught:
+    with pytest.warns(UserWarning, match="needs W . scale") as caught:
         lora(fn)(params, X)
     (warning,) = caught
     line = fn.__code__.co_firstlineno + 1

@@ -1,18 +1,18 @@
-"""Which casts of a weight must see the whole sum W + scale * A B.
+"""Determines which casts of a weight must be applied to W + scale * A B.
 
 A cast to fewer digits on the way to a product is applied to W alone: the factors keep
-the digits that they have, and the result is right to the rounding of the cast. It is
-not right where the rounded weight meets the weight itself again, as in `w - q(w)` or
-`where(q(w) == w, ...)`: there the rounding is the result. Such a cast is found before
-the evaluation begins, since by the time of the second use W is rounded already.
+the digits that they have, and the result is right up to the rounding of the cast. That
+is wrong where the rounded weight meets the weight itself again, as in `w - q(w)` or
+`where(q(w) == w, ...)`: there the rounding is the result. Such casts are determined
+before the evaluation begins, since by the time of the second use W is rounded already.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from lora_jax._engine.jaxpr import CUSTOM, flow, operand_dtypes, result_dtypes
+from lora_jax._engine.dtypes import digits
+from lora_jax._engine.flow import flow
+from lora_jax._engine.jaxpr import CUSTOM, operand_dtypes, result_dtypes
 
 PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 # Primitives of several operands whose result i is made of operand i alone.
@@ -20,20 +20,14 @@ ONE_TO_ONE = {"optimization_barrier", "device_put"}
 
 
 class Origin(NamedTuple):
-    """What a value depends on: pairs of a weight and the last narrowing cast, or None.
+    """The weights that a value depends on, each with the last narrowing cast, or None.
 
-    `values` are ways on which each element is still a function of a few elements of the
-    weight; `products` are ways through a product, after which a rounding is one of many
-    terms of a sum.
+    By way of `values` each element still depends on a few elements of the weight. By
+    way of `products` it is a sum of many terms, and a rounding is one of them.
     """
 
     values: frozenset[tuple[Hashable, int | None]] = frozenset()
     products: frozenset[tuple[Hashable, int | None]] = frozenset()
-
-
-def digits(dtype: Any) -> int:
-    """The bits of a float's mantissa; 0 for any other type."""
-    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
 def is_narrowing(eqn: Any) -> bool:
@@ -47,10 +41,10 @@ def is_narrowing(eqn: Any) -> bool:
 def exact_casts(
     jaxpr: Any, names: Sequence[Iterable[Hashable]], leaving: Sequence[int] = ()
 ) -> frozenset[int]:
-    """The `id`s of the narrowing casts that must be applied to the whole sum.
+    """The `id`s of the narrowing casts that must be applied to W + scale * A B.
 
     Args:
-      jaxpr: Of the program, with all jaxprs within it.
+      jaxpr: The program.
       names: The weights that each input holds.
       leaving: Outputs whose later use is unknown: no cast of a weight among them may be
         applied to W alone.

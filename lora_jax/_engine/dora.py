@@ -1,8 +1,8 @@
 """Weights with magnitudes: m (W + s A B) / |W + s A B|, the norm over the inputs.
 
-The quotient m / |W + s A B| is the gain of `Factors`, a number for each output. The
-norm is a constant for derivatives (Liu et al., 2024, section 4.3), and found from |W|,
-W^T A and B alone: the sum is not formed.
+The quotient m / |W + s A B| is the gain of `Factors`, one element per output. The norm
+counts as a constant in derivatives (Liu et al., "DoRA", 2024, section 4.3). It is
+computed from |W|, W^T A and B: the sum is not materialized.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import (
     Factors,
     align,
@@ -20,10 +21,9 @@ from lora_jax._engine.factors import (
     present,
     squeeze_absent,
     stacked,
-    wider,
 )
+from lora_jax._engine.low_rank import einsum
 from lora_jax._engine.quantized import is_quantized, spread, widened
-from lora_jax._engine.thin import einsum
 
 
 def weight(
@@ -37,7 +37,7 @@ def weight(
 
 
 def with_magnitude(f: Factors, magnitude: Any) -> Factors:
-    """Factors with the gain that a magnitude gives them, if there is one."""
+    """The same weight with the gain of a magnitude; None is no magnitude."""
     if magnitude is None:
         return f
     outputs = [d for d in range(f.ndim) if f.b.shape[d] != 1]
@@ -50,7 +50,7 @@ def with_magnitude(f: Factors, magnitude: Any) -> Factors:
 def norms(f: Factors) -> jax.Array:
     """|W + s A B| over the inputs, in float32 or wider, of size 1 along them.
 
-    Of a stack in few bits one layer at a time is made of floats.
+    A quantized stack is dequantized one layer at a time.
     """
     if not (is_quantized(f.w) and stacked(f)):
         return _norms(f)

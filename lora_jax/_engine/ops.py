@@ -1,16 +1,16 @@
-"""The factored products: `w + scale * a b` times an array, without ever forming it.
+"""Factored products: `w + scale * a b` times an array, without materializing the sum.
 
-Knows arrays and `Factors`, not trees. Each function takes the arguments of its namesake
-in `jax.lax` and adds, to the product with the plain weight, the product with the thin
-factors: first with the one that holds more of what is summed over, then with the other.
-Derivatives of every order and in both modes are JAX's own, but for a rule of thin.py
-that says which products they are made of.
+Each function takes the arguments of its namesake in `jax.lax` and adds the product with
+the low-rank factors to the product with the weight: first with the factor that holds
+more of the contracted dimensions, then with the other. Derivatives of every order, in
+both modes, are JAX's own, except for one rule in low_rank.py that chooses the order of
+their products.
 
-Never `x (w + a b)`, not even where tokens are many and the weight is small: it saves a
-pass over the output, but then a step takes 1.17 instead of 0.63 of the full one's time,
-as its derivative is the full one's, and a batch of adapters would hold a weight each.
+`x (w + a b)` would save a pass over the output, but its derivative is that of full
+fine-tuning: a step takes 1.17 instead of 0.63 of the full step's time, even with many
+tokens and a small weight, and a batch of adapters would hold a weight each.
 
-A weight in few bits is made whole for its product alone, forward and again backward.
+A quantized weight is dequantized for its product alone, and again in the derivative.
 """
 
 import dataclasses
@@ -20,29 +20,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax._engine import quantized, thin
+from lora_jax._engine import companions, low_rank, quantized_views
+from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import (
     Factors,
-    bare,
     delta_flops,
+    follow,
     gained,
     materialize,
     present,
     squeeze_absent,
-    view,
-    wider,
 )
+from lora_jax._engine.low_rank import RANK, Labels
 from lora_jax._engine.quantized import is_quantized, through
 from lora_jax._engine.shapes import size
-from lora_jax._engine.thin import RANK, Labels
 
-GROUP = -2  # a label beside RANK
-# The FLOPs that W + scale * A B as one array must save. Below it each way takes as long
-# as it takes to start an operation.
+GROUP = -2  # the label of a group of channels, as RANK is that of the rank
+# The FLOPs that W + scale * A B as one array must save. With fewer, starting an
+# operation takes longer than the operation.
 WORTHWHILE = 2**17
 
 
@@ -58,12 +56,12 @@ def dot_general(
 ) -> jax.Array:
     """`lax.dot_general(x, (w + scale * a b) * gain)`, any dimensions contracted.
 
-    The gain is of outputs, or of what is summed over, and not of both.
+    The gain is along outputs or along contracted dimensions, not along both.
 
     Args:
       x: The plain operand.
       f: The adapted operand.
-      dimension_numbers: Of the call as written: of (x, f), or of (f, x) with `swap`.
+      dimension_numbers: Those of the call: for (x, f), or for (f, x) with `swap`.
       swap: Whether the adapted operand is the left one.
       drop: Dropout, applied to `x` on its way to the factors.
       looped: Whether this is the body of a loop.
@@ -84,9 +82,9 @@ def _dot_general(
     looped: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> jax.Array:
-    """Jitted, so that JAX traces and differentiates equal layers' products once.
+    """Jitted, so that JAX traces and differentiates the products of equal layers once.
 
-    A step of twelve layers takes a fifth to a third less time to trace so.
+    This saves a fifth to a third of the time to trace a step of twelve layers.
     """
     params = dict(options)
 
@@ -94,9 +92,7 @@ def _dot_general(
         operands = (w, x) if swap else (x, w)
         return lax.dot_general(*operands, dimension_numbers, **params)
 
-    (x_sum, f_sum), (x_batch, f_batch) = (
-        (pair[::-1] if swap else pair) for pair in dimension_numbers
-    )
+    (x_sum, f_sum), (x_batch, f_batch) = _by_operand(dimension_numbers, swap)
     f_labels = list(range(f.ndim))
     x_labels = list(range(f.ndim, f.ndim + x.ndim))
     for i, j in zip((*x_sum, *x_batch), (*f_sum, *f_batch), strict=True):
@@ -107,14 +103,15 @@ def _dot_general(
     out = [*f_batch, *f_free, *x_free] if swap else [*f_batch, *x_free, *f_free]
 
     if {*gained(f)}.intersection(f_sum):
-        # In the digits of the product: those of x may be fewer.
+        # In the dtype of the product: x may have fewer digits.
         dtype = _compute_dtype(x, f, x)
-        both = (None if z is None else z.astype(dtype) for z in (x, dropped))
-        x, dropped = (None if z is None else _gained(z, f, x_labels) for z in both)
+        x = _gained(x.astype(dtype), f, x_labels)
+        if dropped is not None:
+            dropped = _gained(dropped.astype(dtype), f, x_labels)
         f = dataclasses.replace(f, gain=None)
     if not f.rank:
         return through(product, x, f.w, looped=looped)
-    x = thin.made_once(x)
+    x = low_rank.made_once(x)
     y = through(product, x, f.w, looped=looped)
 
     dtype = _compute_dtype(x, f, y)
@@ -123,43 +120,41 @@ def _dot_general(
         labels = [f_labels[d] for d in present(factor)]
         summed = size(factor.shape[d] for d in present(factor) if d not in out)
         parts.append((summed, squeeze_absent(factor).astype(dtype), [*labels, RANK]))
-    first, second = sorted(parts, key=lambda part: -part[0])
-    # The first product keeps whatever the second factor or the output still needs.
-    needed = {*out, *second[2]}
-    kept = list(dict.fromkeys(n for n in (*x_labels, *first[2]) if n in needed))
+    (_, first, of_first), (_, second, of_second) = sorted(parts, key=lambda p: -p[0])
+    # The first product keeps the dimensions that the second factor or the output has.
+    needed = {*out, *of_second}
+    kept = list(dict.fromkeys(n for n in (*x_labels, *of_first) if n in needed))
     precision = params.get("precision")
     x = x if dropped is None else dropped
-    h = thin.einsum(x.astype(dtype), x_labels, *first[1:], kept, precision)
+    h = low_rank.einsum(x.astype(dtype), x_labels, first, of_first, kept, precision)
     rows, columns = [*x_free, RANK], [*f_free, RANK]
-    in_order = [*x_free, *f_free] == out and (kept, second[2]) == (rows, columns)
-    if in_order and not thin.is_explicit(y):
-        y = thin.add(y, h, second[1], precision)
+    in_order = [*x_free, *f_free] == out and (kept, of_second) == (rows, columns)
+    if in_order and not low_rank.is_explicit(y):
+        y = low_rank.add(y, h, second, precision)
     else:
-        product = thin.einsum(h, kept, *second[1:], out, precision, y.dtype)
-        y = y + _like(y, product.astype(y.dtype))
+        update = low_rank.einsum(h, kept, second, of_second, out, precision, y.dtype)
+        y = y + _like(y, update.astype(y.dtype))
     return _gained(y, f, out)
 
 
 def is_dearer(base: int, extra: int, f: Factors) -> bool:
     """Whether the factors of a product cost more than the array W + scale * A B would.
 
-    Both are compared as a step of training: the product with factors takes `extra`
-    FLOPs more than the `base` of the plain one, and about as many again for each of two
-    derivatives. The array takes those of `delta` as often, and the product that is the
-    gradient of the array, as many FLOPs as `base`. Counted four times rather than
-    three, so that a forward pass alone takes at most 5/4 of the plain one.
+    Both are compared in a step of training. The factors add `extra` FLOPs to the `base`
+    of the plain product, and about as many again for each of two derivatives. The array
+    takes the FLOPs of `delta` as often, and its gradient is one more product of `base`
+    FLOPs. `extra` counts four times rather than three, so that a forward pass alone
+    takes at most 5/4 of the plain one.
     """
-    form = delta_flops(f)
-    return extra - form > WORTHWHILE and 4 * extra > base + 4 * form
+    own = delta_flops(f)
+    return extra - own > WORTHWHILE and 4 * extra > base + 4 * own
 
 
 def dot_general_flops(
     x: Any, f: Factors, dimension_numbers: Any, swap: bool
 ) -> tuple[int, int]:
     """The FLOPs of `lax.dot_general` with the plain weight, and what factors add."""
-    (x_sum, f_sum), (x_batch, f_batch) = (
-        (pair[::-1] if swap else pair) for pair in dimension_numbers
-    )
+    (x_sum, f_sum), (x_batch, f_batch) = _by_operand(dimension_numbers, swap)
     paired = dict(zip((*x_sum, *x_batch), (*f_sum, *f_batch), strict=True))
     sizes = dict(enumerate(f.shape))
     sizes |= {f.ndim + d: n for d, n in enumerate(x.shape) if d not in paired}
@@ -173,8 +168,13 @@ def dot_general_flops(
     return flops(sizes), f.rank * (flops(first_met) + flops(kept | second))
 
 
+def _by_operand(dimension_numbers: Any, swap: bool) -> Any:
+    """The contracted and the batch dimensions, each as those of x and of the weight."""
+    return ((pair[::-1] if swap else pair) for pair in dimension_numbers)
+
+
 def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
-    """An array times a weight's gain, which has some of its dimensions."""
+    """An array times the gain of a weight, whose dimensions it has in `labels`."""
     if f.gain is None:
         return x
     own = [d for d in labels if d in gained(f)]
@@ -185,8 +185,8 @@ def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
 
 
 def _like(y: jax.Array, product: jax.Array) -> jax.Array:
-    """The product sharded as the plain one is, on a mesh of explicit axes."""
-    if not thin.is_explicit(y):
+    """The product with the sharding of the plain one, on a mesh with explicit axes."""
+    if not low_rank.is_explicit(y):
         return product
     sizes = zip(product.shape, y.shape, jax.typeof(y).sharding.spec, strict=True)
     spec = (names if n == whole else None for n, whole, names in sizes)
@@ -203,10 +203,10 @@ def conv_general_dilated(
     looped: bool = False,
     **params: Any,
 ) -> jax.Array | None:
-    """`lax.conv_general_dilated(x, w + scale * a b)`; `None` where it has no factors.
+    """`lax.conv_general_dilated(x, w + scale * a b)`; None if it cannot be factored.
 
-    One factor convolves over the window, the other mixes channels place by place: the
-    outputs after it or, in a derivative with respect to x, the inputs before it.
+    One factor convolves over the window, the other mixes channels at each position: the
+    output channels afterwards or, in a derivative by x, the input channels before.
     """
     convolve = functools.partial(
         lax.conv_general_dilated, dimension_numbers=dimension_numbers, **params
@@ -227,8 +227,8 @@ def conv_general_dilated(
 
     out, r = f.shape[out_channel], first.shape[-1]
     if drop is None and groups * r > size([out]):
-        # As where each channel is by itself: the factors would make r times as many
-        # numbers as the kernel, which is small.
+        # As in a depthwise convolution: the factors would compute r times as many
+        # elements as the output has, and the kernel is small.
         return convolve(x, materialize(f))
     if drop is None and not is_quantized(f.w) and f.dtype.itemsize > 3 and not before:
         rows = size(jax.eval_shape(convolve, x, f.w).shape) // size([out])
@@ -250,8 +250,8 @@ def conv_general_dilated(
     else:
         h = convolve(x, _window(f, first, out_channel, groups, dtype))
         channel, matrix = dimension_numbers.out_spec[1], _matrix(second, out)
-        if groups == 1 and channel == y.ndim - 1 and not thin.is_explicit(y):
-            y = thin.add(y, h, matrix.astype(dtype), precision)
+        if groups == 1 and channel == y.ndim - 1 and not low_rank.is_explicit(y):
+            y = low_rank.add(y, h, matrix.astype(dtype), precision)
             return _gained(y, f, labels)
         product = _mix(h, matrix, channel, groups, precision)
     return _gained(y + product.astype(y.dtype), f, labels)
@@ -260,7 +260,7 @@ def conv_general_dilated(
 def _window(
     f: Factors, factor: jax.Array, channel: int, groups: int, dtype: Any
 ) -> jax.Array:
-    """The kernel whose `channel`, which the factor lacks, is the rank of each group."""
+    """The factor as a kernel: its rank, for each group, is the missing `channel`."""
     sizes = [1 if d == channel else n for d, n in enumerate(f.shape)]
     kernel = jnp.broadcast_to(factor, (*sizes, factor.shape[-1])).astype(dtype)
     kernel = lax.concatenate([lax.squeeze(kernel, [channel])] * groups, f.ndim - 1)
@@ -282,9 +282,10 @@ def _mix(
     *,
     into_rank: bool = False,
 ) -> jax.Array:
-    """Takes the channels of x from rank to channels, or back, in each group."""
+    """Maps the channels of x from the rank to channels, or back, in each group."""
     channels, r = matrix.shape
-    # On one side the channels are (groups, r), on the other (groups, those of a group).
+    # The channels are (groups, r) on one side, and (groups, channels of a group) on the
+    # other.
     group = [GROUP] if groups > 1 else []
     matrix = jnp.reshape(matrix, (*(groups for _ in group), channels // groups, r))
     old, new = (channel, RANK) if into_rank else (RANK, channel)
@@ -292,7 +293,7 @@ def _mix(
         n for d in range(x.ndim) for n in ([*group, label] if d == channel else [d])
     ]
     sizes = dict(enumerate(x.shape)) | {GROUP: groups, old: x.shape[channel] // groups}
-    y = thin.einsum(
+    y = low_rank.einsum(
         *(jnp.reshape(x, [sizes[n] for n in split(old)]), split(old)),
         *(matrix.astype(x.dtype), [*group, channel, RANK], split(new), precision),
     )
@@ -313,7 +314,7 @@ def ragged_dot_general(
 ) -> jax.Array | None:
     """`lax.ragged_dot_general(x, w + scale * a b, sizes)`: rows of x in groups.
 
-    `None` unless each group has a matrix of its own, as experts have.
+    None unless each group has a matrix of its own, as experts have.
     """
     numbers = ragged_dot_dimension_numbers
     product = functools.partial(
@@ -336,7 +337,7 @@ def ragged_dot_general(
     dtype = _compute_dtype(x, f, y)
 
     def multiply(x, factor, x_dims, absent, summed, row):
-        """The product with a factor that has all but the `absent` dimensions."""
+        """The product with a factor that lacks the `absent` dimensions."""
         kept = [d for d in range(f.ndim) if d not in absent]
         sizes = [f.shape[d] if d in kept else 1 for d in range(f.ndim)]
         factor = jnp.broadcast_to(factor, (*sizes, factor.shape[-1]))
@@ -378,60 +379,23 @@ def gather(
 ) -> Factors:
     """`lax.gather(w + scale * a b, indices)` in factors: each is gathered by itself.
 
-    A factor is looked up along the dimensions it has; where it has none of those that
-    the indices name, it is the same for all of them.
+    Out of bounds the weight is the fill value, and the factors are 0.
     """
-    dnums = dimension_numbers
-    batching = dict(
-        zip(dnums.operand_batching_dims, dnums.start_indices_batching_dims, strict=True)
-    )
-    gone = {*dnums.collapsed_slice_dims, *batching}
-    options = {"dimension_numbers": dnums, "slice_sizes": slice_sizes, **params}
+    options = {
+        "dimension_numbers": dimension_numbers,
+        "slice_sizes": slice_sizes,
+        **params,
+    }
     plain = lambda operands: [lax.gather(*operands, **options)]
-    (w,) = quantized.bind("gather", options, [f.w, indices], plain)
-    if not f.rank:
-        return bare(w, f.name)
-
-    def look_up(factor: jax.Array) -> jax.Array:
-        own = present(factor)
-        kept = [d for d in range(f.ndim) if d in own or d not in gone]
-        place = {d: i for i, d in enumerate(kept)}
-        factor = jnp.squeeze(factor, [d for d in range(f.ndim) if d not in kept])
-        sizes = [slice_sizes[d] if d in own else 1 for d in kept] + [factor.shape[-1]]
-        columns = [i for i, d in enumerate(dnums.start_index_map) if d in own]
-        if not columns and not any(d in own for d in gone):
-            window = lax.slice(factor, [0] * factor.ndim, sizes)
-            shape = [1] * w.ndim
-            for d, n in zip(dnums.offset_dims, sizes, strict=False):
-                shape[d] = n
-            return jnp.reshape(window, (*shape, sizes[-1]))
-        # Some columns of sorted or unique indices need be neither.
-        whole = len(columns) == indices.shape[-1]
-        hints = {} if whole else {"unique_indices": False, "indices_are_sorted": False}
-        return lax.gather(
-            factor,
-            indices if whole else indices[..., np.array(columns, int)],
-            lax.GatherDimensionNumbers(
-                offset_dims=(*dnums.offset_dims, w.ndim),
-                collapsed_slice_dims=tuple(
-                    place[d] for d in dnums.collapsed_slice_dims if d in own
-                ),
-                start_index_map=tuple(place[dnums.start_index_map[i]] for i in columns),
-                operand_batching_dims=tuple(place[d] for d in batching if d in own),
-                start_indices_batching_dims=tuple(
-                    i for d, i in batching.items() if d in own
-                ),
-            ),
-            sizes,
-            # Out of bounds, the weight's own row says what is there.
-            **params | {"fill_value": 0} | hints,
-        )
-
-    found = view(f, w, look_up)
+    (w,) = quantized_views.bind("gather", options, [f.w, indices], plain)
+    zeros = options | {"fill_value": 0}
+    (found,) = follow(f, [w], companions.gather, indices, **zeros) or [None]
+    assert found is not None  # the sizes of a factor are 1 or n
     if f.gain is None or params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return found
-    # What is filled in is multiplied by nothing, nor is the slope of what is not there.
-    there = inside(f, indices, dnums, slice_sizes)
+    # Out-of-bounds rows get gain 1, so neither the fill value nor its gradient is
+    # scaled.
+    there = inside(f, indices, dimension_numbers, slice_sizes)
     gain = jnp.where(there, found.gain, jnp.ones_like(found.gain))
     return dataclasses.replace(found, gain=gain)
 
@@ -439,7 +403,7 @@ def gather(
 def inside(
     f: Factors, indices: jax.Array, dnums: lax.GatherDimensionNumbers, sizes: Any
 ) -> jax.Array:
-    """Which results of a lookup are the weight's, with size 1 along its windows."""
+    """Which results of a lookup are in bounds, of size 1 along its windows."""
     if indices.dtype.itemsize < 4:
         indices = indices.astype(jnp.int32)
     limits = [f.shape[d] - sizes[d] for d in dnums.start_index_map]
@@ -450,7 +414,7 @@ def inside(
 
 
 def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
-    """The factor without those outputs, then the one without those inputs, if any."""
+    """The factor without these outputs and the one without these inputs, or None."""
     pair = f.a, scaled(f)
     for first, second in (pair, pair[::-1]):
         if {*outputs}.isdisjoint(present(first)):
@@ -460,15 +424,15 @@ def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
 
 
 def scaled(f: Factors) -> jax.Array:
-    """`scale * b`: thin, and right for a batch of adapters with scales of their own."""
+    """`scale * b`, which is small, and right for adapters with different scales."""
     dtype = wider(f.b.dtype, f.scale.dtype)
     return f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
 
 
 def _compute_dtype(x: jax.Array, f: Factors, y: jax.Array) -> Any:
-    """The factors' dtype in a product `y`: the wider of its operands'.
+    """The dtype of the factors in a product `y`: the wider of its operands'.
 
-    Operands of integers, or of a byte, have too few digits.
+    Integers and floats of one byte do not count: they have too few digits.
     """
     dtypes = [
         z.dtype

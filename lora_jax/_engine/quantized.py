@@ -10,18 +10,19 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import GetAttrKey
 
+from lora_jax._engine.companions import sharding_of, ways
+from lora_jax._engine.dtypes import digits, rounded
 from lora_jax._engine.per_layer import per_layer
-from lora_jax._engine.shapes import segments
 
 # The 16 values of NF4: Dettmers et al., QLoRA, 2023, appendix E.
 NF4 = (
@@ -35,7 +36,6 @@ CODEBOOKS = {"nf4": NF4}  # what the codes -8 to 7 stand for, in this order
 FORMATS = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.int4}
 # What the largest magnitude of a block is divided by to give its scale.
 BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
-LEAST = 8  # a view that would leave smaller blocks materializes the array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _parts_with_keys(x: Quantized) -> tuple[Any, tuple[Any, ...]]:
     return tuple(zip(keys, parts, strict=True)), static
 
 
-def _from_parts(static: tuple[Any, ...], parts: Sequence[Any]) -> Quantized:
+def _from_parts(static: tuple[Any, ...], parts: Iterable[Any]) -> Quantized:
     # Without `__post_init__`: JAX puts any object in the places of the arrays.
     x = object.__new__(Quantized)
     names = ("values", "scale", "dtypes", "format")
@@ -167,9 +167,14 @@ def wrong(x: Quantized) -> str | None:
     return None
 
 
+def blocks(x: Quantized) -> list[int]:
+    """The number of elements that share a scale, along each dimension."""
+    return [n // m for n, m in zip(x.shape, x.scale.shape, strict=True)]
+
+
 def format_name(x: Quantized) -> str:
     """As "nf4/64": the format, and how many elements share a scale."""
-    return f"{x.format}/{math.prod(_blocks(x))}"
+    return f"{x.format}/{math.prod(blocks(x))}"
 
 
 def nbytes(x: Any) -> int:
@@ -202,12 +207,12 @@ def quantize_array(
     sizes, dtypes = tuple(sizes), (jax.dtypes.canonicalize_dtype(w.dtype),)
     own = [d for d in batch if sizes[d] == w.shape[d]]  # where each layer has scales
     loops = tuple(loops_over(w, own).items())
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         return Quantized(*_make(w, how, sizes, loops), dtypes, how)
     sharding = getattr(w, "sharding", None)
     places = None
     if isinstance(sharding, NamedSharding):
-        places = sharding, _of_scale(sharding, w.shape, sizes)
+        places = sharding, sharding_of(sizes, sharding)
     if isinstance(w, jax.ShapeDtypeStruct):
         put = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
         plain = jax.ShapeDtypeStruct(w.shape, w.dtype)
@@ -216,7 +221,8 @@ def quantize_array(
     else:
         make = jax.jit(_make, static_argnums=(1, 2, 3), out_shardings=places)
         parts = make(w, how, sizes, loops)  # compiled once for equal weights
-    return Quantized(*parts, dtypes, how)
+    values, scale = parts
+    return Quantized(values, scale, dtypes, how)
 
 
 def _make(
@@ -288,8 +294,8 @@ def _dequantize(x: Quantized) -> jax.Array:
 
 def _comes_back(dtypes: Sequence[Any]) -> bool:
     """Whether a cast to the first dtype is followed by one to more digits."""
-    digits = [jnp.finfo(dtype).nmant for dtype in dtypes]
-    return max(digits) > digits[0]
+    first, *rest = map(digits, dtypes)
+    return any(n > first for n in rest)
 
 
 def _selected(codes: jax.Array, dtype: Any) -> jax.Array:
@@ -308,23 +314,10 @@ def _selected(codes: jax.Array, dtype: Any) -> jax.Array:
     return table[0]
 
 
-# XLA may drop a cast to a dtype of fewer digits and back, since it may keep more digits
-# than the program asks for (`xla_allow_excess_precision`). Before a reduction it does,
-# on CPUs, from jaxlib 0.10 on. These two are for results that depend on the rounding.
-
-
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """`x.astype(dtype)`, which stays rounded if it is cast back."""
-    if dtype == jnp.bfloat16:
-        return lax.reduce_precision(x, 8, 7).astype(dtype)
-    # `reduce_precision` flushes float16's small numbers to zero, and has no float8.
-    return lax.optimization_barrier(x.astype(dtype))
-
-
 def widened(x: Any, dtype: Any) -> jax.Array:
     """`dequantize(x).astype(dtype)`, with no more digits than the plain array has."""
     w = dequantize(x)
-    if not is_quantized(x) or jnp.finfo(w.dtype).nmant >= jnp.finfo(dtype).nmant:
+    if not is_quantized(x) or digits(w.dtype) >= digits(dtype):
         return w.astype(dtype)
     if w.dtype == jnp.bfloat16:
         return lax.reduce_precision(w.astype(dtype), jnp.finfo(dtype).nexp, 7)
@@ -349,15 +342,6 @@ def through(
     return jax.checkpoint(plain, prevent_cse=not looped)(x, w)
 
 
-def part_specs(x: Quantized, spec: PartitionSpec, mesh: Any) -> tuple[Any, Any] | None:
-    """An array's sharding for both parts, or `None` if it would cut a block."""
-    names = (*spec, *(None,) * (x.ndim - len(spec)))
-    sides = [*zip(names, x.shape, x.scale.shape, strict=True)]
-    if any(m > 1 and m % _ways(name, mesh) for name, _, m in sides):
-        return None
-    return spec, PartitionSpec(*(name if m > 1 else None for name, _, m in sides))
-
-
 def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
     """The same array, with a scale for each `block` elements along a dimension."""
     times = x.shape[axis] // block // x.scale.shape[axis]
@@ -366,49 +350,14 @@ def spread(x: Quantized, axis: int, block: int = 1) -> Quantized:
     return dataclasses.replace(x, scale=jnp.repeat(x.scale, times, axis))
 
 
-def wide_scaled(x: Quantized) -> Quantized:
-    """The same array, with scales as wide as those of its product with a number."""
-    dtype = _wider(x.scale.dtype, jnp.float32, x.dtype)
-    return dataclasses.replace(x, scale=x.scale.astype(dtype))
-
-
-def constrained(x: Any, sharding: Any) -> Any:
-    """`lax.with_sharding_constraint` for both parts."""
-    if not isinstance(x, Quantized):
-        return lax.with_sharding_constraint(x, sharding)
-    at = sharding, _of_scale(sharding, x.shape, x.scale.shape)
-    parts = map(lax.with_sharding_constraint, (x.values, x.scale), at)
-    return _with(x, *parts)[0]
-
-
-def _of_scale(sharding: Any, shape: Sequence[int], sizes: Sequence[int]) -> Any:
-    """The sharding of a scale: its array's, along dimensions with enough blocks."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    names = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-    spec = (
-        name if m > 1 and m % _ways(name, sharding.mesh) == 0 else None
-        for name, m in zip(names, sizes, strict=True)
-    )
-    return sharding.update(spec=PartitionSpec(*spec))
-
-
-def _ways(name: Any, mesh: Any) -> int:
-    """The number of parts into which an entry of a spec cuts a dimension."""
-    if name is None or name is PartitionSpec.UNCONSTRAINED:
-        return 1
-    names = name if isinstance(name, tuple) else (name,)
-    return math.prod(mesh.shape[n] for n in names)
-
-
-def ways(w: Any) -> list[int]:
+def mesh_parts(w: Any) -> list[int]:
     """The number of parts into which each dimension is cut, 1 where it is unknown."""
-    traced = isinstance(w, jax.core.Tracer)
+    traced = isinstance(w, Tracer)
     sharding = jax.typeof(w).sharding if traced else getattr(w, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return [1] * len(w.shape)
     names = (*sharding.spec, *(None,) * (len(w.shape) - len(sharding.spec)))
-    return [_ways(name, sharding.mesh) for name in names]
+    return [ways(name, sharding.mesh) for name in names]
 
 
 def loops_over(w: Any, batch: Sequence[int]) -> dict[int, int]:
@@ -419,297 +368,12 @@ def loops_over(w: Any, batch: Sequence[int]) -> dict[int, int]:
     arrays on a mesh with automatic axes.
     """
     w = values_of(w)
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         mesh = jax.typeof(w).sharding.mesh
         unknown = AxisType.Auto in mesh.axis_types and mesh.size > 1
     else:
         sharding = getattr(w, "sharding", None)
         known = sharding is None or isinstance(sharding, NamedSharding)
-        unknown = not (known or len(sharding.device_set) == 1)
-    parts = ways(w)
+        unknown = not known and len(sharding.device_set) > 1
+    parts = mesh_parts(w)
     return {} if unknown else {d: parts[d] for d in batch if w.shape[d] > parts[d]}
-
-
-# Views. A rule takes an equation's parameters and operands, and `plain`, the equation
-# as a function of plain operands. It returns the results, or `None` to dequantize the
-# array for this one use.
-
-
-def bind(
-    primitive: str, params: dict[str, Any], args: list[Any], plain: Any
-) -> list[Any]:
-    """Evaluates an equation on quantized operands: as a view, or on plain arrays.
-
-    Only the first operand of a rule is quantized, except in `SEVERAL`. Empty arrays
-    have no blocks, and are plain.
-    """
-    rule = VIEWS.get(primitive)
-    args = [_plain_if_empty(x) for x in args]
-    first = is_quantized(args[0]) and not any(map(is_quantized, args[1:]))
-    results = None
-    if rule and (first or (primitive in SEVERAL and any(map(is_quantized, args)))):
-        results = rule(params, *args, plain=plain)
-    if results is None:
-        results = plain([dequantize(x) for x in args])
-    return [_plain_if_empty(x) for x in results]
-
-
-def _plain_if_empty(x: Any) -> Any:
-    return dequantize(x) if is_quantized(x) and 0 in x.shape else x
-
-
-def _blocks(x: Quantized) -> list[int]:
-    """How many elements share a scale, along each dimension."""
-    return [n // m for n, m in zip(x.shape, x.scale.shape, strict=True)]
-
-
-def _with(x: Quantized, values: Any, scale: Any) -> list[Quantized]:
-    return [dataclasses.replace(x, values=values, scale=scale)]
-
-
-def _convert(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
-    dtype = jnp.dtype(params["new_dtype"])
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return None
-    return [dataclasses.replace(x, dtypes=(*x.dtypes, dtype))]
-
-
-def _same(params: Any, x: Any, *, plain: Any) -> list[Any]:
-    return _with(x, *(plain([part])[0] for part in (x.values, x.scale)))
-
-
-def _reshape(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
-    if params.get("dimensions") is not None and "new_sizes" in params:
-        return None
-    (values,) = plain([x.values])
-    sizes: list[int] = []
-    for old, new in segments(x.shape, values.shape):
-        of_old = ([s[d] for d in old] for s in (x.shape, x.scale.shape))
-        run = _run(*of_old, [values.shape[d] for d in new])
-        if run is None:
-            return None
-        sizes += run
-    return _with(x, values, jnp.reshape(x.scale, sizes))
-
-
-def _run(old: list[int], scale: list[int], new: list[int]) -> list[int] | None:
-    """The scale's sizes after a reshape of some dimensions, or `None`.
-
-    In row-major order the blocks of these dimensions are runs of equal length only if
-    nothing after the first divided dimension has more than one scale.
-    """
-    pairs = zip(old, scale, strict=True)
-    cut = next((i for i, (n, m) in enumerate(pairs) if n != m), len(old))
-    if any(m != 1 for m in scale[cut + 1 :]):
-        return None
-    left = math.prod(old[cut:]) // math.prod(scale[cut:])  # elements to a scale
-    sizes = []
-    for n in reversed(new):
-        if left % n and n % left:
-            return None
-        sizes.append(max(n // left, 1))
-        left = max(left // n, 1)
-    return sizes[::-1] if left == 1 else None
-
-
-def _broadcast(params: Any, x: Any, *dynamic: Any, plain: Any) -> list[Any] | None:
-    if dynamic:
-        return None
-    sizes = [1] * len(params["shape"])
-    for d, m in zip(params["broadcast_dimensions"], x.scale.shape, strict=True):
-        sizes[d] = m
-    return _with(x, *plain([x.values]), jnp.reshape(x.scale, sizes))
-
-
-def _cut(x: Quantized, axis: int, edges: Sequence[int]) -> Quantized | None:
-    """The same array, in blocks that end at these edges, or `None`."""
-    block = _blocks(x)[axis]
-    if x.scale.shape[axis] == 1 or block == 1:
-        return x
-    own = math.gcd(block, *edges)
-    return spread(x, axis, own) if own >= min(block, LEAST) else None
-
-
-def _slice(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
-    cut, cuts = x, []
-    starts, limits = params["start_indices"], params["limit_indices"]
-    for d, stride in enumerate(params["strides"] or (1,) * x.ndim):
-        start, limit = starts[d], limits[d]
-        cut = _cut(cut, d, [start, limit])
-        if cut is None:
-            return None
-        block = _blocks(cut)[d]
-        if cut.scale.shape[d] == 1:
-            start, limit, stride = 0, 1, 1
-        elif block > 1:
-            if stride > 1:
-                return None
-            start, limit = start // block, limit // block
-        cuts.append((start, limit, stride))
-    scale = lax.slice(cut.scale, *zip(*cuts, strict=True))
-    return _with(x, *plain([x.values]), scale)
-
-
-def _split(params: Any, x: Any, *, plain: Any) -> list[Any] | None:
-    axis, sizes = params["axis"], params["sizes"]
-    cut = _cut(x, axis, sizes)
-    if cut is None:
-        return None
-    scales = [cut.scale] * len(sizes)
-    if cut.scale.shape[axis] > 1:
-        block = _blocks(cut)[axis]
-        scales = lax.split(cut.scale, [n // block for n in sizes], axis)
-    return [
-        part
-        for pair in zip(plain([x.values]), scales, strict=True)
-        for part in _with(x, *pair)
-    ]
-
-
-def _unstack(params: Any, x: Any, *, plain: Any) -> list[Any]:
-    axis = params["axis"]
-    block = _blocks(x)[axis]
-    return [
-        part
-        for i, values in enumerate(plain([x.values]))
-        for part in _with(
-            x, values, lax.index_in_dim(x.scale, i // block, axis, keepdims=False)
-        )
-    ]
-
-
-def _rev(params: Any, x: Any, *, plain: Any) -> list[Any]:
-    own = [d for d in params["dimensions"] if x.scale.shape[d] > 1]
-    return _with(x, *plain([x.values]), lax.rev(x.scale, own))
-
-
-def _dynamic_slice(params: Any, x: Any, *starts: Any, plain: Any) -> list[Any] | None:
-    places, sizes = [], []
-    taken = zip(starts, params["slice_sizes"], _blocks(x), strict=True)
-    for d, (start, size, block) in enumerate(taken):
-        if block > 1 and x.scale.shape[d] > 1 and size != x.shape[d]:
-            return None
-        places.append(start if block == 1 else jnp.zeros_like(start))
-        sizes.append(size if block == 1 else x.scale.shape[d])
-    scale = lax.dynamic_slice(x.scale, places, sizes)
-    return _with(x, *plain([x.values, *starts]), scale)
-
-
-def _gather(params: Any, x: Any, indices: Any, *, plain: Any) -> list[Any] | None:
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    named = (*numbers.start_index_map, *numbers.operand_batching_dims)
-    blocks, fill = _blocks(x), params["fill_value"]
-    part = any(sizes[d] != n and blocks[d] > 1 for d, n in enumerate(x.shape))
-    odd = fill not in (None, 0) and not np.isnan(fill)
-    if part or odd or any(blocks[d] > 1 for d in named):
-        return None
-    # Out of bounds the scale is the fill value, 0 or NaN, and so is the product.
-    values = lax.gather(x.values, indices, **params | {"fill_value": 0})
-    sides = zip(x.scale.shape, blocks, sizes, strict=True)
-    some = [m if block > 1 else n for m, block, n in sides]
-    options = params | {"slice_sizes": tuple(some)}
-    return _with(x, values, lax.gather(x.scale, indices, **options))
-
-
-def _concatenate(params: Any, *xs: Any, plain: Any) -> list[Any] | None:
-    return _side_by_side(xs, params["dimension"], plain)
-
-
-def _stack(params: Any, *xs: Any, plain: Any) -> list[Any] | None:
-    axis = params["axis"]
-    if not all(map(is_quantized, xs)):
-        return None
-    rows = [jax.tree.map(lambda y: lax.expand_dims(y, [axis]), x) for x in xs]
-    return _side_by_side(rows, axis, lambda values: [lax.concatenate(values, axis)])
-
-
-def _side_by_side(xs: Sequence[Any], axis: int, plain: Any) -> list[Any] | None:
-    first = xs[0]
-    if not all(map(is_quantized, xs)):
-        return None
-    if len({(x.format, x.dtypes) for x in xs}) > 1:
-        return None
-    # Along each dimension the blocks of the result divide those of all operands.
-    for d in range(first.ndim):
-        block = math.gcd(*(_blocks(x)[d] for x in xs))
-        if block < min(LEAST, *(_blocks(x)[d] for x in xs)):
-            return None
-        xs = [spread(x, d, block) for x in xs]
-    wide = _wider(*(x.scale.dtype for x in xs))
-    scale = lax.concatenate([x.scale.astype(wide) for x in xs], axis)
-    return _with(first, *plain([x.values for x in xs]), scale)
-
-
-def _wider(*dtypes: Any) -> Any:
-    """The dtype that JAX promotes these to, also under strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.dtypes.canonicalize_dtype(jnp.result_type(*dtypes))
-
-
-def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
-    """Negation, or a product with a number, or with one number per scale."""
-    x, *others = sorted(args, key=lambda y: not is_quantized(y))
-    if x is not args[0] and by is jnp.divide:
-        return None
-    if others and len({jnp.finfo(dtype).nmant for dtype in x.dtypes}) > 1:
-        return None  # the product of a rounded array is another one rounded later
-
-    def fits(y):
-        sizes = zip(jnp.shape(y), x.scale.shape, strict=False)
-        own = jnp.ndim(y) in (0, x.ndim) and all(n in (1, m) for n, m in sizes)
-        return own and not is_quantized(y) and not jnp.iscomplexobj(y)
-
-    if not all(map(fits, others)):
-        return None
-    dtype = _wider(x.scale.dtype, *[jnp.float32, x.dtype] * len(others))
-    others = [jnp.asarray(y, dtype) for y in others]
-    return _with(x, x.values, by(x.scale.astype(dtype), *others))
-
-
-def _constrained(params: Any, x: Any, *, plain: Any) -> list[Any]:
-    return [constrained(x, params["sharding"])]
-
-
-def _reshard(params: Any, x: Any, *, plain: Any) -> list[Any]:
-    to = _of_scale(params["dst_sharding"], x.shape, x.scale.shape)
-    return _with(x, *plain([x.values]), jax.sharding.reshard(x.scale, to))
-
-
-def _device_put(params: Any, *xs: Any, plain: Any) -> list[Any]:
-    def move(x, to):
-        if to is None:
-            # `device_put` would commit a concrete array to its current device, which
-            # can conflict with a sharding constraint later.
-            return x if isinstance(x, Quantized) else jnp.asarray(x)
-        if not isinstance(x, Quantized):
-            return jax.device_put(x, to)
-        at = _of_scale(to, x.shape, x.scale.shape)
-        return _with(x, jax.device_put(x.values, to), jax.device_put(x.scale, at))[0]
-
-    return list(map(move, xs, params["devices"]))
-
-
-VIEWS: dict[str, Callable[..., list[Any] | None]] = {
-    "convert_element_type": _convert,
-    "copy": _same,
-    "transpose": _same,
-    "reshape": _reshape,
-    "squeeze": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "split": _split,
-    "unstack": _unstack,
-    "rev": _rev,
-    "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
-    "concatenate": _concatenate,
-    "stack": _stack,
-    "neg": functools.partial(_scaled, by=jnp.negative),
-    "mul": functools.partial(_scaled, by=jnp.multiply),
-    "div": functools.partial(_scaled, by=jnp.divide),
-    "sharding_constraint": _constrained,
-    "reshard": _reshard,
-    "device_put": _device_put,
-}
-# The primitives of which any operand may be quantized.
-SEVERAL = {"concatenate", "stack", "neg", "mul", "div", "device_put"}

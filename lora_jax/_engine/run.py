@@ -1,180 +1,191 @@
-"""One evaluation of a function on factors: what it is told, and what it has to tell."""
+"""Per-evaluation options (`Run`) and diagnostics (`Note`)."""
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from lora_jax._engine import factors
-from lora_jax._engine.factors import JOIN, Factors, Label, materialize
-from lora_jax._engine.jaxpr import (
-    bind,
-    flops,
-    place,
-    trace,
-)
+from lora_jax._engine.factors import Factors, WeightName, is_factors, materialize
+from lora_jax._engine.flops import flops
+from lora_jax._engine.jaxpr import bind, params_of, trace
 from lora_jax._engine.shapes import size
+from lora_jax._engine.source import source_line
 
 
 class Run(NamedTuple):
-    """One evaluation of a jaxpr: how to treat what cannot be factored, and dropout."""
+    """The options of one evaluation of a jaxpr, and where it is."""
 
     materialize: str  # "warn", "error" or "allow"
-    rate: float = 0.0
+    rate: float = 0.0  # of dropout
     key: jax.Array | None = None  # None: no dropout
     counting: bool = False  # whether to note every product, with its FLOPs
     looped: bool = False  # in the body of a loop
-    inputs: tuple[tuple[Any, Any], ...] = ()  # tracers of `fn`, each with its operand
-    exact: frozenset[int] | None = None  # casts of the whole sum; None: not yet known
-    known: Any = None  # the same for a derivative rule: `evaluate`
-    leads_to: Callable[..., bool] | None = None  # of a jaxpr's equations: `look_ahead`
-    eqn: Any = None  # where the evaluation stands in it,
-    trail: tuple[tuple[int, int], ...] = ()  # and (its index, how often it runs) ...
+    # The tracers that the traced function got, each with the operand it stands for.
+    inputs: tuple[tuple[Any, Any], ...] = ()
+    # Casts that must see the materialized sum (casts.py); None: not yet determined.
+    exact: frozenset[int] | None = None
+    known: Any = None  # values of finished tracers, as for `evaluate`
+    leads_to: Callable[..., bool] = lambda *_, **__: False  # see `look_ahead`
+    eqn: Any = None  # the equation being evaluated,
+    trail: tuple[
+        tuple[int, int], ...
+    ] = ()  # and (index, times it runs) of it and above
+    within: str | None = None  # the jitted function that contains it,
+    line: str = ""  # and the line of the call to that function
+
+    def bind(self, *operands: Any) -> list[Any]:
+        """The results of the equation on other operands."""
+        return bind(self.eqn, operands)
 
 
-Rule = Callable[[Run, Any, list[Any]], list[Any] | None]
+# A rule evaluates an equation of which at least one operand is `Factors`:
+# `rule(run, *operands, **params)`, with the parameters of the equation, returns the
+# results. None: the weights are materialized, and the equation is evaluated on arrays.
+Rule = Callable[..., Sequence[Any] | None]
 
 
 class Note(NamedTuple):
-    """What became of a weight in one equation."""
+    """What one equation did with a weight."""
 
-    name: Label  # the weight's
+    name: WeightName
     primitive: str
-    place: str  # file:line in the user's source
-    formed: bool  # W + scale * A B was formed, instead of a factored product
-    flops: int = 0  # added by the adapter, if they were counted
+    line: str  # file:line in the user's source, or ""
+    materialized: bool  # W + scale * A B was computed, instead of a factored product
+    flops: int = 0  # added by the adapter, if counted
     alone: bool = False  # a cast of W alone, which the update does not see
-    cheaper: bool = False  # formed because the factors would cost more
-    adapted: bool = True  # False: in few bits, and without an adapter
+    cheaper: bool = False  # materialized because the factors would cost more
+    adapted: bool = True  # False: a quantized weight without an adapter
 
 
-# What an evaluation has to tell its caller, by equation and weight: an equation that
-# JAX traces twice is told once. A context, because the jitted forms below are shared.
-notes: contextvars.ContextVar[dict[Any, Note] | None] = contextvars.ContextVar(
-    "notes", default=None
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """The notes of one trace, as a static result of a jitted function.
+
+    JAX returns static results again with every cached call, so that notes need no cache
+    of their own.
+    """
+
+    each: tuple[Note, ...] = ()
+
+
+# Where notes go: by equation and weight, so that an equation that JAX traces twice is
+# noted once. A context variable rather than an argument, because JAX runs derivative
+# rules later, when the evaluation that defined them may have ended.
+_collected: contextvars.ContextVar[dict[Any, Note] | None] = contextvars.ContextVar(
+    "collected", default=None
 )
-
-
-# The calls of jitted functions that an evaluation is in; a context for the same reason.
-calls: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar(
-    "calls", default=()
-)
-
-
-def plain(run: Run, values: Sequence[Any], cause: str) -> list[Any]:
-    """The values with every `Factors` among them materialised."""
-    return [plain_one(run, x, cause) if isinstance(x, Factors) else x for x in values]
-
-
-def plain_one(run: Run, f: Factors, cause: str) -> jax.Array:
-    form(run, f, cause)
-    return materialize(f)
-
-
-def form(run: Run, f: Factors, cause: str) -> None:
-    """Says that an array of a weight's size is formed, itself or a gradient of it."""
-    if not f.rank:
-        note(run, Note(f.name, cause, place_of(run), True, adapted=False))
-        return
-    own, cost = factors.varying(f), factors.delta_flops(f)
-    # A row, a column, or some: no dearer than a product.
-    thin = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
-    what = Note(f.name, cause, place_of(run), not thin, cost)
-    if run.materialize == "error" and not thin:
-        raise ValueError(
-            f"{_met(what)}, which needs the whole weight, so it "
-            "cannot stay factored. Write lora(fn, materialize='allow') to form "
-            "W + scale * A B there, or leave the weight out: "
-            "lorafy(params, rank, exclude=[...])."
-        )
-    note(run, what)
-
-
-def count(run: Run, rule: Callable[..., Any], operands: Sequence[Any]) -> None:
-    """Notes a product that stayed factored, and what it adds to the plain one."""
-    eqn = run.eqn
-    # Of two weights the larger stays factored.
-    weighty = (x for x in operands if isinstance(x, Factors))
-    f = max(weighty, key=lambda x: size(x.shape))
-    quiet = run._replace(materialize="allow", counting=False)
-    whole = trace(lambda *xs: rule(quiet, eqn, list(xs)), *operands)
-    base = trace(lambda *xs: bind(eqn, xs), *weights(operands))
-    added = flops(whole.jaxpr) - flops(base.jaxpr)
-    note(run, Note(f.name, eqn.primitive.name, place_of(run), False, added))
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[dict[Any, Note]]:
-    """Collects what evaluations within it have to tell."""
+def collect_notes() -> Iterator[dict[Any, Note]]:
+    """Collects the notes of evaluations in its context."""
     found: dict[Any, Note] = {}
-    token = notes.set(found)
+    token = _collected.set(found)
     try:
         yield found
     finally:
-        notes.reset(token)
-
-
-def listener() -> int:
-    """Who listens to what an evaluation tells, as a number to tell others from it."""
-    return id(notes.get())
-
-
-def place_of(run: Run) -> str:
-    """Where in the user's source an evaluation stands, or ""."""
-    if run.eqn is None:
-        return ""
-    chain = [*calls.get(), run.eqn]
-    names = [None, *(call.params["name"] for call in chain[:-1])]
-    places = map(place, reversed(chain), reversed(names))
-    return next(filter(None, places), "")
+        _collected.reset(token)
 
 
 def note(run: Run, what: Note) -> None:
-    found = notes.get()
+    found = _collected.get()
     if found is None:
-        # A derivative, which JAX takes after the function has returned.
+        # A derivative rule that JAX runs after `lora(fn)` has returned.
         if run.materialize == "warn":
             warn([what])
         return
     times = math.prod(n for _, n in run.trail)
-    key = (run.trail, str(what.name), what.name.of, *what[1:4])
+    key = (run.trail, what.name.names, what.name.operands, *what[1:4])
     found[key] = what._replace(flops=times * what.flops)
 
 
+def line_of(run: Run) -> str:
+    """The user's line that is evaluated, or that of the call around it, or ""."""
+    if run.eqn is None:
+        return ""
+    return source_line(run.eqn, run.within) or run.line
+
+
+def materialize_all(run: Run, values: Iterable[Any], cause: str) -> list[Any]:
+    """The values, with every `Factors` among them materialized and noted."""
+    return [materialize_one(run, x, cause) if is_factors(x) else x for x in values]
+
+
+def materialize_one(run: Run, f: Factors, cause: str) -> jax.Array:
+    note_materialized(run, f, cause)
+    return materialize(f)
+
+
+def note_materialized(run: Run, f: Factors, cause: str) -> None:
+    """Notes that a weight, or a gradient of its size, is materialized; or raises.
+
+    Rows or columns of a weight are no more expensive than a product, and do not count.
+    """
+    if not f.rank:
+        note(run, Note(f.name, cause, line_of(run), True, adapted=False))
+        return
+    own, cost = factors.varying(f), factors.delta_flops(f)
+    rows = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
+    what = Note(f.name, cause, line_of(run), not rows, cost)
+    if run.materialize == "error" and not rows:
+        raise ValueError(
+            f"{_met(what)}, which needs W + scale * A B itself. Write "
+            "lora(fn, materialize='allow') to materialize it there, or leave the "
+            "weight out: lorafy(params, rank, exclude=[...])."
+        )
+    note(run, what)
+
+
+def count(run: Run, rule: Rule, operands: Sequence[Any]) -> None:
+    """Notes a product that stayed factored, and what it adds to the plain one."""
+    eqn = run.eqn
+    # Of two weights the larger stays factored.
+    f = max((x for x in operands if is_factors(x)), key=lambda x: size(x.shape))
+    quiet = run._replace(materialize="allow", counting=False)
+    factored = trace(lambda *xs: rule(quiet, *xs, **params_of(eqn)), *operands)
+    base = trace(lambda *xs: bind(eqn, xs), *weights(operands))
+    added = flops(factored.jaxpr) - flops(base.jaxpr)
+    note(run, Note(f.name, eqn.primitive.name, line_of(run), False, added))
+
+
 def by_weight(found: dict[Any, Note]) -> list[Note]:
-    """What was told, of each weight for itself."""
-    single = []
-    for told in found.values():
-        names = told.name.split(JOIN)
-        flops = told.flops // len(names)
-        single += [told._replace(name=Label(n), flops=flops) for n in names]
-    return single
+    """The notes, each of a single weight."""
+    return [
+        n._replace(name=WeightName((name,)), flops=n.flops // len(n.name.names))
+        for n in found.values()
+        for name in n.name.names
+    ]
 
 
-def warn(told: Sequence[Note]) -> None:
-    """Warns of the weights that were formed, once for all of them."""
-    formed = list(
-        dict.fromkeys(_met(n) for n in told if n.formed and n.adapted and not n.cheaper)
+def warn(notes: Iterable[Note]) -> None:
+    """Warns once of all weights that were materialized."""
+    met = list(
+        dict.fromkeys(
+            _met(n) for n in notes if n.materialized and n.adapted and not n.cheaper
+        )
     )
-    if formed:
-        listing = "; ".join(formed[:6]) + ("; ..." if len(formed) > 6 else "")
+    if met:
+        listing = "; ".join(met[:6]) + ("; ..." if len(met) > 6 else "")
         warnings.warn(
-            f"{listing}, which needs the whole weight: W + scale * A B, or in a "
-            "derivative the whole gradient of it, is formed there, exactly, for more "
-            "time and memory. Write lora(fn, materialize='allow') if that is meant.",
+            f"{listing}, which needs W + scale * A B itself, or in a derivative its "
+            "gradient: it is materialized there, which is exact and takes more time "
+            "and memory. Write lora(fn, materialize='allow') if that is intended.",
             stacklevel=3,
         )
 
 
 def _met(note: Note) -> str:
-    at = f" at {note.place}" if note.place else ""
+    at = f" at {note.line}" if note.line else ""
     return f"{str(note.name)!r} meets {note.primitive!r}{at}"
 
 
-def weights(values: Sequence[Any]) -> list[Any]:
-    """The plain arrays, without the factors, from which a trace takes the types."""
-    return [x.w if isinstance(x, Factors) else x for x in values]
+def weights(values: Iterable[Any]) -> list[Any]:
+    """The values without their adapters, for a trace that needs their types alone."""
+    return [x.w if is_factors(x) else x for x in values]

@@ -8,21 +8,12 @@ import itertools
 from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax._engine.jaxpr import (
-    CALLS,
-    call_jaxpr,
-    evaluate,
-    place,
-    scan_counts,
-    shapes,
-)
-from lora_jax._engine.shapes import segments
+from lora_jax._engine.companions import origins
+from lora_jax._engine.jaxpr import CALLS, call_jaxpr, evaluate, scan_counts, shapes
+from lora_jax._engine.source import source_line
 from lora_jax._engine.views import keeps
 
 Dims = frozenset[int]
-
-# Primitives that only shorten or lengthen dimensions, or turn them round.
-CUTS = {"slice", "dynamic_slice", "split", "pad", "concatenate", "tile", "rev"}
 
 # Primitives that join arrays: `x @ w + bias`, `x + positions`, a token in front of `x`.
 # A weight that is joined with an activation is one of its terms from there on: a later
@@ -120,7 +111,7 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
             role: frozenset().union(*(view.dims[i] for i in positions))
             for role, positions in roles.items()
         }
-        known = {"sure": view.sure, "own": view.own, "where": place(eqn)}
+        known = {"sure": view.sure, "own": view.own, "where": source_line(eqn)}
         uses[view.weight].append(Use(**sets, **known))
 
     if name in CALLS:
@@ -191,40 +182,11 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
 
 
 def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
-    """The dimensions behind those of a result, or `None` if it is no view at all."""
-    name, params = eqn.primitive.name, eqn.params
-    none = frozenset()
-    if name == "transpose":
-        return tuple(dims[d] for d in params["permutation"])
-    if name == "broadcast_in_dim":
-        at = dict(zip(params["broadcast_dimensions"], range(len(dims)), strict=True))
-        kept = {d: i for d, i in at.items() if old[i] == new[d]}
-        return tuple(dims[kept[d]] if d in kept else none for d in range(len(new)))
-    if name in ("reshape", "squeeze"):
-        order = params["dimensions"] if name == "reshape" else None
-        order = range(len(dims)) if order is None else order
-        moved = [none] * len(new)
-        for olds, news in segments(tuple(old[d] for d in order), new):
-            for d in news:
-                moved[d] = none.union(*(dims[order[i]] for i in olds))
-        return tuple(moved)
-    if name == "stack":
-        return (*dims[: params["axis"]], none, *dims[params["axis"] :])
-    if name == "unstack":
-        return dims[: params["axis"]] + dims[params["axis"] + 1 :]
-    if name == "gather":
-        numbers = params["dimension_numbers"]
-        gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        window = [d for d in range(len(dims)) if d not in gone]
-        moved = [none] * len(new)
-        for i, d in zip(numbers.offset_dims, window, strict=True):
-            moved[i] = dims[d] if params["slice_sizes"][d] == old[d] else none
-        return tuple(moved)
-    if name.startswith("reduce_") and "axes" in params:
-        return tuple(x for d, x in enumerate(dims) if d not in params["axes"])
-    if name in CUTS or old == new:
-        return dims
-    return None
+    """The dimensions behind those of a result, or None if it is no view at all."""
+    behind = origins(eqn.primitive.name, eqn.params, old, new)
+    if behind is None:
+        return None
+    return tuple(frozenset().union(*(dims[d] for d in own)) for own in behind)
 
 
 def _weights(views: Iterable[View]) -> list[View]:

@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 
 from lora_jax._adapters import axes_of_shapes, fits
+from lora_jax._engine import companions
 from lora_jax._engine.factors import (
     Factors,
-    add,
     align,
-    broadcast,
-    concatenate,
-    cut,
     delta,
+    follow,
     materialize,
-    reshape,
     stacked,
-    transpose,
-    wider,
 )
+from lora_jax._engine.joins import add, concatenate
 
 RNG = np.random.default_rng(0)
 # Shapes of w, a, b and the scale, and how NumPy writes scale * A B for them.
@@ -47,6 +43,21 @@ LAYOUTS = {
 
 def normal(shape):
     return jax.device_put(np.asarray(RNG.standard_normal(shape), np.float32))
+
+
+def viewed(f, w, name, **params):
+    """The view `w` of a weight; None if its factors cannot follow."""
+    (view,) = follow(f, [w], companions.RULES[name], **params) or [None]
+    return view
+
+
+def turned(f, order):
+    return viewed(f, f.w.transpose(order), "transpose", permutation=order)
+
+
+def widened(f, shape, dims):
+    w = jax.lax.broadcast_in_dim(f.w, shape, dims)
+    return viewed(f, w, "broadcast_in_dim", broadcast_dimensions=dims)
 
 
 materialized = jax.jit(materialize)  # one program; its operations alone would be ten
@@ -79,7 +90,7 @@ def test_axes_are_those_of_the_equation(layout):
         assert axes.inputs == tuple(d for d, n in letters if n not in in_b)
 
 
-def test_views_of_the_factors_are_views_of_the_weight(layout):
+def test_follow_views_the_factors_like_the_weight(layout):
     (w, a, b, scale), _ = layout
     orders = [*itertools.islice(itertools.permutations(range(w.ndim)), 6)]
     shape, dims = (2, *w.shape), tuple(range(1, w.ndim + 1))
@@ -87,15 +98,15 @@ def test_views_of_the_factors_are_views_of_the_weight(layout):
     @jax.jit
     def views(w, a, b, scale):
         f = align(w, a, b, scale)
-        turned = [transpose(f, w.transpose(order), order) for order in orders]
-        wide = broadcast(f, jnp.broadcast_to(w, shape), dims)
+        in_orders = [turned(f, order) for order in orders]
+        wide = widened(f, shape, dims)
         assert wide.a.size == a.size and wide.b.size == b.size
-        return materialize(f), [*map(materialize, turned)], materialize(wide)
+        return materialize(f), [*map(materialize, in_orders)], materialize(wide)
 
-    whole, turned, wide = jax.device_get(views(w, a, b, scale))
-    for got, order in zip(turned, orders, strict=True):
-        np.testing.assert_allclose(got, whole.transpose(order), atol=1e-6)
-    np.testing.assert_allclose(wide, np.broadcast_to(whole, shape), atol=1e-6)
+    full, in_orders, wide = jax.device_get(views(w, a, b, scale))
+    for got, order in zip(in_orders, orders, strict=True):
+        np.testing.assert_allclose(got, full.transpose(order), atol=1e-6)
+    np.testing.assert_allclose(wide, np.broadcast_to(full, shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +132,13 @@ def test_views_of_the_factors_are_views_of_the_weight(layout):
         ("aligned fused", (3, 8, 5), False),
     ],
 )
-def test_reshape_respects_the_split(name, shape, follows):
+def test_follow_a_reshape_only_within_inputs_or_outputs(name, shape, follows):
     *shapes, _ = LAYOUTS[name]
 
     @jax.jit
     def both(*parts):
         f = align(*parts)
-        got = reshape(f, f.w.reshape(shape))
+        got = viewed(f, f.w.reshape(shape), "reshape")
         assert (got is not None) == follows
         return (materialize(got), materialize(f).reshape(shape)) if follows else None
 
@@ -135,24 +146,11 @@ def test_reshape_respects_the_split(name, shape, follows):
         np.testing.assert_allclose(*pair, atol=1e-6)
 
 
-def test_reshape_of_nothing_is_materialized():
+def test_follow_to_nothing_gives_a_plain_array():
     f = align(*map(normal, ((0, 5), (0, 2), (2, 5), ())))
-    assert reshape(f, f.w.reshape((5, 0))) is None
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "want"),
-    [
-        (["bfloat16"], "float32"),
-        (["float16", "float32"], "float32"),
-        (["float8_e4m3fn"], "float32"),
-        (["float64", "bfloat16"], "float64"),
-        (["complex64"], "complex64"),
-    ],
-)
-def test_wider(dtypes, want):
-    with jax.enable_x64(True):
-        assert wider(*map(jnp.dtype, dtypes)) == want
+    assert viewed(f, f.w.reshape((5, 0)), "reshape").shape == (5, 0)
+    ((f,), _) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
+    assert viewed(f, f.w[4:], "reshape").shape == (0, 3)
 
 
 def test_low_precision_is_summed_in_float32_and_cast_once():
@@ -169,13 +167,13 @@ def pieces(*shapes, axes):
     made = []
     for w, a, b, scale in shapes:
         f = align(normal(w), normal(a), normal(b), normal(scale), "w")
-        made.append(transpose(f, jnp.transpose(f.w, axes), axes))
+        made.append(turned(f, axes))
     return made, [np.asarray(materialized(f)) for f in made]
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_side_by_side(axis, axes):
+def test_concatenate_adds_up_the_ranks(axis, axes):
     """Weights of several ranks, and a plain array, as one weight."""
     n = [(4, 3), (4, 3)]
     n[1] = (4, 2) if axes[axis] == 1 else (2, 3)
@@ -192,29 +190,29 @@ def test_side_by_side(axis, axes):
     assert f.a.shape[-1] == 3  # the ranks add up
 
 
-def test_stacked_weights_keep_their_rank():
+def test_concatenate_along_a_stack_keeps_the_rank():
     shapes = (((4, 3), (4, r), (r, 3), ()) for r in (1, 2))
     fs, plain = pieces(*shapes, axes=(0, 1))
-    ones = [broadcast(f, f.w[None], (1, 2)) for f in fs]
+    ones = [widened(f, (1, *f.shape), (1, 2)) for f in fs]
     f = concatenate(ones, jnp.stack([x.w for x in fs]), 0)
     np.testing.assert_allclose(materialize(f), np.stack(plain), atol=1e-5)
     assert f.a.shape == (2, 4, 1, 2) and f.b.shape == (2, 1, 3, 2)
     assert stacked(f) == {0}
 
 
-def test_pieces_of_one_weight_share_its_other_factor():
+def test_concatenate_pieces_of_one_weight_keeps_the_rank():
     ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
 
     def piece(low, high):
-        take = lambda x, own: x[low:high] if 0 in own else x
-        return cut(f, f.w[low:high], take)
+        cut = {"start_indices": (low, 0), "limit_indices": (high, 3)}
+        return viewed(f, f.w[low:high], "slice", strides=None, **cut)
 
     rolled = concatenate([piece(3, 4), piece(0, 3)], jnp.roll(f.w, 1, 0), 0)
     np.testing.assert_allclose(materialize(rolled), np.roll(plain, 1, 0), atol=1e-5)
     assert rolled.a.shape[-1] == 2
 
 
-def test_a_matrix_beside_a_stack_has_no_factors():
+def test_concatenate_a_matrix_and_a_stack_has_no_factors():
     ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     stack = align(*map(normal, ((4, 3), (4, 3, 2), (1, 3, 2), (3,))))
     assert concatenate([f, stack], jnp.zeros((4, 6)), 1) is None
@@ -224,7 +222,7 @@ def test_a_matrix_beside_a_stack_has_no_factors():
     )
 
 
-def test_a_sum_adds_up_the_ranks():
+def test_add_adds_up_the_ranks():
     shapes = [((4, 3), (4, 1), (1, 3), ()), ((3, 4), (3, 2), (2, 4), ())]
     ((f,), (x,)) = pieces(shapes[0], axes=(0, 1))
     ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # its factors the other way round
@@ -233,7 +231,7 @@ def test_a_sum_adds_up_the_ranks():
     assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)
 
 
-def test_a_sum_of_views_that_share_a_factor_keeps_the_rank():
+def test_add_views_that_share_a_factor_keeps_the_rank():
     ((f,), (x,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     mean = np.asarray(x).mean(0, keepdims=True)
     g = Factors(f.w.mean(0), f.a.mean(0, keepdims=True), f.b, -f.scale)
@@ -242,12 +240,7 @@ def test_a_sum_of_views_that_share_a_factor_keeps_the_rank():
     assert h.a.shape == (4, 1, 2) and h.b is f.b
 
 
-def test_nothing_cut_out_of_a_weight_is_a_plain_array():
-    ((f,), _) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
-    assert cut(f, f.w[4:], lambda x, own: x).shape == (0, 3)
-
-
-def test_mixed_precision_side_by_side():
+def test_concatenate_factors_of_different_dtypes():
     ((f, g), (x, y)) = pieces(*[((4, 3), (4, 2), (2, 3), ())] * 2, axes=(0, 1))
     low = Factors(g.w, *(x.astype(jnp.bfloat16) for x in (g.a, g.b)), g.scale)
     h = concatenate([f, low], jnp.concatenate([f.w, g.w], 1), 1)

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax._engine import ops, rules, views
+from lora_jax._engine import evaluate, ops, views
 from lora_jax._engine.quantized import FORMATS, quantize_array
 
 PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 17))
@@ -1261,10 +1261,10 @@ def test_programs_cover_every_construct_and_rule(monkeypatch):
         return table[name]
 
     monkeypatch.setattr(At, "pick", recorded)
-    monkeypatch.setattr(rules, "RULES", Recorded(rules.RULES))
+    monkeypatch.setattr(evaluate, "RULES", Recorded(evaluate.RULES))
     # Straight programs trace fast, and bring most rules to bear.
     for seed in [*range(0, 2 * len(CALLS), 2), *range(1, 240, 2)]:
         fn, params, inputs, *_ = program(seed)
         jax.eval_shape(adapted(fn), params, *inputs)
     assert not {*VIEWS, *USES, *ROUNDINGS} - drawn
-    assert not {*rules.RULES} - ELSEWHERE - met
+    assert not {*evaluate.RULES} - ELSEWHERE - met

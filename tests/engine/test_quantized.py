@@ -24,12 +24,12 @@ from lora_jax._engine.quantized import (
     is_quantized,
     like,
     nbytes,
-    part_specs,
     quantize_array,
     through,
     widened,
     wrong,
 )
+from lora_jax._engine.quantized_views import part_specs
 
 RNG = np.random.default_rng(0)
 each_format = pytest.mark.parametrize("how", FORMATS)
@@ -523,6 +523,7 @@ KEPT = {  # function, shape, blocks: it stays in few bits
     "twice": (lambda w: 2 * w, M, BLOCKS),
     "a half": (lambda w: w / 2, M, BLOCKS),
     "columns times numbers": (lambda w: w * jnp.exp2(jnp.arange(6.0))[None], M, BLOCKS),
+    "lookup within columns": (lambda w: w[IDS], (5, 16), (1, 16)),
 }
 if hasattr(jnp, "unstack"):
     KEPT["stack"] = (lambda w: jnp.stack([w, -w], axis=1), M, BLOCKS)
@@ -537,7 +538,11 @@ WHOLE = {  # what blocks cannot follow
         BLOCKS,
     ),
     "lookup within blocks": (lambda w: w[IDS], M, BLOCKS),
-    "lookup within columns": (lambda w: w[IDS], (5, 16), (1, 16)),
+    "lookup that fills in": (
+        lambda w: jnp.take(w, IDS, axis=0, mode="fill"),
+        (5, 16),
+        (1, 16),
+    ),
     "halves of blocks side by side": (
         lambda w: jnp.concatenate([w, w[:, :3].reshape(8, 12)[:, :6]]),
         M,

@@ -8,7 +8,7 @@ from jax.extend.core import Primitive, primitives
 from jax.interpreters import ad, mlir
 
 import lora_jax as lj
-from lora_jax._engine import rules
+from lora_jax._engine import evaluate
 
 cube_p = Primitive("cube_of_a_user")
 cube_p.def_impl(lambda x: x**3)
@@ -26,7 +26,7 @@ def test_each_rule_is_for_a_primitive_of_jax():
         *("device_put", "pvary", "ragged_dot_general", "shard_map"),
         *("stack", "tile", "unstack"),  # new in 0.12
     }
-    assert set(rules.RULES) - known <= rest
+    assert set(evaluate.RULES) - known <= rest
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def use(p, x):
 
 def test_an_unknown_primitive_is_exact_and_named(params, close):
     with pytest.warns(
-        UserWarning, match="'a/kernel' meets 'cube_of_a_user' at .*test_rules.py:"
+        UserWarning, match="'a/kernel' meets 'cube_of_a_user' at .*test_evaluate.py:"
     ) as caught:
         got = lj.lora(use)(params, X)
     assert len(caught) == 1  # the other uses stay factored
@@ -56,7 +56,7 @@ def test_an_unknown_primitive_is_exact_and_named(params, close):
 @pytest.mark.parametrize("name", ["scan", "jit", "dot_general", "transpose"])
 def test_an_unreadable_primitive_is_exact(name, params, close, monkeypatch):
     """As on a JAX that changed it: the rule is gone and the weights are formed."""
-    monkeypatch.delitem(rules.RULES, name)
+    monkeypatch.delitem(evaluate.RULES, name)
 
     def fn(p, x):
         body = lambda c, _: (jnp.sin(c @ p["a"]["kernel"].T), None)
@@ -65,7 +65,7 @@ def test_an_unreadable_primitive_is_exact(name, params, close, monkeypatch):
         )
 
     with pytest.warns(
-        UserWarning, match=f"meets '{name}' at .*which needs the whole weight"
+        UserWarning, match=f"meets '{name}' at .*which needs W . scale"
     ):
         got = lj.lora(fn)(params, X)
     close(got, fn(lj.merge(params), X))

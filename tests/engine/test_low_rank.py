@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax._engine import thin
+from lora_jax._engine import low_rank
 
 RNG = np.random.default_rng(0)
 FUSED_LAST = pytest.mark.skipif(
@@ -52,7 +52,8 @@ def test_einsum_against_numpy():
     def products(operands):
         pairs = zip(operands, labels_of, strict=True)
         return [
-            thin.einsum(x, of_x, y, of_y, out) for (x, y), (of_x, of_y, out) in pairs
+            low_rank.einsum(x, of_x, y, of_y, out)
+            for (x, y), (of_x, of_y, out) in pairs
         ]
 
     for got, want in zip(products(operands), wanted, strict=True):
@@ -62,12 +63,12 @@ def test_einsum_against_numpy():
 ROWS_AND_COLUMNS = [((3,), (5,)), ((2, 3), (5,)), ((3,), (2, 5)), ((2, 3), (4, 5))]
 
 
-@pytest.mark.parametrize("r", [1, 3, thin.COLUMNS, thin.COLUMNS + 1])
+@pytest.mark.parametrize("r", [1, 3, low_rank.COLUMNS, low_rank.COLUMNS + 1])
 @pytest.mark.parametrize(("rows", "columns"), ROWS_AND_COLUMNS)
 def test_a_sum_of_any_dimensions(rows, columns, r):
     y, h, b = normal(*rows, *columns), normal(*rows, r), normal(*columns, r)
     want = y + np.tensordot(h, b, ([-1], [-1]))
-    add = lambda *args: thin.add(*args, None)
+    add = lambda *args: low_rank.add(*args, None)
     some = [np.stack([z, 2 * z]) for z in (y, h, b)]
     got, each = jax.jit(lambda one, some: (add(*one), jax.vmap(add)(*some)))(
         (y, h, b), some

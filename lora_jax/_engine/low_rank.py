@@ -1,7 +1,7 @@
-"""The thin products, and how what comes out of one is added to a plain product.
+"""Products with low-rank factors, and their addition to a product with the weight.
 
-A thin array has the rank for one of its dimensions. Into the rank a product is cheap;
-out of it, it is as large as what it is added to.
+A low-rank array has the rank as one of its dimensions. The product that contracts the
+inputs is small. The one that contracts the rank is as large as what it is added to.
 """
 
 import functools
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax._engine.factors import wider, x64
+from lora_jax._engine.dtypes import wider, x64
 from lora_jax._engine.shapes import size
 
 Labels = Sequence[int]  # one per dimension; equal labels are summed or kept together
 RANK = -1  # the label of the rank
-FEW = 3  # rows or columns, of which any order of a product is as fast
+FEW = 3  # rows or columns, up to which the order of a product makes no difference
 COLUMNS = 16  # at most so many are added one by one, where that is faster
 
 
@@ -31,7 +31,10 @@ def einsum(
     precision: Any = None,
     dtype: Any = None,
 ) -> jax.Array:
-    """The product of `x` and a thin `y`; a label of `out` in neither gets size 1."""
+    """The product of `x` and a low-rank `y`.
+
+    A label of `out` that neither has gets size 1.
+    """
     x_labels, y_labels = list(x_labels), list(y_labels)
     lonely = [n for n in x_labels if n not in y_labels and n not in out]
     if lonely:
@@ -54,16 +57,16 @@ def einsum(
         options["out_sharding"] = _spec(labels, (x, x_labels), (y, y_labels))
     length = lambda side: size(sizes[n] for n in side)
     short, long = sorted((y_free, summed), key=length)
-    # In a batch, that of `vmap` too, XLA for CPU, up to jax 0.11, cannot compile the
-    # gradient of the barrier, a sum over the rows of x, where two or three are too few.
+    # Not in a batch, which includes that of `vmap`: up to jax 0.11, XLA for CPU cannot
+    # compile the gradient of the barrier there. Nor for two or three rows or columns.
     if not batch and min(length(x_free), length(long)) > FEW:
-        # The short side of y first, because of its gradient: XLA for CPU finds it as
+        # The short side of y first, because of its gradient: XLA for CPU computes it as
         # (r, k) in a tenth of the time of (k, r), 0.4 against 4.1 ms for 1,536 tokens
-        # of 1,536 numbers at r = 8. But for the barrier it would be turned back.
+        # of 1,536 features at r = 8. Without the barrier XLA would undo the transpose.
         order = [*short, *long]
         y = jnp.transpose(y, [y_labels.index(n) for n in order])
         y, y_labels = lax.optimization_barrier(y), order
-    dims = [
+    dims: Any = [
         ([x_labels.index(n) for n in group], [y_labels.index(n) for n in group])
         for group in (summed, batch)
     ]
@@ -77,12 +80,12 @@ def einsum(
 
 @jax.custom_jvp
 def made_once(x: jax.Array) -> jax.Array:
-    """An array that two products read, made once.
+    """Makes XLA compute an array once that two products read.
 
-    Where each example has an adapter of its own, they read x in shapes of their own,
-    and XLA for CPU would take the last steps to x, as those of a gelu, for each of
-    them: a mixed batch of 16 (benchmarks/many.py) takes 1.19 instead of 1.12 of the
-    plain pass. Where derivatives are taken, x is kept for those, and made once anyhow.
+    Where each example has an adapter of its own, the products read x in different
+    shapes, and XLA for CPU would repeat the operations that lead to x, such as a gelu,
+    for each of them: a mixed batch of 16 (benchmarks/many.py) takes 1.19 instead of
+    1.12 of the plain pass. Under differentiation x is kept, and computed once anyway.
     """
     once = lax.optimization_barrier
     return lax.platform_dependent(x, cpu=once, default=lambda x: x)
@@ -93,13 +96,13 @@ made_once.defjvp(lambda primals, tangents: (*primals, *tangents))
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def add(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
-    """`y + h b`: y (*rows, *columns), a thin h (*rows, r) and b (*columns, r).
+    """`y + h b`: y (*rows, *columns), h (*rows, r) and b (*columns, r).
 
-    XLA for CPU does not add in a product: it would write `h b`, as large as y, and read
-    it again. A sum of r outer products it fuses with the addition, in place of y: a
-    step of the transformer of benchmarks/speed.py has 451 instead of 534 MB of
-    temporaries at r = 8, its forward pass 12 instead of 67 MB, in 0.94 of the time, as
-    at r = 16. At r = 32 the product is faster.
+    XLA for CPU does not fuse the addition with the product: it would write `h b`, as
+    large as y, and read it again. It does fuse a sum of r outer products with the
+    addition, in place of y: a step of the transformer of benchmarks/speed.py has 451
+    instead of 534 MB of temporaries at r = 8, its forward pass 12 instead of 67 MB, in
+    0.94 of the time, as at r = 16. At r = 32 the product is faster.
     """
     if h.shape[-1] > COLUMNS or not 1 < h.ndim <= y.ndim:
         return y + _outer(h, b, precision, y.dtype)
@@ -114,16 +117,16 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
         rows, wide, ones = h.ndim - 1, wider(y.dtype), [1] * h.shape[-1]
         left = lax.expand_dims(h.astype(wide), range(rows, y.ndim - 1))
         right = lax.expand_dims(jnp.moveaxis(b.astype(wide), -1, 0), range(1, rows))
-        # XLA for CPU multiplies matrices. But for the second barrier, what gives the
-        # product its dimensions would be fused with the sum, and but for the first its
-        # dimensions of one, as of `vmap`, might have another order in memory than the
-        # sum's: either way, the sum would be another array.
+        # XLA for CPU multiplies matrices. Without the second barrier the reshape of the
+        # product would be fused with the sum. Without the first its dimensions of size
+        # 1, as those of `vmap`, could have another order in memory than the sum's. In
+        # both cases the sum would be a new array.
         matrix = lax.collapse(lax.collapse(y, rows, y.ndim), 0, rows)
         product = jnp.reshape(lax.optimization_barrier(matrix), y.shape)
         total = lax.optimization_barrier(product).astype(wide)
         for u, v in zip(lax.split(left, ones, -1), lax.split(right, ones), strict=True):
             total += u * v
-        # Whatever reads it would sum again, but for the barrier.
+        # Without the barrier all operations that read the total would compute it again.
         return lax.optimization_barrier(total.astype(y.dtype))
 
     product = lambda y, h, b: y + _outer(h, b, precision, y.dtype)
@@ -132,11 +135,12 @@ def _add_columns(y: jax.Array, h: jax.Array, b: jax.Array, precision: Any) -> ja
 
 @add.defjvp
 def _add_jvp(precision: Any, primals: Any, tangents: Any) -> Any:
-    """The gradient of b is a sum over rows, which XLA for CPU wants in one dimension.
+    """Reshapes the rows for the gradient of b, a sum over them, to one dimension.
 
-    Over more it makes a transposed copy of y's cotangent for that sum, and a step takes
-    1.08 instead of 0.61 of the full one's time. All else is left in its dimensions: in
-    matrices, XLA for TPU moves 5 % more bytes (GPT-2 medium, 4 x 1,024 tokens, v5e).
+    For a sum over several, XLA for CPU makes a transposed copy of y's cotangent, and a
+    step takes 1.08 instead of 0.61 of the full one's time. The rest keeps its
+    dimensions: with matrices XLA for TPU accesses 5 % more bytes (GPT-2 medium, 4 x
+    1,024 tokens, v5e).
     """
     (y, h, b), (dy, dh, db) = primals, tangents
     flat = lambda x: jnp.reshape(x, (-1, x.shape[-1]))
@@ -155,12 +159,12 @@ def _outer(h: jax.Array, b: jax.Array, precision: Any, dtype: Any) -> jax.Array:
 
 
 def is_explicit(x: jax.Array) -> bool:
-    """Whether x is on a mesh of explicit axes, where types tell what is where."""
+    """Whether x is on a mesh with explicit axes, where shardings are part of types."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _spec(labels: Labels, *operands: tuple[jax.Array, Labels]) -> NamedSharding:
-    """The result's sharding on a mesh of explicit axes: its operands', each once."""
+    """The result's sharding on a mesh with explicit axes, from that of its operands."""
     axes: dict[int, Any] = {}
     for array, own in operands:
         for n, names in zip(own, jax.typeof(array).sharding.spec, strict=True):
