@@ -12,9 +12,9 @@ import lora_jax as lj
 
 PACKAGE = pathlib.Path(lj.__file__).parent
 ENGINE = (
-    "shapes dtypes per_layer companions quantized quantized_views factors joins low_rank "
-    "ops dora jaxpr source flops flow liveness casts run products views evaluate "
-    "derivatives loops uses"
+    "shapes dtypes per_layer companions quantized quantized_views factors joins "
+    "low_rank ops dora jaxpr source flops flow liveness casts run products views "
+    "evaluate derivatives loops uses"
 ).split()
 PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "

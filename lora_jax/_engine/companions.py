@@ -56,8 +56,8 @@ def reshape(
         old = tuple(old[d] for d in dimensions)
     sizes: list[int] = []
     for olds, news in segments(old, new[0]):
-        of_old = ([shape[d] for d in olds] for shape in (old, c.shape))
-        run = _reshaped(*of_old, [new[0][d] for d in news])
+        of_old, own = ([shape[d] for d in olds] for shape in (old, c.shape))
+        run = _reshaped(of_old, own, [new[0][d] for d in news])
         if run is None:
             return None
         sizes += run
@@ -237,7 +237,8 @@ def gather(
         start_indices_batching_dims=tuple(i for d, i in batching.items() if d in own),
     )
     indices = indices if every else indices[..., np.array(columns, int)]
-    return [lax.gather(c, indices, numbers, (*sizes, *extra), **params | hints)]
+    options: dict[str, Any] = params | hints
+    return [lax.gather(c, indices, numbers, (*sizes, *extra), **options)]
 
 
 Rule = Callable[..., list[jax.Array] | None]

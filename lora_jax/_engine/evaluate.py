@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -39,6 +40,8 @@ from lora_jax._engine.liveness import look_ahead
 from lora_jax._engine.products import PRODUCTS
 from lora_jax._engine.quantized_views import constrained
 from lora_jax._engine.run import (
+    NeedsWeight,
+    Note,
     Notes,
     Rule,
     Run,
@@ -88,7 +91,8 @@ def run_jaxpr(
         name, times = eqn.primitive.name, eqn.params.get("length", 1)
         trail = (*run.trail, (index, times))
         here = run._replace(leads_to=leads_to, eqn=eqn, trail=trail)
-        if (key := run.key) is not None:
+        if here.key is not None:
+            key: Any = here.key
             here = here._replace(key=jax.random.fold_in(key, index))
         rule = RULES.get(name)
         results = rule and rule(here, *operands, **params_of(eqn))
@@ -189,16 +193,23 @@ def _jit(
         else x
         for i, x in enumerate(operands)
     ]
-    # Notes come with the results of each call, except from derivative rules that JAX
-    # runs only now, while it differentiates the cached call.
-    with collect_notes() as late:
-        results, notes = cached.run(run.key, marked)
+    # The notes of the function come with its results. Those of derivative rules in it
+    # come now, while JAX differentiates the cached call, and only once, since JAX keeps
+    # derivatives as well.
+    with collect_notes() as found:
+        try:
+            results, notes = cached.run(run.key, marked)
+        except NeedsWeight as error:
+            line = error.note.line or inside.line
+            raise NeedsWeight(error.note._replace(line=line)) from None
+    types = types_of(marked)
+    late = cached.late[types] = [*found.values()] or cached.late.get(types, [])
 
     def own(name: WeightName) -> WeightName:
         places = sorted(i for call, i in name.operands if call is cached.token)
         return joined(operands[i].name for i in places) if places else name
 
-    for i, one in enumerate((*notes.each, *late.values())):
+    for i, one in enumerate((*notes.each, *late)):
         here = run._replace(trail=(*run.trail, (i, 1)))
         # A line inside the function is the same for every caller. Where there is none,
         # that of this call stands for it.
@@ -216,6 +227,7 @@ class CachedCall(NamedTuple):
 
     run: Callable[..., tuple[list[Any], Notes]]
     token: object
+    late: dict[Any, list[Note]]  # notes of derivative rules, by the operands' types
 
 
 # By the jaxpr of the jitted function, and by all that the evaluation depends on.
@@ -251,8 +263,14 @@ def _cached_call(run: Run) -> CachedCall:
 
         call.__name__ = params["name"]
         jitted = jax.jit(call, inline=inline, compiler_options=dict(options) or None)
-        calls[how] = CachedCall(jitted, object())
+        calls[how] = CachedCall(jitted, object(), {})
     return calls[how]
+
+
+def types_of(x: Any) -> Any:
+    """The structure of a tree, and the shapes and dtypes of its arrays."""
+    leaves, treedef = jax.tree.flatten(x)
+    return treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _constrained(x: Any, sharding: Any) -> Any:

@@ -91,7 +91,8 @@ def is_factors(x: Any) -> bool:
 
 def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
     """`Factors` from the leaves of a tree, in either of the two layouts."""
-    return Factors(w, *_aligned(a, b, scale, w.shape), WeightName((name,)))
+    a, b, scale = _aligned(a, b, scale, w.shape)
+    return Factors(w, a, b, scale, WeightName((name,)))
 
 
 def without_adapter(w: Any, name: WeightName | str = "") -> Factors:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax._engine import factors
-from lora_jax._engine.evaluate import rule_for, run_jaxpr
+from lora_jax._engine.evaluate import rule_for, run_jaxpr, types_of
 from lora_jax._engine.factors import (
     Factors,
     WeightName,
@@ -289,7 +289,7 @@ _stays: weakref.WeakKeyDictionary[Any, dict[Any, list[bool]]] = (
 def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]:
     body = loop_body(run.eqn)
     exact = run.exact and run.exact & ids_of(body)
-    shapes = _types_of([renamed(x, WeightName()) for x in operands])
+    shapes = types_of([renamed(x, WeightName()) for x in operands])
     how = (run.eqn.primitive.name, run.key is None, exact, shapes)
     found = _stays.setdefault(body, {})
     if how not in found:
@@ -299,7 +299,7 @@ def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]
             with collect_notes():  # discarded: a trial is no evaluation
                 after = jax.eval_shape(functools.partial(step, quiet), carry, *xs)
             stays = [
-                not is_factors(x) or _types_of(x) == _types_of(y)
+                not is_factors(x) or types_of(x) == types_of(y)
                 for x, y in zip(carry, after, strict=True)
             ]
             if all(stays):
@@ -311,11 +311,6 @@ def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]
             ]
         found[how] = kept
     return found[how]
-
-
-def _types_of(x: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(x)
-    return treedef, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:

@@ -71,7 +71,7 @@ def einsum(
         for group in (summed, batch)
     ]
     if swap:
-        z = lax.dot_general(y, x, [pair[::-1] for pair in dims], **options)
+        z = lax.dot_general(y, x, tuple(pair[::-1] for pair in dims), **options)
     else:
         z = lax.dot_general(x, y, dims, **options)
     z = jnp.transpose(z, [labels.index(n) for n in have])

@@ -372,7 +372,7 @@ def loops_over(w: Any, batch: Sequence[int]) -> dict[int, int]:
         mesh = jax.typeof(w).sharding.mesh
         unknown = AxisType.Auto in mesh.axis_types and mesh.size > 1
     else:
-        sharding = getattr(w, "sharding", None)
+        sharding: Any = getattr(w, "sharding", None)
         known = sharding is None or isinstance(sharding, NamedSharding)
         unknown = not known and len(sharding.device_set) > 1
     parts = mesh_parts(w)

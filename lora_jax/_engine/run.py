@@ -135,12 +135,20 @@ def note_materialized(run: Run, f: Factors, cause: str) -> None:
     rows = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
     what = Note(f.name, cause, line_of(run), not rows, cost)
     if run.materialize == "error" and not rows:
-        raise ValueError(
-            f"{_met(what)}, which needs W + scale * A B itself. Write "
-            "lora(fn, materialize='allow') to materialize it there, or leave the "
-            "weight out: lorafy(params, rank, exclude=[...])."
-        )
+        raise NeedsWeight(what)
     note(run, what)
+
+
+class NeedsWeight(ValueError):
+    """The error of `materialize="error"`, to which an outer call can add its line."""
+
+    def __init__(self, what: Note) -> None:
+        self.note = what
+        super().__init__(
+            f"{_met(what)}, which needs W + scale * A B itself, so it cannot stay "
+            "factored. Write lora(fn, materialize='allow') to materialize it there, or "
+            "leave the weight out: lorafy(params, rank, exclude=[...])."
+        )
 
 
 def count(run: Run, rule: Rule, operands: Sequence[Any]) -> None:

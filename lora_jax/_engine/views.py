@@ -43,21 +43,27 @@ def _follow(run: Run, f: Any, *others: Any, **params: Any) -> list[Any] | None:
 
 
 def _reshape(run: Run, f: Factors, **params: Any) -> list[Any] | None:
-    """A reshape merges a repeated dimension with another only if the factors repeat."""
+    """A reshape that may merge a dimension along which all parts repeat themselves.
+
+    As in `jnp.repeat`, where a companion that has the other dimensions of the merge has
+    to be repeated along this one.
+    """
     (w,) = run.bind(f.w)
-    order = params.get("dimensions") or range(f.ndim)
-    own, repeated = factors.varying(f), set()
-    if 0 not in f.shape:
-        for olds, _ in segments(tuple(f.shape[d] for d in order), w.shape):
-            run_of = [order[d] for d in olds]
-            if not own.isdisjoint(run_of):
-                repeated |= {*run_of} - own
+    order, own = params.get("dimensions") or range(f.ndim), factors.varying(f)
+    if 0 in f.shape:
+        return [w]
+    merges = [*segments(tuple(f.shape[d] for d in order), w.shape)]
 
     def repeat(c):
-        sizes = [n if d in repeated else c.shape[d] for d, n in enumerate(f.shape)]
-        return jnp.broadcast_to(c, (*sizes, *c.shape[f.ndim :]))
+        sizes = [*c.shape]
+        for merged, _ in merges:
+            dims = [order[i] for i in merged]
+            if any(c.shape[d] != 1 for d in dims):
+                for d in {*dims} - own:
+                    sizes[d] = f.shape[d]
+        return jnp.broadcast_to(c, sizes)
 
-    long = with_parts(f, f.w, map(repeat, parts(f))) if repeated else f
+    long = with_parts(f, f.w, map(repeat, parts(f)))
     return follow(long, [w], companions.reshape, **params)
 
 

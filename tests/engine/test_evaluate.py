@@ -64,8 +64,44 @@ def test_an_unreadable_primitive_is_exact(name, params, close, monkeypatch):
             p["b"]["kernel"], jax.lax.scan(body, x, length=2)[0]
         )
 
-    with pytest.warns(
-        UserWarning, match=f"meets '{name}' at .*which needs W . scale"
-    ):
+    with pytest.warns(UserWarning, match=f"meets '{name}' at .*which needs W . scale"):
         got = lj.lora(fn)(params, X)
     close(got, fn(lj.merge(params), X))
+
+
+@jax.custom_vjp
+def squared_product(w, x):
+    return (x @ w) ** 2
+
+
+squared_product.defvjp(
+    lambda w, x: (squared_product(w, x), (w, x)),
+    lambda saved, y: jax.vjp(lambda w, x: (x @ w) ** 2, *saved)[1](y),
+)
+
+
+def layers(p, x):
+    """Calls one jitted function for two layers: one cached call serves both."""
+    layer = jax.jit(squared_product)
+    return layer(p["b"]["kernel"], layer(p["a"]["kernel"], x)).sum()
+
+
+def test_cached_calls_note_the_weights_of_each_call(params):
+    """Derivative rules run at the first call, and their notes come with every call."""
+    take = jax.grad(lj.lora(layers))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="derivative of custom_vjp_call") as caught:
+            take(params, X)
+        (text,) = {str(w.message) for w in caught}
+        assert "'a/kernel' meets" in text and "'b/kernel' meets" in text
+
+
+def test_cached_calls_raise_for_the_weight_and_line_of_each_call(params):
+    take = jax.grad(lj.lora(layers, materialize="error"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'a/kernel' meets .*test_evaluate.py:"):
+            take(params, X)
+    fn = lambda p, x: jnp.sort(p["b"]["kernel"]) @ x.T
+    strict = lj.lora(fn, materialize="error", unused="ignore")
+    with pytest.raises(ValueError, match=r"'b/kernel' meets 'sort' at .*evaluate.py:"):
+        strict(params, X)
