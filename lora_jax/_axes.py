@@ -100,7 +100,7 @@ def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
     """The axes that serve every use."""
     dims = range(n)
     picked = {d for use in uses for d in use.picked}
-    kept_apart = {d for use in uses for d in use.batch - use.summed - use.free}
+    kept_apart = {d for use in uses for d in use.batch - use.contracted - use.free}
     sides = _sides(path, [_without(use, kept_apart) for use in uses])
     first = {d for d, side in sides.items() if side == 0}
     second = sides.keys() - first
@@ -131,15 +131,15 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
     decided: list[Use] = []
     # Products with the weight itself first: an activation's may be anything.
     for use in sorted(uses, key=lambda use: not use.sure):
-        if not (use.summed and use.free):
+        if not (use.contracted and use.free):
             continue
-        own = dict.fromkeys(use.summed, 0) | dict.fromkeys(use.free, 1)
+        own = dict.fromkeys(use.contracted, 0) | dict.fromkeys(use.free, 1)
         shared = own.keys() & sides.keys()
         same = [own[d] == sides[d] for d in shared]
         if any(same) and not all(same):
             if not use.sure:
                 continue
-            other = next(u for u in decided if (u.summed | u.free) & shared)
+            other = next(u for u in decided if (u.contracted | u.free) & shared)
             raise ValueError(
                 f"{path_name(path)!r} is used in two ways that no one adapter serves: "
                 f"{_side_names(other)}, and {_side_names(use)}. Leave it out of "
@@ -155,11 +155,13 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
 
 def _without(use: Use, batch: set[int]) -> Use:
     """The use without stacked dimensions, and those that are on both of its sides."""
-    both = use.summed & use.free
-    return use._replace(summed=use.summed - both - batch, free=use.free - both - batch)
+    both = use.contracted & use.free
+    return use._replace(
+        contracted=use.contracted - both - batch, free=use.free - both - batch
+    )
 
 
 def _side_names(use: Use) -> str:
-    sides = use.summed | use.window, use.free
+    sides = use.contracted | use.window, use.free
     inputs, outputs = (tuple(sorted(dims)) for dims in sides)
     return f"inputs {inputs} and outputs {outputs} at {use.where}"

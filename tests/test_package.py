@@ -122,6 +122,13 @@ def test_jax_internals_stay_outside():
     assert not wrong
 
 
+def test_only_jaxpr_knows_releases_of_jax():
+    """No other file asks what this release of JAX has, or reads what only some have."""
+    asks = re.compile(r"__version__|hasattr\((jax|lax|jnp)\b|eqn\.params\.get\(")
+    found = {name: asks.findall(source(name).read_text()) for name in ORDER}
+    assert [name for name, hits in found.items() if hits] in ([], ["_engine.jaxpr"])
+
+
 def test_a_wing_has_its_map():
     for wing, names in WINGS.items():
         path = PACKAGE / wing / "__init__.py"

@@ -35,6 +35,7 @@ from lora_jax._engine.jaxpr import (
     ids_of,
     opened,
     params_of,
+    repeats,
 )
 from lora_jax._engine.liveness import look_ahead
 from lora_jax._engine.products import PRODUCTS
@@ -88,8 +89,8 @@ def run_jaxpr(
     def apply(index, eqn, operands):
         if not any(map(is_factors, operands)):
             return bind(eqn, operands)
-        name, times = eqn.primitive.name, eqn.params.get("length", 1)
-        trail = (*run.trail, (index, times))
+        name = eqn.primitive.name
+        trail = (*run.trail, (index, repeats(eqn)))
         here = run._replace(leads_to=leads_to, eqn=eqn, trail=trail)
         if here.key is not None:
             key: Any = here.key

@@ -252,6 +252,11 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def repeats(eqn: Any) -> int:
+    """How often the body of an equation runs: the length of a `scan`, or 1."""
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
+
+
 def loop_body(eqn: Any) -> Any:
     """The jaxpr of one step of a `scan` or a `while`, the key to caches of it."""
     return eqn.params["jaxpr" if eqn.primitive.name == "scan" else "body_jaxpr"]

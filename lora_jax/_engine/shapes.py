@@ -1,4 +1,4 @@
-"""How many numbers a shape has, and what a reshape does: of shapes alone."""
+"""Sizes of shapes, and what a reshape does to dimensions."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -6,9 +6,10 @@ from typing import Any
 
 
 def size(shape: Iterable[Any]) -> int:
-    """How many numbers there are, roughly: a dimension without a number is a large one.
+    """The number of elements, for comparisons.
 
-    Such are those of `jax.export.symbolic_shape`, which cannot be compared.
+    A symbolic dimension, as from `jax.export.symbolic_shape`, counts as a large one: it
+    cannot be compared itself.
     """
     return math.prod(n if isinstance(n, int) else 2**20 for n in shape)
 
@@ -16,7 +17,10 @@ def size(shape: Iterable[Any]) -> int:
 def segments(
     old: tuple[int, ...], new: tuple[int, ...]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Pairs of runs of dimensions of equal size, as short as can be."""
+    """Pairs of runs of dimensions of equal size, each as short as possible.
+
+    A reshape from `old` to `new` merges and splits dimensions within such runs only.
+    """
     i = j = 0
     while i < len(old) or j < len(new):
         first, second = [], []

@@ -1,7 +1,8 @@
-"""What a function does with each dimension of its weights, read along its jaxpr.
+"""What a function does with each dimension of its weights, from its jaxpr.
 
-In this walk each array that holds a weight carries, instead of its elements, the
-weight's own dimensions behind each of its own. No FLOPs, and no memory.
+The jaxpr is evaluated on dimensions rather than on elements: the value of an array that
+holds a weight is, for each of its dimensions, the dimensions of the weight behind it.
+This takes no FLOPs and no memory.
 """
 
 import itertools
@@ -16,14 +17,14 @@ from lora_jax._engine.views import keeps
 Dims = frozenset[int]
 
 # Primitives that join arrays: `x @ w + bias`, `x + positions`, a token in front of `x`.
-# A weight that is joined with an activation is one of its terms from there on: a later
-# product is with the activation, not with the weight.
+# A weight that is joined with an activation is part of an activation: a later product
+# is with that, not with the weight.
 JOINS = {"add", "sub", "add_any", "max", "min", "concatenate", "stack", "select_n"}
 JOINS |= {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 
 
 class View(NamedTuple):
-    """An array that holds a weight, each dimension as dimensions of the weight."""
+    """An array that holds a weight: the dimensions of the weight behind each of its."""
 
     weight: Hashable
     dims: tuple[Dims, ...]
@@ -31,32 +32,32 @@ class View(NamedTuple):
     own: bool = True  # False once joined with an activation: a bias, a position
 
 
-# Among the views that an array holds this one marks an activation: the array depends on
-# an input that is no parameter.
+# Marks an activation among the views that an array holds: the array depends on an input
+# that is no parameter.
 ACTIVE = View(None, ())
 
 
 class Use(NamedTuple):
     """What one equation does with the dimensions of a weight."""
 
-    summed: Dims = frozenset()
-    window: Dims = frozenset()  # of a convolution: an input, if it is forward
+    contracted: Dims = frozenset()
+    window: Dims = frozenset()  # of a convolution: an input in the forward direction
     free: Dims = frozenset()
     batch: Dims = frozenset()
-    picked: Dims = frozenset()  # some of many: a row of a table, a layer of a stack
-    rows: Dims = frozenset()  # those that are picked by numbers known at run time
+    picked: Dims = frozenset()  # a row of a table, a layer of a stack
+    rows: Dims = frozenset()  # those that are picked by indices known at run time
     sure: bool = True
     own: bool = True
     where: str = ""
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a product with the weight, of which both sides are left."""
-        return self.own and bool(self.summed and self.free)
+        """Whether it is a product with the weight itself, and no sum or broadcast."""
+        return self.own and bool(self.contracted and self.free)
 
     @property
     def is_lookup(self) -> bool:
-        """Whether it picks rows of the weight by numbers known at run time."""
+        """Whether it picks rows of the weight by indices known at run time."""
         return self.own and bool(self.rows)
 
 
@@ -69,11 +70,10 @@ def uses_of(
     """What the equations of a jaxpr do with the weights among its inputs.
 
     Args:
-      jaxpr: Of the function.
-      names: Of each input; only those in `ndims` are weights.
-      ndims: How many dimensions each weight has.
-      params: Which inputs are parameters, weights or not: what depends on others is an
-        activation.
+      jaxpr: The function.
+      names: Of the inputs; those in `ndims` are weights.
+      ndims: The number of dimensions of each weight.
+      params: Which inputs are parameters: what depends on any other is an activation.
     """
     dims = {name: tuple(frozenset([d]) for d in range(n)) for name, n in ndims.items()}
     views = [
@@ -106,7 +106,7 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
     nothing = [active] * len(eqn.outvars)
 
     def note(view: View, **roles: Any) -> None:
-        """Where a role is given by positions of the view's dimensions."""
+        """Adds a use; the view's dimensions of each role are given by position."""
         sets = {
             role: frozenset().union(*(view.dims[i] for i in positions))
             for role, positions in roles.items()
@@ -140,23 +140,23 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
 
     if name == "dot_general":
         sums, batches = params["dimension_numbers"]
-        for side, summed, batch in zip(views, sums, batches, strict=True):
+        for side, contracted, batch in zip(views, sums, batches, strict=True):
             for view in _weights(side):
-                free = {*range(len(view.dims))} - {*summed, *batch}
-                note(view, summed=summed, free=free, batch=batch)
+                free = {*range(len(view.dims))} - {*contracted, *batch}
+                note(view, contracted=contracted, free=free, batch=batch)
         return nothing
     if name == "ragged_dot_general":
         numbers = params["ragged_dot_dimension_numbers"]
-        ((_, summed), (_, batch)) = numbers.dot_dimension_numbers
+        ((_, contracted), (_, batch)) = numbers.dot_dimension_numbers
         for view in _weights(views[1]):
             batch = {*batch, *numbers.rhs_group_dimensions}
-            free = {*range(len(view.dims))} - {*summed, *batch}
-            note(view, summed=summed, free=free, batch=batch)
+            free = {*range(len(view.dims))} - {*contracted, *batch}
+            note(view, contracted=contracted, free=free, batch=batch)
         return nothing
     if name == "conv_general_dilated":
         out, into, *window = params["dimension_numbers"].rhs_spec
         for view in _weights(views[1]):
-            note(view, summed=[into], window=window, free=[out])
+            note(view, contracted=[into], window=window, free=[out])
         return nothing
 
     olds, news = shapes(eqn)
