@@ -8,7 +8,6 @@ import sys
 import finetune
 import jax
 import jax.numpy as jnp
-import many
 import memory
 import numpy as np
 import pytest

@@ -145,11 +145,14 @@ def test_the_adapted_weights_are_in_few_bits():
 
 @pytest.mark.parametrize("name", ["decoder", "minilm"])
 def test_the_twin_in_torch_is_the_same_model(name):
-    torch, twin = pytest.importorskip("torch"), pytest.importorskip("models.twin")
+    torch, twin = (
+        pytest.importorskip("torch"),
+        pytest.importorskip("models.torch_models"),
+    )
     job = TINY if name == "decoder" else speed.Job(None, 2, 8, 4)
     task = speed.task(job)
-    model = twin.model(job.arch)
-    loaded = twin.load(model, task.plain)
+    model = torch_models.model(job.arch)
+    loaded = torch_models.load(model, task.plain)
     assert loaded == {key for key, _ in model.named_parameters()}
     inputs = [torch.tensor(np.asarray(x)).long() for x in task.inputs]
     got = model(*inputs).detach().numpy()

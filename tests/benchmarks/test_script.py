@@ -5,8 +5,8 @@ import os
 import re
 import signal
 
-import files
 import pytest
+import script
 
 
 def tree(folder):
@@ -40,7 +40,7 @@ def fill(new):
 )
 def test_what_cannot_begin_ends_in_one_line(error, status, says, capsys):
     parser = argparse.ArgumentParser(prog="job")
-    with pytest.raises(SystemExit) as stop, files.refusing(parser, OSError):
+    with pytest.raises(SystemExit) as stop, script.exit_on_error(parser, OSError):
         raise error
     assert stop.value.code == status
     assert re.search(says, capsys.readouterr().err.strip())
@@ -48,12 +48,12 @@ def test_what_cannot_begin_ends_in_one_line(error, status, says, capsys):
 
 def test_an_error_of_ours_is_none_of_the_options():
     with pytest.raises(RuntimeError, match="ours"):
-        with files.refusing(argparse.ArgumentParser(), OSError):
+        with script.exit_on_error(argparse.ArgumentParser(), OSError):
             raise RuntimeError("ours")
 
 
 def test_files_and_folders_take_the_places_of_old_ones(folder):
-    with files.written(folder) as new:
+    with script.staged(folder) as new:
         fill(new)
         assert set(tree(folder).values()) == {"old", "new"}
         assert (folder / "table.json").read_text() == "old"
@@ -63,7 +63,7 @@ def test_files_and_folders_take_the_places_of_old_ones(folder):
 
 
 def test_a_folder_that_is_not_there_is_made(tmp_path):
-    with files.written(tmp_path / "a" / "b") as new:
+    with script.staged(tmp_path / "a" / "b") as new:
         fill(new)
     assert set(tree(tmp_path / "a" / "b").values()) == {"new"}
 
@@ -71,7 +71,7 @@ def test_a_folder_that_is_not_there_is_made(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 def test_whatever_ends_the_job_leaves_what_was_there(folder, error):
     before = tree(folder)
-    with pytest.raises(error), files.written(folder) as new:
+    with pytest.raises(error), script.staged(folder) as new:
         fill(new)
         raise error
     assert tree(folder) == before
@@ -85,9 +85,9 @@ def test_ctrl_c_waits_until_all_files_are_in_their_places(folder, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         replace(*args)
 
-    monkeypatch.setattr(files.os, "replace", interrupted)
+    monkeypatch.setattr(script.os, "replace", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    with files.written(folder) as new:
+    with script.staged(folder) as new:
         fill(new)
     assert signal.getsignal(signal.SIGINT) is before
     assert tree(folder)["figure.png"] == tree(folder)["table.json"] == "new"
@@ -96,10 +96,10 @@ def test_ctrl_c_waits_until_all_files_are_in_their_places(folder, monkeypatch):
 @pytest.mark.parametrize("where", ["", "in step 3 of 9"])
 def test_ctrl_c_is_one_line(tmp_path, capsys, where):
     parser = argparse.ArgumentParser("job.py")
-    with pytest.raises(SystemExit) as error, files.stoppable(parser, tmp_path):
+    with pytest.raises(SystemExit) as error, script.exit_on_interrupt(parser, tmp_path):
         if not where:
             raise KeyboardInterrupt
-        with files.during("after that"), files.during(where):  # the inner one counts
+        with script.phase("after that"), script.phase(where):  # the inner one counts
             raise KeyboardInterrupt
     assert error.value.code == 130
     said = " ".join(["stopped", *filter(None, [where])])

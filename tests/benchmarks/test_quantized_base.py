@@ -3,11 +3,11 @@
 import json
 import re
 
-import few_bits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized_base
 import to_peft
 from models import smollm2
 
@@ -33,8 +33,8 @@ def given(tiny_smollm2, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_job_end_to_end(given, tmp_path, capsys):
-    few_bits.main([*given, "--bases", "float32", "int8", "nf4"])
-    results = json.loads((tmp_path / "output" / "few_bits.json").read_text())
+    quantized_base.main([*given, "--bases", "float32", "int8", "nf4"])
+    results = json.loads((tmp_path / "output" / "quantized_base.json").read_text())
     found = results["bases"]
     sizes = [x["base_bytes"] for x in found.values()]
     assert [*found] == ["float32", "int8", "nf4"] and sizes == sorted(sizes)[::-1]
@@ -49,7 +49,9 @@ def test_the_job_end_to_end(given, tmp_path, capsys):
             rf"^{name} +\d+\.\d( +\d\.\d{{3}}){{2}} +\d+ +\d+$", shown, re.M
         )
         assert f"\n{name}: the film" in shown
-    assert (tmp_path / "output" / "few_bits.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        (tmp_path / "output" / "quantized_base.png").read_bytes().startswith(b"\x89PNG")
+    )
 
 
 @pytest.mark.parametrize("scanned", [True, False])
@@ -59,8 +61,8 @@ def test_a_base_has_its_kernels_in_the_format_and_its_table_in_int8(
     arch = smollm2.measure(tiny_smollm2.fields)
     params = smollm2.convert(tiny_smollm2.tensors, arch, scanned=scanned)
     apply = to_peft.function(smollm2.build(arch, scanned))
-    assert few_bits.base(apply, params, "float32") is params
-    made = few_bits.base(apply, jax.eval_shape(lambda: params), "nf4")
+    assert quantized_base.base(apply, params, "float32") is params
+    made = quantized_base.base(apply, jax.eval_shape(lambda: params), "nf4")
     kernel = made["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]
     assert kernel.format == "nf4" and kernel.values.dtype == jnp.int4
     assert kernel.scale.shape == ((2, 1, 32) if scanned else (1, 32))
@@ -70,12 +72,12 @@ def test_a_base_has_its_kernels_in_the_format_and_its_table_in_int8(
 
 
 def test_bad_options_are_refused_before_work(given, capsys, monkeypatch):
-    monkeypatch.setattr(few_bits, "run", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(quantized_base, "run", lambda *_: pytest.fail("work"))
     for more, message in (
         (["--bases", "fp4"], "invalid choice: 'fp4'"),
         (["--targets", "heads"], "--targets heads: No weight matches 'heads'"),
     ):
         with pytest.raises(SystemExit) as error:
-            few_bits.main([*given, *more])
+            quantized_base.main([*given, *more])
         assert error.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -5,7 +5,7 @@ import json
 import sys
 
 import jax
-import many
+import many_adapters
 import numpy as np
 import pytest
 import speed
@@ -22,7 +22,7 @@ TINY = speed.Job(SMALL, 1, 32, 4)
 @pytest.fixture(autouse=True)
 def tiny(third_party, optax_promotion, monkeypatch):
     """A tiny transformer; the peers and optax mix dtypes, as most settings allow."""
-    monkeypatch.setattr(many, "JOB", TINY)
+    monkeypatch.setattr(many_adapters, "JOB", TINY)
     monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
 
 
@@ -30,11 +30,11 @@ def tiny(third_party, optax_promotion, monkeypatch):
 def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     given = ["--adapters", "16", "1", "--repeats", "2", "--output", str(tmp_path)]
-    many.main(given)
+    many_adapters.main(given)
     said = capsys.readouterr().out
     assert said.count("PEFT on torch is left out") == 1
-    assert (tmp_path / "many.md").read_text() in said
-    found = json.loads((tmp_path / "many.json").read_text())["adapters"]
+    assert (tmp_path / "many_adapters.md").read_text() in said
+    found = json.loads((tmp_path / "many_adapters.json").read_text())["adapters"]
     assert list(found) == ["1", "16"]
     for n, results in found.items():
         train, serve = results["train"], results["serve"]
@@ -52,7 +52,7 @@ def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys):
         assert train["at once"]["bytes"] < base * (1.5 + int(n))
     assert "Training 16 at once takes " in said and "PEFT's" not in said
     assert "| a mixed batch of 16 / the plain forward | " in said
-    assert (tmp_path / "many.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "many_adapters.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_all_train_as_if_alone():
@@ -61,16 +61,16 @@ def test_all_train_as_if_alone():
     assert lj.count(stacked).trainable == 3 * lj.count(speed.adapted(job)).trainable
     b = stacked["blocks_0"]["attention"]["query"]["lora_b"]
     assert not np.allclose(b[0], b[1])
-    for way in many.trains(job).values():
+    for way in many_adapters.trains(job).values():
         way.run()
 
 
 def test_each_example_has_its_own_adapter():
     job = TINY._replace(batch=4)
     task, stacked = speed.task(job), speed.adapted(job, stack=4)
-    ids = many.order(job)
+    ids = many_adapters.order(job)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
-    run = jax.jit(many.mixed(lj.lora(task.apply)))
+    run = jax.jit(many_adapters.mixed(lj.lora(task.apply)))
     got = run(stacked, ids, *task.inputs)
     for i, id in enumerate(ids.tolist()):
         alone = lj.merge(lj.take(stacked, id))
@@ -88,15 +88,15 @@ def test_each_example_has_its_own_adapter():
 def test_peft_computes_the_same(monkeypatch):
     pytest.importorskip("peft")
     job = TINY._replace(batch=3)
-    ready = many.peers(job)
+    ready = many_adapters.peers(job)
     assert list(ready) == ["torch", "PEFT on torch"]
     assert ready["PEFT on torch"].run().shape == (3, 32, 512)
     # In another order it would not.
-    mixed = many.mixed
+    mixed = many_adapters.mixed
     first = lambda run: lambda stacked, ids, x: mixed(run)(stacked, 0 * ids, x)
-    monkeypatch.setattr(many, "mixed", first)
+    monkeypatch.setattr(many_adapters, "mixed", first)
     with pytest.raises(RuntimeError, match="PEFT's logits of the mixed batch differ"):
-        many.peers(job)
+        many_adapters.peers(job)
 
 
 def results(at_once=105.0, mixed=60.0, peft=None):
@@ -111,7 +111,7 @@ def results(at_once=105.0, mixed=60.0, peft=None):
 
 
 def test_aims_are_met_or_not():
-    rows = many.aims(results()).splitlines()[2:]
+    rows = many_adapters.aims(results()).splitlines()[2:]
     assert [row.strip("| ").split(" | ")[1:] for row in rows] == [
         ["1.050", "1.10", "met"],
         ["1.200", "1.15", "not met"],
@@ -121,7 +121,9 @@ def test_aims_are_met_or_not():
 
 
 def test_what_is_said_is_made_of_the_numbers():
-    said = many.told({"adapters": {"4": results(), "64": results(80, 75, 180)}})
+    said = many_adapters.told(
+        {"adapters": {"4": results(), "64": results(80, 75, 180)}}
+    )
     assert "Training 64 at once takes 0.80 of the time of one" in said
     assert "and 0.20 of that of as many steps one after the other" in said
     assert "A mixed batch of 64 takes 1.50 of the plain forward pass" in said
@@ -136,9 +138,11 @@ def test_a_plan_says_what_a_chip_would_hold(tmp_path, monkeypatch, capsys):
     tiny = dataclasses.replace(llama, activation="silu", tied=True, layers=2)
     monkeypatch.setitem(ARCHITECTURES, "llama-3.2-1b", tiny)
     given = ["--device", "cpu", "--adapters", "3", "--sequence", "32", "--rank", "4"]
-    many.main([*given, "--output", str(tmp_path)])
+    many_adapters.main([*given, "--output", str(tmp_path)])
     said = capsys.readouterr().out
-    rows = json.loads((tmp_path / "many_plan.json").read_text())["adapters"]["3"]
+    rows = json.loads((tmp_path / "many_adapters_plan.json").read_text())["adapters"][
+        "3"
+    ]
     assert all(f"| 3 | {name} | " in said for name in rows)
     at_once, one, mixed, plain = rows.values()
     # Two float32 moments of Adam for each number, and a step for each adapter.
@@ -158,11 +162,11 @@ def test_what_the_compiler_refuses_is_told():
             raise jax.errors.JaxRuntimeError(said)
 
     sizes = {"parameters": 10**9, "optimizer": 0}
-    found = many.measure(Refused(), sizes, True)
+    found = many_adapters.measure(Refused(), sizes, True)
     assert found["refused"] and found["limit"] == 15 * 2**30
-    args = many.options().parse_args(["--device=tpu-v5e"])
+    args = many_adapters.options().parse_args(["--device=tpu-v5e"])
     table = {"device": "TPU v5 lite", "adapters": {"64": {"training": found}}}
-    said = many.planned(args, table)
+    said = many_adapters.planned(args, table)
     assert "| 64 | training | 21.47, more than the 16.11 there are | 1.00 |" in said
 
     class Broken:
@@ -170,7 +174,7 @@ def test_what_the_compiler_refuses_is_told():
             raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
-        many.measure(Broken(), sizes, True)
+        many_adapters.measure(Broken(), sizes, True)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +188,8 @@ def test_what_the_compiler_refuses_is_told():
     ],
 )
 def test_bad_options_are_refused_before_work(given, message, capsys, monkeypatch):
-    monkeypatch.setattr(many, "run", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(many_adapters, "run", lambda *_: pytest.fail("work"))
     with pytest.raises(SystemExit) as error:
-        many.main(given.split())
+        many_adapters.main(given.split())
     assert error.value.code == 2
     assert message in capsys.readouterr().err
