@@ -435,8 +435,9 @@ def agreement(found: dict[str, float]) -> str:
 
 
 def peft_logits(path: Path, weights: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads a folder with PEFT onto transformers' model, as a function of ids (n, time).
+    """Loads a folder with PEFT onto transformers' model, and returns its function.
 
+    The function maps ids (n, time) to logits.
     Ends the job unless the file and PEFT's model have exactly the same tensors.
     """
     import peft

@@ -1,4 +1,4 @@
-"""The training step that all methods share, and the memory that XLA allocates for it."""
+"""The training step of all methods, and the memory that XLA allocates for it."""
 
 import argparse
 import math
@@ -120,8 +120,8 @@ def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]
     held = known["parameters"] + known["optimizer"] + nbytes(batch)
     if given < held:  # `given` may be larger: some devices pad their arrays
         raise RuntimeError(
-            f"The step takes {given} bytes of arguments, but its trees hold {held} bytes "
-            f"(and {known['unread']} that trained copies replace): some leaf is unused."
+            f"The step takes {given} bytes of arguments, but its trees have {held} "
+            f"(and {known['unread']} that trained copies replace): a leaf is unused."
         )
     peak = known["unread"] + allocated(compiled)
     return known | {"temporaries": stats.temp_size_in_bytes, "peak": peak}

@@ -129,7 +129,7 @@ class Model(nn.Module):
         return self.logits(self.hidden(x))
 
     def hidden(self, x):
-        """Returns the head's input: (batch, time, width), or (batch, width) of images."""
+        """Returns the head's input: (batch, time, width); of images (batch, width)."""
         arch = self.arch
         x = self.embed_image(x) if arch.patch else self.tokens(x)
         if arch.scaled_embedding:

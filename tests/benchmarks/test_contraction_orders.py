@@ -1,4 +1,4 @@
-"""Every order computes the same, in float64 too, and a wrong one is refused."""
+"""All contraction orders compute the same; a wrong order is an error."""
 
 import dataclasses
 import json
@@ -13,27 +13,28 @@ TINY = contraction_orders.Shape(12, 16, 24, 3)
 
 @pytest.fixture(autouse=True)
 def quick(third_party, monkeypatch):
-    monkeypatch.setattr(contraction_orders, "HERE", [TINY])
+    monkeypatch.setattr(contraction_orders, "CPU_SHAPES", [TINY])
     monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
 
 
-def test_each_order_is_checked_and_timed(tmp_path, capsys):
+def test_main_checks_and_times_each_order(tmp_path, capsys):
     contraction_orders.main(["--repeats", "2", "--output", str(tmp_path)])
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     (found,) = json.loads((tmp_path / "contraction_orders.json").read_text())["results"]
     assert list(found["orders"]) == list(contraction_orders.ORDERS)
     for name, kinds in found["orders"].items():
-        assert name in said
+        assert name in shown
         assert [len(x["ms"]) for x in kinds.values()] == [2, 2]
     flops = {name: x["step"]["flops"] for name, x in found["orders"].items()}
-    assert flops["no adapter"] < flops["formed, thin"] < flops["formed"]
-    assert flops["x W + (x A) B"] < flops["formed"]
+    low_rank = flops["x (W + A B), low-rank derivatives"]
+    assert flops["no adapter"] < low_rank < flops["x (W + A B)"]
+    assert flops["x W + (x A) B"] < flops["x (W + A B)"]
 
 
 @pytest.mark.parametrize(
     "name", [x for x in contraction_orders.ORDERS if x != "no adapter"]
 )
-def test_gradients_are_numpys(name):
+def test_backward_gives_numpys_gradients(name):
     x, layers, dys = contraction_orders.arrays(TINY)
     _, (dx, factors) = contraction_orders.backward(contraction_orders.ORDERS[name])(
         x, layers, dys
@@ -51,37 +52,37 @@ def test_gradients_are_numpys(name):
         )
 
 
-def test_what_computes_something_else_is_refused(monkeypatch):
+def test_timed_refuses_an_order_with_other_results(monkeypatch):
     off = lambda x, layers: [1.01 * y for y in contraction_orders.plain(x, layers)]
-    monkeypatch.setitem(contraction_orders.ORDERS, "formed", off)
-    with pytest.raises(RuntimeError, match="formed computes something else"):
+    monkeypatch.setitem(contraction_orders.ORDERS, "wrong", off)
+    with pytest.raises(RuntimeError, match="wrong: the outputs differ from NumPy's"):
         contraction_orders.timed(TINY, 1)
 
 
-def test_a_sum_in_bfloat16_hides_a_small_update():
-    assert contraction_orders.hides(TINY) < 1e-3
-    assert contraction_orders.hides(TINY._replace(dtype="bfloat16")) > 0.5
+def test_rounding_loss_is_large_in_bfloat16():
+    assert contraction_orders.rounding_loss(TINY) < 1e-3
+    assert contraction_orders.rounding_loss(TINY._replace(dtype="bfloat16")) > 0.5
 
 
-def test_both_orders_learn_the_same(monkeypatch, optax_promotion):
+def test_losses_of_both_orders_are_equal(monkeypatch, optax_promotion):
     small = dataclasses.replace(
         speed.SMALL, layers=1, width=64, heads=2, mlp=128, vocab=64, positions=32
     )
     monkeypatch.setitem(speed.JOBS, "bfloat16", speed.Job(small, 2, 16, 4))
     curves = contraction_orders.losses(3)
-    exact, formed = curves.values()
+    exact, materialized = curves.values()
     assert exact[0] > exact[-1]
-    np.testing.assert_allclose(exact, formed, rtol=1e-5)
-    assert "In 3 steps in bfloat16" in contraction_orders.words({}, curves)
+    np.testing.assert_allclose(exact, materialized, rtol=1e-5)
+    assert "In 3 steps in bfloat16" in contraction_orders.summary({}, curves)
 
 
-def test_what_cannot_be_compiled_for_is_refused(capsys):
+def test_main_refuses_an_unknown_device(capsys):
     with pytest.raises(SystemExit):
         contraction_orders.main(["--device", "abacus"])
-    assert "abacus is not what can be planned for" in capsys.readouterr().err
+    assert "abacus is not a device to compile for" in capsys.readouterr().err
 
 
-def test_bounds_are_of_one_chip_alone(capsys):
+def test_main_refuses_devices_without_bounds(capsys):
     for device in ("cpu", "tpu-v6e", "tpu-v5e:2x2"):
         with pytest.raises(SystemExit):
             contraction_orders.main(["--device", device])
@@ -89,17 +90,17 @@ def test_bounds_are_of_one_chip_alone(capsys):
 
 
 @pytest.mark.usefixtures("uncached")
-def test_all_is_planned_for_a_chip_that_is_absent(tmp_path, monkeypatch, capsys):
+def test_main_compiles_for_an_absent_chip(tmp_path, monkeypatch, capsys):
     pytest.importorskip("libtpu")
     shape = contraction_orders.Shape(256, 256, 256, 8, "bfloat16")
-    monkeypatch.setattr(contraction_orders, "THERE", [shape])
+    monkeypatch.setattr(contraction_orders, "ACCELERATOR_SHAPES", [shape])
     two = {
         "no adapter": contraction_orders.plain,
         "x W + (x A) B": contraction_orders.engine,
     }
     monkeypatch.setattr(contraction_orders, "ORDERS", two)
     contraction_orders.main(["--device", "tpu-v5e", "--output", str(tmp_path)])
-    assert "bound / now" in capsys.readouterr().out
+    assert "bound / engine" in capsys.readouterr().out
     (found,) = json.loads((tmp_path / "contraction_orders.json").read_text())["results"]
     least, now = (x["forward"] for x in found["orders"].values())
     assert 0 < least["bound"] < now["bound"]
