@@ -1,4 +1,4 @@
-"""Layouts are read from shapes, and every view of a weight is a view of its factors."""
+"""Layouts follow from shapes, and every view of a weight is a view of its factors."""
 
 import itertools
 
@@ -24,7 +24,7 @@ from lora_jax._engine.factors import (
 )
 
 RNG = np.random.default_rng(0)
-# Shapes of w, a, b and the scale, and how NumPy writes scale * A B for them.
+# Shapes of w, a, b and the scale, and the einsum equation of scale * A B.
 LAYOUTS = {
     "matrix": ((4, 5), (4, 2), (2, 5), (), "ir,ro,->io"),
     "heads": ((4, 2, 3), (4, 2), (2, 2, 3), (), "ir,rhd,->ihd"),
@@ -49,7 +49,7 @@ def normal(shape):
     return jax.device_put(np.asarray(RNG.standard_normal(shape), np.float32))
 
 
-materialized = jax.jit(materialize)  # one program; its operations alone would be ten
+materialized = jax.jit(materialize)  # compiles one program instead of ten
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -67,7 +67,7 @@ def test_delta_against_numpy(layout):
     np.testing.assert_allclose(materialized(f), np.asarray(w) + want, atol=1e-5)
 
 
-def test_axes_are_those_of_the_equation(layout):
+def test_axes_of_shapes_agrees_with_the_equation(layout):
     (w, a, b, scale), equation = layout
     axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
     assert sorted((*axes.batch, *axes.inputs, *axes.outputs)) == list(range(w.ndim))
@@ -79,7 +79,7 @@ def test_axes_are_those_of_the_equation(layout):
         assert axes.inputs == tuple(d for d, n in letters if n not in in_b)
 
 
-def test_views_of_the_factors_are_views_of_the_weight(layout):
+def test_transpose_and_broadcast_factors_like_the_weight(layout):
     (w, a, b, scale), _ = layout
     orders = [*itertools.islice(itertools.permutations(range(w.ndim)), 6)]
     shape, dims = (2, *w.shape), tuple(range(1, w.ndim + 1))
@@ -92,10 +92,10 @@ def test_views_of_the_factors_are_views_of_the_weight(layout):
         assert wide.a.size == a.size and wide.b.size == b.size
         return materialize(f), [*map(materialize, turned)], materialize(wide)
 
-    whole, turned, wide = jax.device_get(views(w, a, b, scale))
+    merged, turned, wide = jax.device_get(views(w, a, b, scale))
     for got, order in zip(turned, orders, strict=True):
-        np.testing.assert_allclose(got, whole.transpose(order), atol=1e-6)
-    np.testing.assert_allclose(wide, np.broadcast_to(whole, shape), atol=1e-6)
+        np.testing.assert_allclose(got, merged.transpose(order), atol=1e-6)
+    np.testing.assert_allclose(wide, np.broadcast_to(merged, shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_views_of_the_factors_are_views_of_the_weight(layout):
         ("aligned fused", (3, 8, 5), False),
     ],
 )
-def test_reshape_respects_the_split(name, shape, follows):
+def test_reshape_keeps_inputs_and_outputs_separate(name, shape, follows):
     *shapes, _ = LAYOUTS[name]
 
     @jax.jit
@@ -135,7 +135,7 @@ def test_reshape_respects_the_split(name, shape, follows):
         np.testing.assert_allclose(*pair, atol=1e-6)
 
 
-def test_reshape_of_nothing_is_materialized():
+def test_reshape_refuses_an_empty_weight():
     f = align(*map(normal, ((0, 5), (0, 2), (2, 5), ())))
     assert reshape(f, f.w.reshape((5, 0))) is None
 
@@ -150,12 +150,12 @@ def test_reshape_of_nothing_is_materialized():
         (["complex64"], "complex64"),
     ],
 )
-def test_wider(dtypes, want):
+def test_wider_dtype(dtypes, want):
     with jax.enable_x64(True):
         assert wider(*map(jnp.dtype, dtypes)) == want
 
 
-def test_low_precision_is_summed_in_float32_and_cast_once():
+def test_materialize_sums_low_precision_in_float32_and_casts_once():
     w, a, b = (normal(shape).astype(jnp.bfloat16) for shape in ((4, 5), (4, 2), (2, 5)))
     got = materialize(align(w, a, b, jnp.float32(0.3)))
     exact = [np.asarray(x, np.float64) for x in (w, a, b)]
@@ -165,7 +165,7 @@ def test_low_precision_is_summed_in_float32_and_cast_once():
 
 
 def pieces(*shapes, axes):
-    """Weights of one layout, and the plain arrays that they stand for."""
+    """Returns weights with factors, and the same weights materialized."""
     made = []
     for w, a, b, scale in shapes:
         f = align(normal(w), normal(a), normal(b), normal(scale), "w")
@@ -175,8 +175,8 @@ def pieces(*shapes, axes):
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_side_by_side(axis, axes):
-    """Weights of several ranks, and a plain array, as one weight."""
+def test_concatenate_weights_and_an_array(axis, axes):
+    """The weights have different ranks."""
     n = [(4, 3), (4, 3)]
     n[1] = (4, 2) if axes[axis] == 1 else (2, 3)
     fs, plain = pieces(
@@ -192,7 +192,7 @@ def test_side_by_side(axis, axes):
     assert f.a.shape[-1] == 3  # the ranks add up
 
 
-def test_stacked_weights_keep_their_rank():
+def test_concatenate_stacked_weights_keeps_their_rank():
     shapes = (((4, 3), (4, r), (r, 3), ()) for r in (1, 2))
     fs, plain = pieces(*shapes, axes=(0, 1))
     ones = [broadcast(f, f.w[None], (1, 2)) for f in fs]
@@ -202,7 +202,7 @@ def test_stacked_weights_keep_their_rank():
     assert stacked(f) == {0}
 
 
-def test_pieces_of_one_weight_share_its_other_factor():
+def test_concatenate_pieces_of_one_weight_shares_its_other_factor():
     ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
 
     def piece(low, high):
@@ -214,26 +214,26 @@ def test_pieces_of_one_weight_share_its_other_factor():
     assert rolled.a.shape[-1] == 2
 
 
-def test_a_matrix_beside_a_stack_has_no_factors():
+def test_concatenate_refuses_a_matrix_and_a_stack():
     ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     stack = align(*map(normal, ((4, 3), (4, 3, 2), (1, 3, 2), (3,))))
     assert concatenate([f, stack], jnp.zeros((4, 6)), 1) is None
-    want = plain + materialize(stack)  # but a sum may have
+    want = plain + materialize(stack)  # their sum has factors
     np.testing.assert_allclose(
         materialize(add(f, stack, f.w + stack.w)), want, atol=1e-5
     )
 
 
-def test_a_sum_adds_up_the_ranks():
+def test_add_adds_the_ranks():
     shapes = [((4, 3), (4, 1), (1, 3), ()), ((3, 4), (3, 2), (2, 4), ())]
     ((f,), (x,)) = pieces(shapes[0], axes=(0, 1))
-    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # its factors the other way round
+    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # with swapped factors
     h = add(f, g, f.w + g.w)
     np.testing.assert_allclose(materialize(h), x + y, atol=1e-5)
     assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)
 
 
-def test_a_sum_of_views_that_share_a_factor_keeps_the_rank():
+def test_add_keeps_the_rank_of_views_that_share_a_factor():
     ((f,), (x,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     mean = np.asarray(x).mean(0, keepdims=True)
     g = Factors(f.w.mean(0), f.a.mean(0, keepdims=True), f.b, -f.scale)
@@ -242,12 +242,12 @@ def test_a_sum_of_views_that_share_a_factor_keeps_the_rank():
     assert h.a.shape == (4, 1, 2) and h.b is f.b
 
 
-def test_nothing_cut_out_of_a_weight_is_a_plain_array():
+def test_cut_of_an_empty_part_is_a_plain_array():
     ((f,), _) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     assert cut(f, f.w[4:], lambda x, own: x).shape == (0, 3)
 
 
-def test_mixed_precision_side_by_side():
+def test_concatenate_weights_of_mixed_precision():
     ((f, g), (x, y)) = pieces(*[((4, 3), (4, 2), (2, 3), ())] * 2, axes=(0, 1))
     low = Factors(g.w, *(x.astype(jnp.bfloat16) for x in (g.a, g.b)), g.scale)
     h = concatenate([f, low], jnp.concatenate([f.w, g.w], 1), 1)

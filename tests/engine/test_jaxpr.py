@@ -1,4 +1,4 @@
-"""What is read from jaxprs, on whichever JAX is installed."""
+"""The functions that read jaxprs work on every supported version of JAX."""
 
 import linecache
 import weakref
@@ -28,7 +28,7 @@ def jaxpr_of(fn, *args):
     return jax.make_jaxpr(fn)(*args)
 
 
-def test_evaluate_is_the_function():
+def test_evaluate_computes_the_function():
     table = jnp.arange(4.0)  # a constant of the jaxpr
 
     def fn(x, y):
@@ -51,7 +51,7 @@ def test_evaluate_visits_each_equation_in_order():
     assert seen == [(0, "cos"), (1, "add"), (2, "sin")]
 
 
-def test_evaluate_lets_go_of_what_is_done():
+def test_evaluate_frees_intermediate_results():
     made = []
 
     def apply(i, eqn, operands):
@@ -65,7 +65,7 @@ def test_evaluate_lets_go_of_what_is_done():
     assert len(made) == 4 and made[-1]() is out
 
 
-def test_trace_keeps_what_is_no_array():
+def test_trace_restores_results_that_are_no_arrays():
     traced = trace(
         lambda x: {"y": 2 * x, "n": 3, "name": "a", "host": X}, jnp.asarray(X)
     )
@@ -104,13 +104,13 @@ def test_used_inputs():
     assert got == [True, False, False, False, True, True]
 
 
-def test_effects_are_uses():
+def test_used_inputs_counts_effects_as_uses():
     fn = lambda x, y: (jax.debug.callback(lambda _: None, x), y + 1)[1]
     assert used_inputs(jaxpr_of(fn, X, X)) == [True, True]
 
 
 def test_used_inputs_through_loops():
-    """What the result needs in a later round, or to know when to stop, is used."""
+    """Inputs are used if a later iteration or the loop condition needs them."""
 
     def fn(x, y, n, idle):
         def body(_, carry):
@@ -132,13 +132,13 @@ def test_passed_on_through_calls():
     assert [passed_on(jaxpr, i, 1) for i in range(3)] == [False, False, True]
 
 
-def test_leads_to_a_product_through_views_and_calls():
+def test_look_ahead_finds_a_product_through_views_and_calls():
     passes = lambda eqn: eqn.primitive.name in ("transpose", "add")
     w = np.ones((4, 4), np.float32)
     goal = lambda eqn: eqn.primitive.name == "dot_general"
 
     def leads(fn, *how):
-        """Whether the sum that `fn` begins with gets there."""
+        """Returns whether the sum at the start of `fn` reaches the goal."""
         jaxpr = jaxpr_of(lambda w, x: fn(w + 1, x), w, X)
         return look_ahead(jaxpr)(jaxpr.eqns[0], goal, passes, *how)
 
@@ -154,7 +154,7 @@ def test_leads_to_a_product_through_views_and_calls():
     assert not leads(lambda w, x: jnp.tanh(w), True)
 
 
-def test_all_that_look_ahead_share_one_walk():
+def test_look_ahead_visits_each_equation_once():
     def many_sums(x):
         for _ in range(20):
             x = jnp.sin(x + 1)
@@ -191,7 +191,7 @@ def test_flops_by_hand():
     assert count(lax.ragged_dot, x, experts, np.array([1, 2])) == product
 
 
-def test_a_place_in_a_notebook_is_the_text_of_the_line():
+def test_place_in_a_notebook_is_the_text_of_the_line():
     file, text = "/tmp/ipykernel_7/3141592653.py", "def f(x):\n    return jnp.sort(x)\n"
     linecache.cache[file] = len(text), None, text.splitlines(True), file
     cell = {"jnp": jnp}
@@ -208,7 +208,7 @@ def test_place_is_a_line_of_the_user():
     cos, sort = jaxpr_of(fn, X).eqns
     assert place(cos) == place(sort) == f"tests/engine/test_jaxpr.py:{line}"
     (inner,) = sort.params["jaxpr"].eqns
-    assert place(inner, sort.params["name"]) == ""  # all of it is JAX's own
+    assert place(inner, sort.params["name"]) == ""  # it has only lines of JAX
 
 
 def test_contains():
