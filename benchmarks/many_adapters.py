@@ -461,7 +461,7 @@ def label(
     for (name, value), y in zip(ends.items(), places, strict=True):
         short = name.replace("one after the other", "one after\nthe other")
         text = f"{short.replace(' on torch', '')} {template.format(value)}"
-        report.beside(axes, text, y, COLORS[name])
+        report.label_right(axes, text, y, COLORS[name])
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(n) for n in adapters], list(adapters))
     axes.xaxis.set_minor_locator(NullLocator())

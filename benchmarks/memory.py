@@ -612,7 +612,7 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     if 0 < limit < 2 * top:
         axes.set_ylim(0, 1.08 * max(top, limit))
         axes.axhline(limit, color=report.INK, linestyle="--", zorder=0)
-        report.beside(axes, f"{limit:.4g} {unit}", limit, report.INK)
+        report.label_right(axes, f"{limit:.4g} {unit}", limit, report.INK)
     names = list(labels(results).values())
     for i, (name, parts) in enumerate(found.items()):
         if "full" in found and name != "full":

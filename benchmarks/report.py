@@ -145,7 +145,7 @@ def draw_losses(
     for name, y in zip(ends, places, strict=True):
         right = f"{results[name]['accuracy']:.1%}"
         text = f"{right} {NAMES[name]}" if many else f"{NAMES[name]}\n{right} right"
-        beside(axes, text if many else f"{text}\non held-out", y, LINES[name])
+        label_right(axes, text if many else f"{text}\non held-out", y, LINES[name])
     axes.set_xlim(0, max(map(len, losses.values())))
     axes.set_xlabel("step", color=INK)
     around = f"the mean of the {WIDTH} steps around it"
@@ -195,7 +195,7 @@ def stack(
         axes.bar(x, gradients, 0.56, ends[-2], **HATCH)
     places = spread(middles, 0.13 * top)  # one name has four lines
     for (name, color), place in zip(PARTS.values(), places, strict=True):
-        beside(axes, name, place, color)
+        label_right(axes, name, place, color)
 
 
 def below(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
@@ -208,7 +208,7 @@ def below(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def beside(axes: Axes, text: str, y: float, color: str) -> None:
+def label_right(axes: Axes, text: str, y: float, color: str) -> None:
     """Writes a bold text to the right of the axes, at the height of `y`."""
     axes.annotate(
         text,

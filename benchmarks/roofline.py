@@ -322,7 +322,7 @@ def heading(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> str:
     """Returns a table with a column for each step, and below it single operations."""
     found = results["steps"]
-    cells = lambda form, of: [form.format(of(x)) for x in found.values()]
+    cells = lambda template, of: [template.format(of(x)) for x in found.values()]
     lines = [
         ["one training step", *found],
         ["GFLOP", *cells("{:,.0f}", lambda x: x["flops"] / 1e9)],
@@ -415,7 +415,7 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     middles = ends - [500 * last[kind] for kind in KINDS]
     places = report.spread(list(middles), 0.075 * top)
     for (name, color), place in zip(KINDS.values(), places, strict=True):
-        report.beside(axes, name, place, color)
+        report.label_right(axes, name, place, color)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks([])
     first, _, second = heading(results).partition(", compiled for a TPU v5e: ")

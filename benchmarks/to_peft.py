@@ -368,8 +368,8 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     )
     bottom, top = axes.get_ylim()
     places = report.spread([ends[1], mean[-1]], 0.06 * (top - bottom))
-    report.beside(axes, f"held-out {ends[1]:.2f}", places[0], other)
-    report.beside(axes, "training", places[1], ink)
+    report.label_right(axes, f"held-out {ends[1]:.2f}", places[0], other)
+    report.label_right(axes, "training", places[1], ink)
     axes.set_xlim(0, len(losses))
     axes.set_xlabel("step", color=report.INK)
     note = f"faint: every step; bold: the mean of the {width} steps around it"

@@ -254,7 +254,7 @@ FACTORED = {
     "vector": lambda p, x: x[0] @ p["w"],
     "more dimensions": lambda p, x: jnp.stack([x, x]) @ p["w"],
     "attention": attention,
-    "whole contraction": lambda p, x: jnp.einsum("bd,dnh->b", x, p["heads"]),
+    "full contraction": lambda p, x: jnp.einsum("bd,dnh->b", x, p["heads"]),
     "double contraction": lambda p, x: jnp.einsum("dn,dn", x[:, :3].T @ x, p["w"][:3]),
     "experts": experts,
     "batched experts": lambda p, x: jnp.einsum(
@@ -286,7 +286,7 @@ FACTORED = {
     "fused": lambda p, x: (x @ jnp.split(p["w"], [1], axis=1)[1]) * 2.0,
     "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
     "weight and array": weight_and_array,
-    "scaled by a traced number": lambda p, x: x @ (p["w"] * x.sum() / x[0, 0]),
+    "scaled by a traced scalar": lambda p, x: x @ (p["w"] * x.sum() / x[0, 0]),
     "two weights summed": lambda p, x: x @ (p["w"] - p["table"][:D]),
     "fused projections": fused_projections,
     "stacked here": stacked_here,

@@ -65,7 +65,7 @@ def mixed(at, x, shape):
     return jnp.reshape(x.ravel() @ mixing.astype(x.dtype), shape)
 
 
-def number(at):
+def scalar(at):
     return 1 + jnp.sin(at.x.ravel()[0]) / 2
 
 
@@ -149,7 +149,7 @@ def layer(at, w, d):
 def pad(at, w, d):
     config = [(0, 0, 0)] * w.ndim
     config[d] = (1 - at.below(min(w.shape[d], 3)), at.below(2), at.below(2))
-    return lax.pad(w, lax.stop_gradient(number(at)), config)
+    return lax.pad(w, lax.stop_gradient(scalar(at)), config)
 
 
 def split(at, w, d):
@@ -164,13 +164,13 @@ def concatenate(at, w, d):
 
 
 def scale(at, w, d):
-    variants = [w * 0.7, number(at) * w, w / number(at), -w, 0.1 / (2 + w * w)]
+    variants = [w * 0.7, scalar(at) * w, w / scalar(at), -w, 0.1 / (2 + w * w)]
     return at.choose(variants)
 
 
 def shift(at, w, d):
     v = other(at, w, w.shape)
-    v = jnp.broadcast_to(number(at), w.shape) if at.chance(0.3) else v
+    v = jnp.broadcast_to(scalar(at), w.shape) if at.chance(0.3) else v
     return at.choose([lambda: w + v, lambda: w - v, lambda: v - w])()
 
 
@@ -742,13 +742,13 @@ class Program(NamedTuple):
     perturbed: Any = (("adapters", "x"),)
 
 
-def program(seed, dora=False, but=frozenset()):
+def program(seed, dora=False, excluded=frozenset()):
     """Returns the program of a seed, and the derivatives to take.
 
     Args:
       seed: The seed of the program.
       dora: Whether its weights have magnitudes.
-      but: Calls that the program must not make.
+      excluded: Calls that the program must not make.
     """
     rng = np.random.default_rng([seed, 1])
     base, ranks, axes, shape, like = {}, {}, {}, (), None
@@ -778,12 +778,12 @@ def program(seed, dora=False, but=frozenset()):
         if np.random.default_rng([seed, 3]).random() < 0.1:  # NumPy's default dtype
             params[name] = np.asarray(params[name], np.float64)
     # Odd seeds make no calls; even seeds begin with each call in turn.
-    calls = [name for name in CALLS if name not in but]
+    calls = [name for name in CALLS if name not in excluded]
     first = None if seed % 2 else calls[seed // 2 % len(calls)]
     forward = first == "while_loop" or (seed % 5 == 0 and first not in FORWARD)
     twice = rng.random() < 0.25 and first not in CLOSING
     depth = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])) if first else 0
-    without = (FORWARD if forward else {"while_loop"}) | but
+    without = (FORWARD if forward else {"while_loop"}) | excluded
     # A rule that closes over an argument cannot be differentiated outside of its `jit`.
     without = frozenset(without | CLOSING if twice else without)
 
@@ -1100,7 +1100,7 @@ ON_DEVICES = frozenset(WITHOUT["shard_map"])
 
 @pytest.mark.parametrize("seed", range(1 + PROGRAMS // 10))
 def test_lora_on_a_random_program_with_an_adapter_on_each_device(seed):
-    fn, params, (x, given), *_ = program(3 * 10**6 + 2 * seed + 1, but=ON_DEVICES)
+    fn, params, (x, given), *_ = program(3 * 10**6 + 2 * seed + 1, excluded=ON_DEVICES)
     adapters, base = lj.split(params)
     rng = np.random.default_rng([seed, 5])
     draw = lambda x: jnp.asarray(rng.standard_normal((2, *x.shape)) / 2, x.dtype)
