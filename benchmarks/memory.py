@@ -476,7 +476,7 @@ def following(
 ) -> int:
     """Returns the batch to measure next: above `fits`, which fits, below `above`."""
     known = sorted(n for n, size in seen.items() if size < math.inf)
-    if len(known) > 1 and len(seen) < 8:  # then fall back to bisection
+    if len(known) > 1 and len(seen) < 8:  # from eight batches on, bisect
         x, y = known[-2:]
         slope = (seen[y] - seen[x]) / (y - x)
         line = (limit - seen[y]) / slope if slope > 0 else math.inf

@@ -107,7 +107,7 @@ def figure(
     path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
 ) -> None:
     """Draws the losses and the memory of one training step into a PNG."""
-    more = max(0, len(losses) - 2)  # bars, which take their own width
+    more = max(0, len(losses) - 2)  # each bar beyond two widens the figure
     size = (10.5 + 1.7 * more, 4.6)
     made = Figure(figsize=size, dpi=160, layout="constrained")
     left, right = made.subplots(1, 2, width_ratios=[1.25, 1 + 0.3 * more])
