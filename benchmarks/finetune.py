@@ -1,10 +1,10 @@
-"""Fine-tunes a real encoder for sentiment: with LoRA or its relatives, and in full.
+"""Fine-tunes a pretrained encoder for sentiment, with LoRA, its variants, and in full.
 
     python benchmarks/finetune.py  # with LoRA, and in full
     python benchmarks/finetune.py --method lora dora pissa lora+ full
 
-All start from the same all-MiniLM-L6-v2 and see the same batches of Rotten Tomatoes
-sentences. Prints a table; writes the adapters, the numbers and a figure into
+All methods start from the same all-MiniLM-L6-v2 and see the same batches of Rotten
+Tomatoes sentences. Prints a table; writes the adapters, the results and a figure into
 benchmarks/results. Takes a few minutes on two CPU cores.
 """
 
@@ -19,39 +19,46 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import jax
 import numpy as np
 import optax
 import report
 import safetensors.numpy
+import script
 import training
 from data import reviews
 from flax.traverse_util import flatten_dict
 from models import minilm
-from readers import Defaults, existing, folder, positive, targets, whole
+from option_types import (
+    DefaultsFormatter,
+    existing_file,
+    folder,
+    integer_from,
+    positive,
+    targets_error,
+)
 from tqdm import tqdm
 
 import lora_jax as lj
 
-LENGTH = 48  # tokens of a sentence; longer ones are cut
-HEAD = ("head",)  # new, so it trains whole beside the adapters
+LENGTH = 48  # tokens of a sentence; longer ones are truncated
+HEAD = ("head",)  # has new weights, so it is trained in full, next to the adapters
 
 Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids, mask (n, LENGTH); labels (n,)
 
 
 class Method(NamedTuple):
-    """One way to train, compiled for its starting state."""
+    """A training method, compiled for its initial state."""
 
     step: Callable[..., tuple[Any, jax.Array]]  # (state, frozen, *batch): state, loss
     state: Any  # trainable parameters and optimizer state; the first step donates them
     frozen: Any
     memory: dict[str, int]
-    start: Any = None  # of adapters: the whole tree before the first step
+    start: Any = None  # with adapters: the entire tree before the first step
 
 
 class Fitted(NamedTuple):
-    """What training gave, and the loss and the seconds of every step."""
+    """The trained parameters, and the loss and the seconds of every step."""
 
     trainable: Any
     losses: list[float]
@@ -59,13 +66,13 @@ class Fitted(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the job that the command line asks for."""
+    """Runs the job with the options of the command line."""
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, OSError):
-            with files.during("before training"):
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, OSError):
+            with script.phase("before training"):
                 job = prepare(args)
         run(*job, args)
     print(f"{time.perf_counter() - began:.0f} s in all; the files are in {args.output}")
@@ -79,32 +86,34 @@ def run(
     args: argparse.Namespace,
 ) -> None:
     """Trains, tests, and writes the files, all of them or none."""
-    with files.during("before training"):
+    with script.phase("before training"):
         methods = {
-            name: start_full(model, pretrained, train, args)
+            name: compile_full(model, pretrained, train, args)
             if name == "full"
-            else start_lora(model, pretrained, train, args, name)
+            else compile_lora(model, pretrained, train, args, name)
             for name in args.method
         }
     fitted = fit(methods, train, args)
-    done = f"after all {args.steps} steps, before the tests were done"
-    with files.during(done), files.written(args.output) as new:
+    done = f"after all {args.steps} steps, during the tests"
+    with script.phase(done), script.staged(args.output) as new:
         found: dict[str, Any] = {}
         for name, method in methods.items():
             trained = fitted[name].trainable
             if name == "full":
-                found[name] = judge_full(model, trained, held)
+                found[name] = evaluate_full(model, trained, held)
             else:
                 params = lj.combine(trained, method.frozen)
                 start = method.start if name == "pissa" else None
-                end = "" if name == "lora" else f"_{name}"
-                path = new / f"adapter{end}.safetensors"
-                found[name] = judge_lora(model, params, pretrained, held, path, start)
+                suffix = "" if name == "lora" else f"_{name}"
+                path = new / f"adapter{suffix}.safetensors"
+                found[name] = evaluate_lora(
+                    model, params, pretrained, held, path, start
+                )
             step_ms = 1000 * statistics.median(fitted[name].seconds)
             found[name] |= {"step_ms": step_ms, "memory": method.memory}
         found["settings"] = training.settings(args)
         found["versions"] = training.versions()
-        files.write_json(new / "finetune.json", found)
+        script.write_json(new / "finetune.json", found)
         losses = {name: fit.losses for name, fit in fitted.items()}
         report.figure(new / "finetune.png", found, losses)
         print(report.table(found))
@@ -117,34 +126,40 @@ def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Fine-tunes MiniLM for sentiment, with adapters and in full.",
-        formatter_class=Defaults,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
-    add("--rank", type=whole(1), default=8, help="of every adapter")
-    add("--alpha", type=positive, default=16.0, help="adapters weigh alpha / rank")
+    add("--rank", type=integer_from(1), default=8, help="rank of every adapter")
+    add("--alpha", type=positive, default=16.0, help="the scale is alpha / rank")
     add("--targets", nargs="+", default=["layer_*"], help="patterns of what to adapt")
-    add("--steps", type=whole(1), default=240, help="of each method")
-    add("--batch", type=whole(1), default=32, help="sentences of a step")
-    add("--seed", type=whole(0), default=1, help="of the data and of the new weights")
+    add("--steps", type=integer_from(1), default=240, help="steps of each method")
+    add("--batch", type=integer_from(1), default=32, help="sentences per step")
+    seeds = "seed of the data and of the new weights"
+    add("--seed", type=integer_from(0), default=1, help=seeds)
     add("--lora-lr", type=positive, default=2e-3, help="peak learning rate of adapters")
     add("--lora-plus-ratio", type=positive, default=16.0, help="LoRA+: B's rate / A's")
-    add("--full-lr", type=positive, default=5e-5, help="peak learning rate in full")
+    add("--full-lr", type=positive, default=5e-5, help="peak rate of full fine-tuning")
     names, default = [*report.NAMES], ["lora", "full"]
-    add("--method", nargs="+", choices=names, default=default, help="what to run")
-    add("--held-out", type=whole(1), default=1000, help="sentences to test on")
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
-    add("--weights", type=existing, help="model.safetensors, instead of the download")
-    add("--tokenizer", type=existing, help="tokenizer.json, if not beside --weights")
-    add("--data", type=existing, help="csv of text,label, instead of the download")
+    add("--method", nargs="+", choices=names, default=default, help="methods to run")
+    add("--held-out", type=integer_from(1), default=1000, help="sentences to test on")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
+    add(
+        "--weights",
+        type=existing_file,
+        help="model.safetensors, instead of the download",
+    )
+    elsewhere = "tokenizer.json, if not next to --weights"
+    add("--tokenizer", type=existing_file, help=elsewhere)
+    add("--data", type=existing_file, help="csv of text,label, instead of the download")
     return parser
 
 
-# What all methods start from. What the options get wrong is found before a download.
+# The start of all methods. Wrong options are errors before any download.
 
 
 def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, Batch]:
-    """Returns the model, its pretrained parameters, and the two parts of the data.
+    """Returns the model, its pretrained parameters, the training and the test data.
 
     Raises:
       OSError: If a file cannot be read, written or fetched.
@@ -159,12 +174,12 @@ def prepare(args: argparse.Namespace) -> tuple[minilm.Classifier, dict, Batch, B
         check_local(sizes, args.tokenizer)
     model = minilm.Classifier(sizes)
     if {*args.method} != {"full"}:
-        adapt(shapes(model), args)  # refuses the targets by shapes alone
+        adapt(shapes(model), args)  # raises for wrong targets, from shapes alone
     args.output.mkdir(parents=True, exist_ok=True)
     parts = reviews.split(reviews.load(args.data), args.held_out, args.seed)
     if len(parts[0][0]) < args.batch:
         raise ValueError(
-            f"{len(parts[0][0])} sentences are left to train on, less than one batch "
+            f"{len(parts[0][0])} sentences remain for training, less than one batch "
             f"of {args.batch}. Write a smaller --batch or --held-out."
         )
     pretrained = {
@@ -182,50 +197,53 @@ def check_local(sizes: Mapping[str, int], tokenizer: Path) -> None:
     """Raises ValueError unless the local files fit each other and this job."""
     if sizes["positions"] < LENGTH:
         raise ValueError(
-            f"--weights has {sizes['positions']} positions: {LENGTH} are needed."
+            f"--weights has {sizes['positions']} positions, fewer than the {LENGTH} "
+            "needed."
         )
     if not tokenizer.is_file():
-        raise ValueError(f"There is no {tokenizer}. Write --tokenizer with its place.")
+        raise ValueError(f"There is no file {tokenizer}. Write --tokenizer PATH.")
     tokens = minilm.tokenizer(tokenizer).get_vocab_size()
     if tokens > sizes["vocab"]:
         raise ValueError(
             f"{tokenizer} has {tokens} tokens, the weights have {sizes['vocab']}: "
-            "write --tokenizer with the model's own."
+            "write --tokenizer with the model's own tokenizer."
         )
 
 
 def shapes(model: minilm.Classifier) -> dict:
-    """Returns the model's parameters as shapes and dtypes, with no numbers made."""
+    """Returns the shapes and dtypes of the model's parameters."""
     ids = jax.ShapeDtypeStruct((1, LENGTH), np.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"]
 
 
 def adapt(params: dict, args: argparse.Namespace, method: str = "lora") -> dict:
-    """Adds the adapters, which draw from another key than the head, and its copy.
+    """Adds adapters to the targets, and a trainable copy of the head.
+
+    The adapters use another random key than the new head.
 
     Raises:
-      ValueError: If the targets are no weights; the head has its copy already.
+      ValueError: If a target is no adaptable weight, or is the head.
     """
     given = dict(alpha=args.alpha, exclude=HEAD, also=HEAD, dora=method == "dora")
     key = jax.random.fold_in(jax.random.key(args.seed), 1)
     try:
         new = lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
     except ValueError as error:
-        raise targets(args, error, "query value") from None
+        raise targets_error(args, error, "query value") from None
     return lj.principal(new) if method == "pissa" else new
 
 
-# Training: methods differ in what they train, in its rates and in the function called.
+# Training. Methods differ in the parameters they train, the rates and the function.
 
 
-def start_lora(
+def compile_lora(
     model: minilm.Classifier,
     pretrained: dict,
     data: Batch,
     args: argparse.Namespace,
     method: str = "lora",
 ) -> Method:
-    """Compiles LoRA or its like: adapters and the head train, all else is frozen."""
+    """Compiles LoRA or a variant, which trains the adapters and the head only."""
 
     def apply(adapters, base, ids, mask):
         params = lj.combine(adapters, base)
@@ -235,24 +253,26 @@ def start_lora(
     adapters, base = lj.split(params)
     rate = args.lora_lr
     if method == "lora+":
-        apart = math.sqrt(args.lora_plus_ratio)  # around the rate of LoRA
-        rate = dict(lora_a=rate / apart, lora_b=rate * apart, lora_w=rate)
-    made = start(apply, training.copied(adapters), base, rate, data, args)
+        # The geometric mean of the two rates is that of LoRA.
+        factor = math.sqrt(args.lora_plus_ratio)
+        rate = dict(lora_a=rate / factor, lora_b=rate * factor, lora_w=rate)
+    made = compile_method(apply, training.copied(adapters), base, rate, data, args)
     return made._replace(start=params)
 
 
-def start_full(
+def compile_full(
     model: minilm.Classifier, pretrained: dict, data: Batch, args: argparse.Namespace
 ) -> Method:
-    """Compiles full fine-tuning: everything trains."""
+    """Compiles full fine-tuning, which trains every parameter."""
 
     def apply(params, _, ids, mask):
         return model.apply({"params": params}, ids, mask)
 
-    return start(apply, training.copied(pretrained), {}, args.full_lr, data, args)
+    trainable = training.copied(pretrained)
+    return compile_method(apply, trainable, {}, args.full_lr, data, args)
 
 
-def start(
+def compile_method(
     apply: Callable[..., jax.Array],
     trainable: Any,
     frozen: Any,
@@ -260,9 +280,10 @@ def start(
     data: Batch,
     args: argparse.Namespace,
 ) -> Method:
-    """Compiles one training step, with its state donated, and reads what it takes.
+    """Compiles one training step that donates its state, and reads its memory.
 
-    `rate` is the peak learning rate, or that of each label of `lj.labels`.
+    `rate` is the peak learning rate, or a mapping from each label of `lj.labels` to
+    its rate.
     """
 
     def adamw(rate: float) -> optax.GradientTransformation:
@@ -290,9 +311,10 @@ def fit(
     args: argparse.Namespace,
     show: Callable[[Mapping[str, Fitted]], None] | None = None,
 ) -> dict[str, Fitted]:
-    """Trains the methods side by side, step by step, so that noise hits them alike.
+    """Trains all methods in turn, step by step, so that noise affects them alike.
 
-    After each step `show` is given what there is so far; None shows the progress.
+    After each step `show` is called with the results so far. None shows the progress
+    on the terminal.
     """
     fitted = {name: Fitted(method.state[0], [], []) for name, method in methods.items()}
     states = {name: method.state for name, method in methods.items()}
@@ -300,7 +322,7 @@ def fit(
         contextlib.nullcontext(show) if show else progress(list(methods), args.steps)
     )
     step = 1
-    with files.during(lambda: f"in step {step} of {args.steps}"), shown as show:
+    with script.phase(lambda: f"in step {step} of {args.steps}"), shown as show:
         for step, batch in enumerate(batches(data, args), 1):
             for name, method in methods.items():
                 began = time.perf_counter()
@@ -317,7 +339,7 @@ def fit(
 
 
 def check_loss(name: str, step: int, loss: Any, args: argparse.Namespace) -> None:
-    """Ends the job if the loss is no number."""
+    """Ends the job if the loss is not finite."""
     if not math.isfinite(loss):
         own = "full" if name == "full" else "lora"
         option = f"--{own}-lr" if hasattr(args, f"{own}_lr") else "--lr"
@@ -328,7 +350,7 @@ def check_loss(name: str, step: int, loss: Any, args: argparse.Namespace) -> Non
 
 
 def batches(data: Batch, args: argparse.Namespace) -> Iterator[Batch]:
-    """Yields a batch for every step; each round over the data has its own order."""
+    """Yields a batch for every step; each epoch has its own order of the data."""
     rng = np.random.default_rng(args.seed)
     count = len(data[-1]) // args.batch
     for step in range(args.steps):
@@ -342,7 +364,7 @@ def batches(data: Batch, args: argparse.Namespace) -> Iterator[Batch]:
 def progress(
     names: list[str], steps: int
 ) -> Iterator[Callable[[Mapping[str, Fitted]], None]]:
-    """Gives the function that shows a step: bars on a terminal, else some lines."""
+    """Yields a function that shows progress: bars on a terminal, otherwise lines."""
 
     def state(fit: Fitted) -> str:
         rate = 1 / statistics.mean(fit.seconds[-10:])
@@ -357,12 +379,12 @@ def progress(
     if not sys.stderr.isatty():
         yield lines
         return
-    form = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n}/{total}, {remaining} left{postfix}"
     width = max(map(len, names))
     with contextlib.ExitStack() as stack:
         made = {
             name: stack.enter_context(
-                tqdm(total=steps, desc=name.ljust(width), position=i, bar_format=form)
+                tqdm(total=steps, desc=name.ljust(width), position=i, bar_format=layout)
             )
             for i, name in enumerate(names)
         }
@@ -375,10 +397,10 @@ def progress(
         yield bars
 
 
-# What came of it.
+# Results.
 
 
-def judge_lora(
+def evaluate_lora(
     model: minilm.Classifier,
     params: dict,
     pretrained: dict,
@@ -386,10 +408,10 @@ def judge_lora(
     path: Path,
     start: dict | None = None,
 ) -> dict[str, Any]:
-    """Saves the adapter, tests it, and tests it again merged, and again reloaded.
+    """Saves the adapter, and tests it as trained, merged, and reloaded from the file.
 
-    With `start`, the tree that PiSSA began with, what is saved and merged are adapters
-    of the pretrained weights: what trained less what was there at the start.
+    With `start`, the tree that PiSSA began with, the saved and merged adapters are
+    those of the pretrained weights: the trained adapters minus the initial ones.
     """
     adapted = lj.lora(model.apply)
     logits = predict(adapted, params, held)
@@ -400,8 +422,8 @@ def judge_lora(
     lj.save(path, params)
     merged = predict(model.apply, lj.merge(params), held)
     reloaded = predict(adapted, lj.load(path, pretrained), held)
-    agree("The merged model", merged, logits, held)
-    agree("The reloaded adapter", reloaded, logits, held)
+    check_logits("The merged model", merged, logits, held)
+    check_logits("The reloaded adapter", reloaded, logits, held)
     return {
         "accuracy": accuracy(logits, held),
         "trainable": trainable,
@@ -412,8 +434,10 @@ def judge_lora(
     }
 
 
-def judge_full(model: minilm.Classifier, params: dict, held: Batch) -> dict[str, Any]:
-    """Tests the model that trained in full; its file would be the whole model."""
+def evaluate_full(
+    model: minilm.Classifier, params: dict, held: Batch
+) -> dict[str, Any]:
+    """Tests the fully trained model, and measures its size as a file."""
     total = sum(x.size for x in jax.tree.leaves(params))
     flat = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
     return {
@@ -428,7 +452,7 @@ def predict(apply: Callable[..., jax.Array], params: dict, held: Batch) -> np.nd
     """Returns the logits of the held-out sentences, (n, 2)."""
     run = jax.jit(apply)
     ids, mask, _ = held
-    # In full precision, so that on no device rounding alone turns a prediction.
+    # In full precision, so that rounding alone changes no prediction on any device.
     with jax.default_matmul_precision("highest"):
         parts = [
             run({"params": params}, ids[i : i + 250], mask[i : i + 250])
@@ -438,12 +462,14 @@ def predict(apply: Callable[..., jax.Array], params: dict, held: Batch) -> np.nd
 
 
 def accuracy(logits: np.ndarray, held: Batch) -> float:
-    """Returns the share of sentences whose label has the larger logit."""
+    """Returns the fraction of sentences whose label has the larger logit."""
     return float(np.mean(logits.argmax(1) == held[-1]))
 
 
-def agree(who: str, logits: np.ndarray, expected: np.ndarray, held: Batch) -> None:
-    """Ends the job unless `logits` are the trained model's, up to rounding."""
+def check_logits(
+    who: str, logits: np.ndarray, expected: np.ndarray, held: Batch
+) -> None:
+    """Ends the job unless `logits` equal those of the trained model up to rounding."""
     found, wanted = accuracy(logits, held), accuracy(expected, held)
     worst = np.abs(logits - expected).max()
     if found != wanted or worst > 1e-3 * max(1, np.abs(expected).max()):

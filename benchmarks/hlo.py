@@ -1,6 +1,7 @@
-"""What each operation of a program compiled for a TPU computes, reads and writes.
+"""Reads the FLOPs and bytes of each operation of a program compiled for a TPU.
 
-Read from the text that XLA prints of it, as XLA gives sums for whole programs only.
+XLA's own cost analysis gives only sums over a program, so this parses the program's
+text.
 """
 
 import itertools
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 ARRAY = re.compile(r"\b([a-z]+)(\d*)(\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-# What only names, or groups, what is there; the end of a copy is counted at its start.
+# These opcodes move no data, except the end of a copy, which is counted at its start.
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
 FREE |= {"copy-done", "slice-done", "after-all", "optimization-barrier"}
 COPIES = {"copy-start", "slice-start"}
@@ -21,15 +22,15 @@ class Array(NamedTuple):
 
     shape: tuple[int, ...]
     nbytes: int
-    hbm: bool  # else in one of the chip's own memories, such as VMEM, S(1)
+    hbm: bool  # False: in an on-chip memory, such as VMEM, which is S(1)
 
 
 class Line(NamedTuple):
     """An instruction of the text."""
 
-    arrays: list[Array]  # what it gives
+    arrays: list[Array]  # its results
     opcode: str
-    inside: str  # its parentheses
+    inside: str  # the text between its parentheses
     attributes: str
 
     @property
@@ -38,7 +39,7 @@ class Line(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it is from."""
+        """The position in the traced function that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -47,19 +48,19 @@ class Product(NamedTuple):
     """A matrix product, or a convolution."""
 
     flops: int
-    shortest: int  # of the rows, the columns and what is summed over
+    shortest: int  # the least of its row, column and contracted dimensions
     op_name: str
 
 
 class Operation(NamedTuple):
-    """What the chip runs at one time: a line of the entry, with all that it calls."""
+    """One operation of the chip: a line of the entry, with everything that it calls."""
 
     name: str
     op_name: str
     products: list[Product]
     nbytes: int  # read from and written to HBM
     moved: int  # copied between HBM and VMEM, while other operations run
-    cycles: int  # XLA's estimate; 0 where it has none
+    cycles: int  # XLA's estimate; 0 if it has none
 
     @property
     def flops(self) -> int:
@@ -70,22 +71,22 @@ Computation = dict[str, Line]
 
 
 def operations(text: str) -> list[Operation]:
-    """Returns what a compiled program runs.
+    """Returns the operations that a compiled program runs.
 
-    FLOPs are those of products, bytes those of operands and results in HBM, each
-    counted once; where rows of an operand are looked up, those rows. What is in VMEM
-    takes none: the copies that bring it there and back, while other operations run, are
-    `moved`. A loop's body counts once.
+    FLOPs are those of products. Bytes are those of operands and results in HBM, each
+    counted once; of an operand whose rows are looked up, only these rows count. Arrays
+    in VMEM count no bytes: the copies between HBM and VMEM, which overlap with other
+    operations, are `moved`. The body of a loop counts once.
 
     Raises:
-      ValueError: If the text is not that of a program.
+      ValueError: If the text is not that of a compiled program.
     """
     computations, entry = parse(text)
     return list(run(computations, entry))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Returns the instructions of every computation, and which one is the entry."""
+    """Returns the instructions of every computation, and the name of the entry."""
     computations, entry = {}, None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
@@ -111,19 +112,19 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def closing(text: str) -> int:
-    """Returns where the parenthesis ends with which the text begins."""
+    """Returns the end of the parenthesis that the text begins with."""
     depth = itertools.accumulate((x == "(") - (x == ")") for x in text)
     return 1 + next(i for i, n in enumerate(depth) if not n)
 
 
 def arrays(text: str) -> list[Array]:
-    """Reads a type, or a tuple of types."""
+    """Parses a type, or a tuple of types."""
     found = []
     for kind, bits, more, sizes, layout in ARRAY.findall(text):
         if kind == "token":
             continue
         shape = tuple(int(n) for n in sizes.split(",") if n)
-        # pred has no number; the kinds of float8 go on after theirs.
+        # `pred` has no number of bits, and float8 types have letters after theirs.
         each = 8 if more or not bits else int(bits)
         nbytes = -(-math.prod(shape) * each // 8)
         found.append(Array(shape, nbytes, "S(" not in layout))
@@ -131,7 +132,7 @@ def arrays(text: str) -> list[Array]:
 
 
 def run(computations: dict[str, Computation], name: str) -> Iterator[Operation]:
-    """The operations of a computation, in order."""
+    """Yields the operations of a computation, in order."""
     own = computations[name]
     for name, line in own.items():
         if line.opcode in FREE or '"ConcatBitcast"' in line.attributes:
@@ -147,14 +148,14 @@ def run(computations: dict[str, Computation], name: str) -> Iterator[Operation]:
             line.op_name,
             list(products(computations, own, line)),
             0 if copies else accessed(computations, own, line),
-            # Of its two ends the smaller, which is a slice of the other.
+            # A copy moves the smaller of its two ends, a slice of the other one.
             min(x.nbytes for x in line.arrays[:2]) if copies else 0,
             int(cycles[1]) if cycles else 0,
         )
 
 
 def called(line: Line) -> list[str]:
-    """Returns the computations that an instruction runs."""
+    """Returns the names of the computations that an instruction calls."""
     branches = re.search(r"branch_computations=\{([^}]*)\}", line.attributes)
     one = re.findall(r"(?:calls|body|to_apply)=%([\w.-]+)", line.attributes)
     return one + re.findall(r"%([\w.-]+)", branches[1] if branches else "")
@@ -180,19 +181,19 @@ def accessed(computations: dict[str, Computation], own: Computation, line: Line)
 
 
 def looked_up(inside: Computation, parameter: str | None) -> int | None:
-    """Returns the bytes of what is taken from a parameter, if nothing else uses it."""
+    """Returns the bytes that are read of a parameter, if all its uses are slices."""
     uses = [x for x in inside.values() if parameter in x.operands]
-    few = all(
+    sliced = all(
         x.opcode in ("gather", "dynamic-slice", "slice") and x.operands[0] == parameter
         for x in uses
     )
-    return sum(x.arrays[0].nbytes for x in uses) if uses and few else None
+    return sum(x.arrays[0].nbytes for x in uses) if uses and sliced else None
 
 
 def products(
     computations: dict[str, Computation], own: Computation, line: Line
 ) -> Iterator[Product]:
-    """The matrix products of an instruction and of all that it calls."""
+    """Yields the matrix products of an instruction and of everything that it calls."""
     if line.opcode == "convolution":
         yield convolution(own, line)
     elif line.opcode == "dot":
@@ -203,7 +204,11 @@ def products(
 
 
 def convolution(own: Computation, line: Line) -> Product:
-    """XLA for TPU writes a product as a convolution, of windows for what is batched."""
+    """Returns the product that XLA for TPU writes as a convolution.
+
+    Batch dimensions become window dimensions there. The rows and columns are the
+    convolution's batch and output features, and the input features are contracted.
+    """
     lhs, rhs = (own[name].arrays[0].shape for name in line.operands)
     out = line.arrays[0].shape
     of_lhs, of_rhs, of_out = re.search(
@@ -214,7 +219,7 @@ def convolution(own: Computation, line: Line) -> Product:
     read = lambda key, other: [
         x for x in window.get(key, "x".join([other] * count)).split("x") if x
     ]
-    inner = 1  # pairs of places of the window and of the output with a number there
+    inner = 1  # pairs of window and output positions that hit an element of the input
     each = zip(
         *(read("stride", "1"), read("pad", "0_0"), read("lhs_dilate", "1")),
         read("rhs_dilate", "1"),
@@ -227,15 +232,15 @@ def convolution(own: Computation, line: Line) -> Product:
         inner *= pairs(n, k, m, int(stride), low, int(lhs_dilate), int(rhs_dilate))
         outer *= m
     rows, columns = out[of_out.index("b")], out[of_out.index("f")]
-    summed = rhs[of_rhs.index("i")]
-    flops = 2 * rows * columns * summed * inner
-    # What is not batched of the places is rows, or summed over.
-    shortest = min(rows * outer, columns, max(1, summed * inner // outer))
+    contracted = rhs[of_rhs.index("i")]
+    flops = 2 * rows * columns * contracted * inner
+    # Window positions that are not batched are rows, or contracted.
+    shortest = min(rows * outer, columns, max(1, contracted * inner // outer))
     return Product(flops, shortest, line.op_name)
 
 
 def in_window(line: Line) -> str:
-    """Returns what an instruction's window says."""
+    """Returns the text of an instruction's window attribute."""
     found = re.search(r"window=\{([^}]*)\}", line.attributes)
     return found[1] if found else ""
 
@@ -243,22 +248,29 @@ def in_window(line: Line) -> str:
 def pairs(
     n: int, k: int, m: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """Counts the products along one dimension: k places of a window at m of the output.
+    """Counts the pairs of window and output positions that hit an input element.
 
-    The n numbers of the input are `lhs_dilate` apart, with nothing between them.
+    Args:
+      n: Elements of the input along one dimension, `lhs_dilate` apart.
+      k: Positions of the window.
+      m: Positions of the output.
+      stride: Between two positions of the window on the input.
+      low: Padding at the lower end.
+      lhs_dilate: Dilation of the input.
+      rhs_dilate: Dilation of the window.
     """
     if n == m == 1 and k == 1:
         return 1
     found = 0
     for at in range(k):
         for to in range(m):
-            place = to * stride - low + at * rhs_dilate
-            found += place % lhs_dilate == 0 and 0 <= place < n * lhs_dilate
+            position = to * stride - low + at * rhs_dilate
+            found += position % lhs_dilate == 0 and 0 <= position < n * lhs_dilate
     return found
 
 
 def dot(own: Computation, line: Line) -> Product:
-    """A product that is not written as a convolution."""
+    """Returns the product of a `dot` instruction."""
     lhs, rhs = (own[name].arrays[0].shape for name in line.operands)
     read = lambda key: [
         int(d)
@@ -266,9 +278,9 @@ def dot(own: Computation, line: Line) -> Product:
         for d in found.split(",")
         if d
     ]
-    summed = math.prod(lhs[d] for d in read("lhs_contracting_dims"))
+    contracted = math.prod(lhs[d] for d in read("lhs_contracting_dims"))
     batch = math.prod(lhs[d] for d in read("lhs_batch_dims"))
-    rows = math.prod(lhs) // (summed * batch)
-    columns = math.prod(rhs) // (summed * batch)
-    flops = 2 * batch * rows * columns * summed
-    return Product(flops, min(rows, columns, summed), line.op_name)
+    rows = math.prod(lhs) // (contracted * batch)
+    columns = math.prod(rhs) // (contracted * batch)
+    flops = 2 * batch * rows * columns * contracted
+    return Product(flops, min(rows, columns, contracted), line.op_name)

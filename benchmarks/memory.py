@@ -1,23 +1,23 @@
-"""Says what memory a training step takes, in full and with LoRA, on any chip.
+"""Computes the memory of a training step, in full and with LoRA, on any chip.
 
     python benchmarks/memory.py --model llama-3-8b --device tpu-v5e:2x4
     python benchmarks/memory.py --model gpt2-medium --device tpu-v5e --fits 16GB
     python benchmarks/memory.py --model llama-3-8b --device tpu-v5e --base nf4
 
-From XLA's own compiler: nothing is allocated, and a TPU need not be there. Prints a
-table; writes the numbers and a figure into benchmarks/results. A compilation takes
-about a minute on two CPU cores.
+The numbers come from XLA's own compiler: nothing is allocated, and no TPU is needed.
+Prints a table; writes the results and a figure into benchmarks/results. A compilation
+takes about a minute on two CPU cores.
 
-On several chips each kernel is split over all of them along its longer side, each table
-of tokens along its features, and gathered where it is used, layer by layer; optimizer
-state is split like its parameters (fully sharded data parallelism). A batch is split
-too, and the figures are those of one chip.
+On several chips each kernel is split over all of them along its longer side, and each
+token embedding along its features. Both are gathered where they are used, layer by
+layer. The optimizer state is split like its parameters (fully sharded data
+parallelism). A batch is split too, and the figures are those of one chip.
 
---base and --table put the frozen weights of the methods with adapters into few bits, or
-into other floats. Full fine-tuning trains all weights, and holds them in --dtype; "LoRA
-materialised" makes all plain weights, W + A B, from the stored ones in every step. With
---chunk the loss of every method is made of the logits of so many tokens of each
-sequence at a time.
+--base and --table store the frozen weights of the methods with adapters quantized, or
+in another float dtype. Full fine-tuning trains all weights, and keeps them in --dtype.
+"LoRA materialized" computes W + A B of every weight from the stored weights in every
+step. With --chunk the loss of every method is computed from the logits of that many
+tokens of each sequence at a time.
 """
 
 import argparse
@@ -32,31 +32,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+import script
 import training
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from models.architectures import ARCHITECTURES, Architecture, Model
-from readers import Defaults, folder, targets, whole
+from option_types import DefaultsFormatter, folder, integer_from, targets_error
 from tqdm import tqdm
 
 import lora_jax as lj
 
-METHODS = {"lora": "LoRA", "merged": "LoRA materialised", "full": "full"}
+METHODS = {"lora": "LoRA", "merged": "LoRA materialized", "full": "full"}
 LINES = report.LINES | {"merged": "#6b5b95"}
 AXIS = "chips"
-FLOATS, FEW = ["bfloat16", "float32"], ["int8", "int4", "nf4"]
+FLOATS, QUANTIZED = ["bfloat16", "float32"], ["int8", "int4", "nf4"]
 UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 
 
 class Job(NamedTuple):
-    """What is compiled, but for the method and the batch; shapes stand for arrays."""
+    """The program to compile, except its method and its batch; arrays are shapes."""
 
     args: argparse.Namespace
     arch: Architecture
@@ -68,27 +68,27 @@ class Job(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the job that the command line asks for."""
+    """Runs the job with the options of the command line."""
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, RuntimeError):
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, RuntimeError):
             job = prepare(args)
         found = {"methods": compare(job)} | about(job)
-        with files.written(args.output) as new:
-            files.write_json(new / "memory.json", found)
+        with script.staged(args.output) as new:
+            script.write_json(new / "memory.json", found)
             figure(new / "memory.png", found)
-            print(f"{heading(found)}\n\n{table(found)}\n\n{words(found)}")
+            print(f"{heading(found)}\n\n{table(found)}\n\n{summary(found)}")
     count = sum(len(x["peaks"]) for x in found["methods"].values())
     seconds = time.perf_counter() - began
     print(f"{count} compilations, {seconds:.0f} s; the files are in {args.output}")
 
 
 def compare(job: Job) -> dict[str, dict[str, Any]]:
-    """Returns what each method takes, and the largest batch that fits if asked for.
+    """Returns the memory of each method, and with --fits the largest batch that fits.
 
-    Of every batch that was compiled for that, `peaks` has the peak.
+    `peaks` holds the peak of every batch that was compiled during that search.
     """
     found = {}
     with tqdm(unit=" compiled", disable=None) as bar:
@@ -101,7 +101,7 @@ def compare(job: Job) -> dict[str, dict[str, Any]]:
                     seen[n] = measure(job, name, n)
                     bar.update()
                 size = seen[n]["peak"] or 0
-                # What XLA refuses does not fit, whatever the limit.
+                # A program that XLA refuses does not fit, whatever the limit.
                 if "refused" in seen[n] and size <= (job.args.fits or 0):
                     return math.inf
                 return size
@@ -118,7 +118,7 @@ def compare(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def about(job: Job) -> dict[str, Any]:
-    """Returns what the numbers depend on."""
+    """Returns the settings and versions that the results depend on."""
     each = 1 if job.arch.patch else job.args.chunk or job.sequence
     rows = job.args.batch // job.mesh.size * each
     return {
@@ -138,36 +138,46 @@ def about(job: Job) -> dict[str, Any]:
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Says what memory a training step takes, in full and with LoRA.",
-        formatter_class=Defaults,
+        description="Computes the memory of a training step, in full and with LoRA.",
+        formatter_class=DefaultsFormatter,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", choices=list(ARCHITECTURES), default="gpt2-medium", help="its sizes")
-    add("--layers", type=whole(1), help="instead of the model's own number")
+    models = list(ARCHITECTURES)
+    add("--model", choices=models, default="gpt2-medium", help="the architecture")
+    add("--layers", type=integer_from(1), help="instead of the model's own number")
     add(
         "--device", type=device, default="cpu", help="cpu, gpu, tpu-v5e, tpu-v5e:2x4..."
     )
-    add("--batch", type=whole(1), help="of all chips; default: one for each chip")
-    add("--sequence", type=whole(1), help="tokens; default: 1024, an image's patches")
-    add("--rank", type=whole(1), default=8, help="of every adapter")
+    add("--batch", type=integer_from(1), help="over all chips; default: one per chip")
+    add(
+        "--sequence",
+        type=integer_from(1),
+        help="tokens; default: 1024, or an image's patches",
+    )
+    add("--rank", type=integer_from(1), default=8, help="rank of every adapter")
     add("--targets", nargs="+", default=["blocks*/*/kernel"], help="what to adapt")
     add(
         "--dtype",
         choices=FLOATS,
         default="bfloat16",
-        help="of all but the adapters, which are float32",
+        help="of everything except the adapters, which are float32",
     )
     add(
         "--base",
-        choices=[*FLOATS, *FEW],
+        choices=[*FLOATS, *QUANTIZED],
         help="of the blocks' frozen kernels; default: --dtype",
     )
     add(
         "--table",
-        choices=[*FLOATS, *FEW],
-        help="of the table of tokens and the head, likewise",
+        choices=[*FLOATS, *QUANTIZED],
+        help="of the token embedding and the head; default: --dtype",
     )
-    add("--chunk", type=whole(1), metavar="TOKENS", help="whose logits exist at a time")
+    add(
+        "--chunk",
+        type=integer_from(1),
+        metavar="TOKENS",
+        help="tokens whose logits exist at a time",
+    )
     add("--remat", action=switch, default=True, help="keep only each block's input")
     add("--scan", action=switch, default=True, help="stack the layers")
     add(
@@ -175,26 +185,27 @@ def options() -> argparse.ArgumentParser:
         nargs="+",
         choices=METHODS,
         default=list(METHODS),
-        help="to compare",
+        help="the methods to compare",
     )
     add("--fits", type=size, metavar="16GB", help="find the largest batch that fits")
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
     return parser
 
 
 def device(text: str) -> str:
-    """Reads an option: cpu, gpu, or a kind of TPU with or without a mesh."""
+    """Parses an option: cpu, gpu, or a kind of TPU with or without a mesh."""
     if not re.fullmatch(r"cpu|gpu|tpu-\w+(:[1-9]\d*x[1-9]\d*)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(
-            f"{text} is not what can be planned for: cpu, gpu (the one in this "
-            "machine), or a TPU, there or not, such as tpu-v5e, tpu-v6e or tpu-v5e:2x4"
+            f"{text} is not a device to compile for: write cpu, gpu (the one in this "
+            "machine), or a TPU, present or not, such as tpu-v5e, tpu-v6e or "
+            "tpu-v5e:2x4"
         )
     return text
 
 
 def size(text: str) -> float:
-    """Reads an option: bytes."""
+    """Parses an option: a number of bytes with its unit."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([MG]i?B)", text, re.ASCII)
     if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(
@@ -204,12 +215,14 @@ def size(text: str) -> float:
 
 
 def prepare(args: argparse.Namespace, **changed: Any) -> Job:
-    """Returns what to compile; what the options get wrong is found before that.
+    """Returns the job to compile, once all options are checked.
 
-    `changed` are fields of the model's architecture.
+    Args:
+      args: From `options`.
+      **changed: Fields of the model's architecture to replace.
 
     Raises:
-      RuntimeError: If there is no such device, or nothing to compile for it with.
+      RuntimeError: If there is no such device, or no compiler for it.
       ValueError: If an option does not fit the model or the device.
     """
     arch = dataclasses.replace(ARCHITECTURES[args.model], **changed)
@@ -244,14 +257,14 @@ def prepare(args: argparse.Namespace, **changed: Any) -> Job:
     try:
         adapted = lj.lorafy(stored, args.rank, targets=args.targets, axes=axes)
     except ValueError as error:
-        raise targets(args, error, "query value") from None
+        raise targets_error(args, error, "query value") from None
     return job._replace(adapted=adapted)
 
 
 def tokens(args: argparse.Namespace, arch: Architecture) -> int:
-    """Returns how many tokens an input has, once the options are known to fit."""
+    """Returns how many tokens an input has, once the options are checked."""
     if arch.patch and args.sequence:
-        raise ValueError(f"--sequence is of text: {args.model} takes images.")
+        raise ValueError(f"--sequence is for text: {args.model} takes images.")
     sequence = args.sequence or min(1024, arch.positions or 1024)
     if arch.patch:
         sequence = 1 + (arch.image // arch.patch) ** 2
@@ -261,12 +274,12 @@ def tokens(args: argparse.Namespace, arch: Architecture) -> int:
             f"{sequence}."
         )
     if args.chunk and arch.patch:
-        raise ValueError(f"--chunk is of tokens: {args.model} takes images.")
+        raise ValueError(f"--chunk is for text: {args.model} takes images.")
     if args.chunk and sequence % args.chunk:
         raise ValueError(f"--chunk {args.chunk} does not divide {sequence} tokens.")
     if (args.base or args.table) and {*args.methods} == {"full"}:
         raise ValueError(
-            "--base and --table are of frozen weights, and full fine-tuning has none: "
+            "--base and --table are for frozen weights, and full fine-tuning has none: "
             "write --methods lora full."
         )
     return sequence
@@ -275,26 +288,26 @@ def tokens(args: argparse.Namespace, arch: Architecture) -> int:
 def store(
     params: dict[str, Any], args: argparse.Namespace, axes: dict[str, lj.Axes]
 ) -> dict[str, Any]:
-    """Puts frozen weights into the formats of --base and --table."""
-    few = {}
+    """Converts frozen weights to the formats of --base and --table."""
+    formats = {}
 
     def put(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         how = args.table if name in ("tokens/embedding", "head/kernel") else None
         if name.startswith("blocks") and path[-1].key == "kernel":
             how = args.base
-        if how in FEW:
-            few[name] = how
+        if how in QUANTIZED:
+            formats[name] = how
         elif how:
             return jax.ShapeDtypeStruct(x.shape, how, sharding=x.sharding)
         return x
 
     params = jax.tree_util.tree_map_with_path(put, params)
-    return lj.quantize(params, few, axes=axes) if few else params
+    return lj.quantize(params, formats, axes=axes) if formats else params
 
 
 def devices(name: str) -> list[Any]:
-    """Returns the devices to compile for; those of a TPU are only described.
+    """Returns the devices to compile for; TPUs are descriptions, not real devices.
 
     Raises:
       RuntimeError: If there are none of that name.
@@ -304,13 +317,13 @@ def devices(name: str) -> list[Any]:
             return jax.devices(name)[:1]
         except RuntimeError:
             raise RuntimeError(
-                f"There is no {name} in this machine, and its compiler plans for no "
-                "other: write --device cpu, or a TPU such as tpu-v5e, which need not "
-                "be there."
+                f"There is no {name} in this machine, and its compiler supports no "
+                "absent device: write --device cpu, or a TPU such as tpu-v5e, which "
+                "may be absent."
             ) from None
     kind, _, shape = name.removeprefix("tpu-").partition(":")
-    # The compiler alone is wanted: no machine is asked which TPU it has, and no TPU is
-    # kept from other processes.
+    # libtpu is used as a compiler only. Without these variables it queries the
+    # metadata server for the TPU of this machine, and locks it for other processes.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -322,8 +335,8 @@ def devices(name: str) -> list[Any]:
         import libtpu  # noqa: F401
     except ImportError:
         raise RuntimeError(
-            "To compile for a TPU there must be libtpu, which holds XLA's compiler "
-            'for it: pip install -e ".[demo,tpu]"'
+            "libtpu, which contains XLA's compiler for TPUs, is not installed: "
+            'pip install -e ".[demo,tpu]"'
         ) from None
     host = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
     try:
@@ -331,7 +344,7 @@ def devices(name: str) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
-        raise ValueError(f"libtpu knows no {name}: {error}") from None
+        raise ValueError(f"libtpu does not support {name}: {error}") from None
 
 
 # The step, from shapes alone.
@@ -343,34 +356,35 @@ def batch_of(job: Job, n: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStru
     if job.arch.patch:
         shape, labels = (n, job.arch.image, job.arch.image, 3), (n,)
         dtype = jnp.dtype(job.args.dtype)
-    place = split_over(job.mesh, AXIS)
-    inputs = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    return inputs, jax.ShapeDtypeStruct(labels, jnp.int32, sharding=place)
+    sharding = split_over(job.mesh, AXIS)
+    inputs = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return inputs, jax.ShapeDtypeStruct(labels, jnp.int32, sharding=sharding)
 
 
 def split_over(mesh: Mesh, *names: str | None) -> NamedSharding:
-    """Returns the sharding whose dimensions are split over the axes of those names."""
+    """Returns a sharding that splits each dimension over the mesh axis of its name."""
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def distribute(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Splits each kernel and table over all chips; the rest is on every chip."""
+    """Splits each kernel and embedding over all chips, and replicates the rest."""
 
-    def place(path, x):
+    def shard(path, x):
         names = [None] * x.ndim
-        # Not along stacked layers, so that each is gathered when its turn comes; nor
-        # along tokens, since a lookup would then be summed over the chips.
+        # Stacked layers are not split along the stack, so that each layer is gathered
+        # in its own loop iteration. Embeddings are not split along tokens, because
+        # XLA would then sum each lookup over the chips.
         first = x.ndim - 1 if path[-1].key == "embedding" else path[0].key == "blocks"
         even = [d for d in range(first, x.ndim) if x.shape[d] % mesh.size == 0]
         if path[-1].key in ("kernel", "embedding") and even:
             names[max(even, key=lambda d: x.shape[d])] = AXIS
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_over(mesh, *names))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(shard, params)
 
 
 def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Returns a method's step on a batch of n, lowered, and its arguments' shapes."""
+    """Returns the lowered step of a method on a batch of n, and its argument shapes."""
     if name == "full":
         loss = lambda params, _, *batch: job.loss(params, *batch)
         return lower_step(job, loss, job.params, {}, n)
@@ -383,9 +397,9 @@ def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
 def lower_step(
     job: Job, loss: Callable[..., jax.Array], trainable: Any, frozen: Any, n: int
 ) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Returns the same for `loss(trainable, frozen, *batch)`."""
+    """Returns the lowered step and shapes for `loss(trainable, frozen, *batch)`."""
     tx = optax.adamw(1e-3)
-    put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     optimizer = optax.tree_map_params(
         tx,
         lambda x, like: put(x, like.sharding),
@@ -399,11 +413,12 @@ def lower_step(
 
 
 def measure(job: Job, name: str, n: int) -> dict[str, Any]:
-    """Returns the bytes on each chip of a method's step on a batch of n, in parts.
+    """Returns the parts of a step's memory, in bytes on each chip, for a batch of n.
 
-    The parts are those of `training.memory`, but the temporaries are all of the peak
-    that is neither parameters nor optimizer state. What XLA refuses to compile, since
-    the chip has too little memory, has a `limit`, and the peak that XLA names.
+    The parts are those of `training.memory`, except that the temporaries are the peak
+    minus parameters and optimizer state. If XLA refuses to compile the step, because
+    the chip has too little memory, the result contains the `limit` and the peak that
+    XLA names.
     """
     lowered, (state, frozen, batch) = lower(job, name, n)
     try:
@@ -424,7 +439,7 @@ def measure(job: Job, name: str, n: int) -> dict[str, Any]:
 
 
 def refusal(text: str) -> dict[str, int | None]:
-    """Returns the peak and the limit that XLA names, if it does, out of memory."""
+    """Parses XLA's out-of-memory message into the peak and the limit that it names."""
     number = r"([\d.]+[KMGT])"
     old, new = rf"Used {number} of {number} hbm", rf"\({number}\) exceeds.*\({number}\)"
     found = re.search(old, text) or re.search(new, text)
@@ -438,13 +453,12 @@ def largest(
 ) -> int:
     """Returns the largest batch, over all chips, whose peak is within the limit.
 
-    The search starts at `first`, a batch for each chip.
-
-    Memory is close to a straight line over the batch: looked at next is where the line
-    through two batches meets the limit. The answer, unless it is 0, and the next larger
-    batch are always among those looked at.
+    The search starts at `first`, the batch of each chip. Memory is close to linear in
+    the batch, so the next candidate is where the line through two batches meets the
+    limit. The search always measures the result, unless it is 0, and the next larger
+    batch.
     """
-    seen: dict[int, float] = {}  # a batch for each chip: its peak
+    seen: dict[int, float] = {}  # peaks by the batch of each chip
     fits, above, n = 0, None, first
     while True:
         seen[n] = peak(n * chips)
@@ -460,26 +474,27 @@ def largest(
 def following(
     seen: dict[int, float], fits: int, above: int | None, limit: float
 ) -> int:
-    """Returns the batch to look at next: above `fits`, which fits, below `above`."""
+    """Returns the batch to measure next: above `fits`, which fits, below `above`."""
     known = sorted(n for n, size in seen.items() if size < math.inf)
-    if len(known) > 1 and len(seen) < 8:  # else the line has been of no help
+    if len(known) > 1 and len(seen) < 8:  # from eight batches on, bisect
         x, y = known[-2:]
         slope = (seen[y] - seen[x]) / (y - x)
         line = (limit - seen[y]) / slope if slope > 0 else math.inf
         n = max(fits + 1, y + math.floor(min(line, 1e9)))
         if above in known:
             return min(n, above - 1)
-        # Not too far at once: parameters can hide the slope of small batches.
+        # The limit on the step guards against a slope near zero: with small batches
+        # the parameters alone can determine the peak.
         if n < (above or 64 * fits):
             return n
     return 2 * fits if above is None else (fits + above) // 2
 
 
-# What came of it.
+# Results.
 
 
 def heading(results: dict[str, Any]) -> str:
-    """Returns what was compiled, in a line."""
+    """Returns one line that describes the compiled step."""
     given = results["settings"]
     layers = f" of {given['layers']} layers" if given["layers"] else ""
     parts = [f"batch {given['batch']} x {results['sequence']}", given["dtype"]]
@@ -494,27 +509,27 @@ def heading(results: dict[str, Any]) -> str:
 
 
 def labels(results: dict[str, Any]) -> dict[str, str]:
-    """Returns the methods by their names, with what the base of each is in."""
+    """Returns the label of each method, with the format of its base."""
     base = results["settings"]["base"]
     on = {name: f" on {base}" if base and name != "full" else "" for name in METHODS}
     return {name: METHODS[name] + on[name] for name in results["methods"]}
 
 
 def unit_of(results: dict[str, Any]) -> str:
-    """Returns the unit in which the numbers are easy to read."""
+    """Returns the unit, MB or GB, that suits the sizes of the results."""
     held = [x["parameters"] + x["optimizer"] for x in results["methods"].values()]
     return "GB" if max(held) > 1e8 else "MB"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the methods side by side."""
+    """Returns a table with a column for each method."""
     found, unit = results["methods"], unit_of(results)
     cell = lambda x: "unknown" if x is None else f"{x / UNITS[unit]:.3f}"
     rows = {
         f"parameters, {unit}": [cell(x["parameters"]) for x in found.values()],
         f"optimizer state, {unit}": [cell(x["optimizer"]) for x in found.values()],
         f"temporaries, {unit}": [cell(x["temporaries"]) for x in found.values()],
-        f"  of which gradients, at most, {unit}": [
+        f"  including gradients, at most, {unit}": [
             cell(x["gradients"]) for x in found.values()
         ],
         f"peak, {unit}": [cell(x["peak"]) for x in found.values()],
@@ -534,22 +549,22 @@ def table(results: dict[str, Any]) -> str:
 
 
 def ratio(parts: dict[str, Any], full: dict[str, Any]) -> str:
-    """Returns how a peak compares with that of full fine-tuning."""
+    """Returns the ratio of a peak to that of full fine-tuning."""
     if not parts["peak"] or not full["peak"]:
         return "unknown"
     return f"{parts['peak'] / full['peak']:.3f}"
 
 
-def words(results: dict[str, Any]) -> str:
-    """Says what the numbers mean: what does not fit, and where LoRA saves little."""
+def summary(results: dict[str, Any]) -> str:
+    """Returns sentences on the methods that do not fit, and on what LoRA saves."""
     found, unit, text = results["methods"], unit_of(results), []
-    told = lambda size: f"{size / UNITS[unit]:.2f} {unit}"
+    formatted = lambda size: f"{size / UNITS[unit]:.2f} {unit}"
     for name, parts in found.items():
         if parts.get("refused"):
             line = "XLA refuses it"
             if parts["peak"]:
-                line = f"it needs at least {told(parts['peak'])} of the chip's "
-                line += told(parts["limit"])
+                line = f"it needs at least {formatted(parts['peak'])} of the chip's "
+                line += formatted(parts["limit"])
             text.append(f"{labels(results)[name]} does not fit: {line}.")
     lora = found.get("lora", {})
     if lora.get("peak"):
@@ -563,18 +578,18 @@ def words(results: dict[str, Any]) -> str:
         if share > 0.5:
             remat = "" if results["settings"]["remat"] else "--remat, "
             line += (
-                f", and what is left to save is there, by {remat}a smaller batch or "
-                "shorter inputs, not by LoRA"
+                f". To save more, reduce the activations: {remat}a smaller batch or "
+                "shorter inputs"
             )
         text.append(line + ".")
         at_once = " at a time" if results["settings"]["chunk"] else ""
-        logits = told(results["logits"])
+        logits = formatted(results["logits"])
         text.append(f"The logits alone, in float32, are {logits}{at_once}.")
     return "\n".join(text)
 
 
 def activations(parts: dict[str, Any]) -> int:
-    """Returns what of the temporaries cannot be gradients."""
+    """Returns the bytes of the temporaries that cannot be gradients."""
     return max(0, parts["temporaries"] - parts["gradients"])
 
 
@@ -597,7 +612,7 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     if 0 < limit < 2 * top:
         axes.set_ylim(0, 1.08 * max(top, limit))
         axes.axhline(limit, color=report.INK, linestyle="--", zorder=0)
-        report.beside(axes, f"{limit:.4g} {unit}", limit, report.INK)
+        report.label_right(axes, f"{limit:.4g} {unit}", limit, report.INK)
     names = list(labels(results).values())
     for i, (name, parts) in enumerate(found.items()):
         if "full" in found and name != "full":

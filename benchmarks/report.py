@@ -1,4 +1,4 @@
-"""What finetune.py found, as a table for the terminal and as a figure."""
+"""Tables and figures of the benchmarks: those of finetune.py, and shared parts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,13 +39,13 @@ TOTAL = dict(color=INK, ha="center", fontweight="bold")
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Returns the methods side by side, and how they compare where there are two."""
+    """Returns a column for each method, and their ratio if there are two."""
     found = {name: x for name, x in results.items() if name in NAMES}
     megabytes = {
         "parameters": "parameters, MB",
         "optimizer": "optimizer state, MB",
         "temporaries": "temporaries, MB",
-        "gradients": "  of which gradients, at most, MB",
+        "gradients": "  including gradients, at most, MB",
         "peak": "all memory of a step, MB",
     }
     rows = [
@@ -64,7 +64,7 @@ def table(results: Mapping[str, Any]) -> str:
         ),
     ]
     lines = [["", *(NAMES[name] for name in found)]]
-    lines += [[label, *map(form.format, values)] for label, form, values in rows]
+    lines += [[label, *map(cell.format, values)] for label, cell, values in rows]
     if len(found) == 2:
         lines[0].append(" / ".join(lines[0][1:]))
         for line, (_, _, (one, other)) in zip(lines[1:], rows, strict=True):
@@ -83,14 +83,14 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def each(found: Mapping[str, Mapping[str, Any]], what: str) -> str:
-    """Returns a number of every method, with its name where there are several."""
+    """Returns one result of every method, with its name if there are several."""
     names = [f"{NAMES[name]} " if len(found) > 1 else "" for name in found]
-    numbers = [f"{x[what]:.3f}" for x in found.values()]
-    return ", ".join(map(str.__add__, names, numbers))
+    values = [f"{x[what]:.3f}" for x in found.values()]
+    return ", ".join(map(str.__add__, names, values))
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Returns lines of cells as text, with a rule below the first."""
+    """Returns lines of cells as aligned text, with a rule below the first line."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         line[0].ljust(widths[0])
@@ -106,8 +106,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 def figure(
     path: Path, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
 ) -> None:
-    """Draws the losses, and the memory that one training step takes, into a PNG."""
-    more = max(0, len(losses) - 2)  # bars, which take their own width
+    """Draws the losses and the memory of one training step into a PNG."""
+    more = max(0, len(losses) - 2)  # each bar beyond two widens the figure
     size = (10.5 + 1.7 * more, 4.6)
     made = Figure(figsize=size, dpi=160, layout="constrained")
     left, right = made.subplots(1, 2, width_ratios=[1.25, 1 + 0.3 * more])
@@ -123,9 +123,10 @@ def figure(
 def draw_losses(
     axes: Axes, results: Mapping[str, Any], losses: Mapping[str, Sequence[float]]
 ) -> None:
-    """Draws every step's loss faintly and its running mean boldly, named at its end.
+    """Draws every step's loss as a faint line, and its running mean as a bold one.
 
-    Of more than two methods only the means, since their batches are the same.
+    The label stands at the end of the line. With more than two methods only the means
+    are drawn: all methods see the same batches, so the faint lines would overlap.
     """
     many = len(losses) > 2
     ends = {}
@@ -139,25 +140,25 @@ def draw_losses(
     bottom, top = axes.get_ylim()
     gap = (0.07 if many else 0.18) * (top - bottom)
     places = spread(list(ends.values()), gap)
-    if many:  # above the numbers of the steps
+    if many:  # keep the labels above those of the x axis
         places += max(0, bottom + gap / 2 - min(places))
     for name, y in zip(ends, places, strict=True):
         right = f"{results[name]['accuracy']:.1%}"
         text = f"{right} {NAMES[name]}" if many else f"{NAMES[name]}\n{right} right"
-        beside(axes, text if many else f"{text}\non held-out", y, LINES[name])
+        label_right(axes, text if many else f"{text}\non held-out", y, LINES[name])
     axes.set_xlim(0, max(map(len, losses.values())))
     axes.set_xlabel("step", color=INK)
     around = f"the mean of the {WIDTH} steps around it"
-    note = f"thin: every step; thick: {around}"
+    note = f"faint: every step; bold: {around}"
     if many:
-        note = f"at every step {around}; beside the names: right on held-out"
+        note = f"at every step {around}; next to the names: right on held-out"
     title(axes, "Training loss", note)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draws one bar of stacked parts for every method, the parts named at the last."""
+    """Draws one bar of stacked parts for every method, with labels at the last bar."""
     stack(axes, [x["memory"] for x in found.values()], "MB", 0)
     labels = [f"{NAMES[name]}\ntrains {x['trainable']:,}" for name, x in found.items()]
     below(axes, labels, [LINES[name] for name in found])
@@ -167,7 +168,7 @@ def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
 def stack(
     axes: Axes, bars: Sequence[Mapping[str, int]], unit: str, digits: int
 ) -> None:
-    """Draws a bar of stacked parts for each step, the parts named beside the last."""
+    """Draws a bar of stacked parts for each step, with labels next to the last bar."""
     colors = [color for _, color in PARTS.values()]
     sizes = [[x[part] / UNITS[unit] for part in PARTS] for x in bars]
     top = max(map(sum, sizes))
@@ -189,16 +190,16 @@ def stack(
         apart = spread(heights, 0.04 * top) if outside else []
         for y, (_, more, color) in zip(apart, outside, strict=True):
             axes.text(x + 0.31, y, more, color=color, va="center")
-        # Of the temporaries, since XLA tells no more than their sum.
+        # XLA reports only the sum of the temporaries, which include the gradients.
         gradients = min(parts["gradients"] / UNITS[unit], bar[-1])
         axes.bar(x, gradients, 0.56, ends[-2], **HATCH)
     places = spread(middles, 0.13 * top)  # one name has four lines
     for (name, color), place in zip(PARTS.values(), places, strict=True):
-        beside(axes, name, place, color)
+        label_right(axes, name, place, color)
 
 
 def below(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
-    """Names the bars below them, and leaves no scale: the numbers are on the bars."""
+    """Labels the bars below them and removes the y axis: values stand on the bars."""
     axes.set_xticks(range(len(labels)), labels)
     for tick, color in zip(axes.get_xticklabels(), colors, strict=True):
         tick.set(color=color, fontweight="bold")
@@ -207,8 +208,8 @@ def below(axes: Axes, labels: Sequence[str], colors: Sequence[str]) -> None:
     axes.tick_params(axis="x", length=0)
 
 
-def beside(axes: Axes, text: str, y: float, color: str) -> None:
-    """Writes in bold to the right of the axes, at the height of `y`."""
+def label_right(axes: Axes, text: str, y: float, color: str) -> None:
+    """Writes a bold text to the right of the axes, at the height of `y`."""
     axes.annotate(
         text,
         (1.02, y),
@@ -221,20 +222,20 @@ def beside(axes: Axes, text: str, y: float, color: str) -> None:
 
 
 def title(axes: Axes, text: str, note: str) -> None:
-    """Writes a title, and below it in grey how to read what it names."""
+    """Writes a title, and below it in gray a note on how to read the axes."""
     below = "\n" * (1 + note.count("\n"))
     axes.set_title(text + below, loc="left", color=INK, fontweight="bold")
     axes.text(0, 1.02, note, color="#777777", transform=axes.transAxes, fontsize=9)
 
 
 def smooth(raw: np.ndarray, width: int = WIDTH) -> np.ndarray:
-    """Averages the `width` steps around each; at the ends those of them there are."""
+    """Averages the `width` steps around each step; fewer at the two ends."""
     ends = np.arange(len(raw))[:, None] + [-(width // 2), width // 2 + 1]
     return np.array([raw[max(0, first) : last].mean() for first, last in ends])
 
 
 def spread(values: Sequence[float], gap: float) -> np.ndarray:
-    """Moves values apart to at least `gap`, up and down alike, in their order."""
+    """Moves values apart by at least `gap`, keeping their order and their mean."""
     order = np.argsort(values, kind="stable")
     placed = np.sort(np.asarray(values, float))
     for i in range(1, len(placed)):

@@ -1,22 +1,23 @@
-"""Says what bounds the time of a training step on a TPU v5e that need not be there.
+"""Bounds the time of a training step on a TPU v5e, without running it.
 
     python benchmarks/roofline.py --model gpt-0.87b --batch 4 --rank 8 64
 
-XLA's own compiler for the chip makes the program of one step, layer by layer, since
-the body of a loop would count once. Each operation of it takes at least the greater of
-FLOPs / 197e12 and bytes / 819e9 seconds, by the chip's published peaks. The bound is
-the sum over all operations, and stands beside XLA's own estimate, by what it is spent
-on: for full fine-tuning, LoRA, W + A B materialised, and a floor. At the floor all
-weights are frozen, there are no adapters, and the gradient flows as far as LoRA needs
-it: to the outputs of the first block's query, key and value.
+XLA's own compiler for the chip makes the program of one step, with unrolled layers,
+because XLA's counts include the body of a loop only once. Each operation of the
+program takes at least the greater of FLOPs / 197e12 and bytes / 819e9 seconds, by the
+chip's published peaks. The bound is the sum over all operations. It is printed next to
+XLA's own estimate, split by purpose, for full fine-tuning, LoRA, W + A B materialized,
+and a floor. At the floor all weights are frozen, there are no adapters, and the
+gradient flows as far as LoRA needs it: to the outputs of the first block's query, key
+and value.
 
 These are bounds and estimates, not measurements. Bytes are those of operands and
-results in HBM: an array that XLA keeps in VMEM takes none, and the copies that bring
-arrays there are told apart, as they run while other operations do. XLA's estimate
-is good for large products alone: how far it is from the bound for single operations,
-whose bound is known, is printed too (--no-alone leaves it out).
+results in HBM: an array that XLA keeps in VMEM costs none, and the copies between HBM
+and VMEM are listed separately, because they overlap with other operations. XLA's
+estimate is accurate for large products only. How far it is from the bound for single
+operations, whose bound is known, is printed too (--no-alone omits it).
 
-Prints tables; writes the numbers, a figure and the text of XLA's programs into
+Prints tables; writes the results, a figure and the text of XLA's programs into
 benchmarks/results. A compilation takes about a minute on two CPU cores.
 """
 
@@ -28,42 +29,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import files
 import hlo
 import jax
 import jax.numpy as jnp
 import memory
 import numpy as np
 import report
+import script
 import training
 from flax import traverse_util
 from matplotlib.figure import Figure
 from models.architectures import ARCHITECTURES
-from readers import Defaults, folder, whole
+from option_types import DefaultsFormatter, folder, integer_from
 from tqdm import tqdm
 
-# https://cloud.google.com/tpu/docs/v5e: of one chip, in bfloat16
+# The peaks of one chip in bfloat16: https://cloud.google.com/tpu/docs/v5e
 FLOPS, BANDWIDTH = 197e12, 819e9
-CLOCK = 1.5e9  # cycles of a second, of four units of 128 x 128: 196.6e12 FLOPs
+CLOCK = 1.5e9  # cycles per second; with four units of 128 x 128, 196.6e12 FLOPs
 METHODS = {"full": "full", "lora": "LoRA", "merged": "W + AB", "floor": "floor"}
 KINDS = {
     "weights": ("products with W", "#0b6e8f"),
-    "thin": ("thin products", "#c8553d"),
+    "low_rank": ("low-rank products", "#c8553d"),
     "attention": ("attention", "#7b5aa6"),
     "loss": ("logits, loss,\nembedding", "#7f8c99"),
     "rest": ("the rest", "#c08a1e"),
 }
 LAYER = r"blocks(?:_\d+)?/(?:attention|mlp)/(?:query|key|value|out|up|gate|down)\b"
-FIRST = ("query", "key", "value")  # what reads the first block's input
+FIRST = ("query", "key", "value")  # the layers that read the first block's input
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the job that the command line asks for."""
+    """Runs the job with the options of the command line."""
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, RuntimeError):
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, RuntimeError):
             lowered = steps(args)
         found, texts = {"steps": {}, "alone": []}, {}
         with tqdm(lowered.items(), unit=" compiled", disable=None) as bar:
@@ -73,14 +74,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.alone:
             found["alone"] = alone(4096, 2048, 8192, args.rank)
         found |= about(args)
-        with files.written(args.output) as new:
-            files.write_json(new / "roofline.json", found)
+        with script.staged(args.output) as new:
+            script.write_json(new / "roofline.json", found)
             figure(new / "roofline.png", found)
             (new / "programs").mkdir()
             for name, text in texts.items():
                 file = name.replace(" ", "_").replace(",", "") + ".txt"
                 (new / "programs" / file).write_text(text, encoding="utf-8")
-            print(f"{heading(found)}\n\n{table(found)}\n\n{words(found)}")
+            print(f"{heading(found)}\n\n{table(found)}\n\n{summary(found)}")
     count = len(found["steps"]) + len(found["alone"])
     seconds = time.perf_counter() - began
     print(f"{count} compilations, {seconds:.0f} s; the files are in {args.output}")
@@ -89,20 +90,36 @@ def main(argv: list[str] | None = None) -> None:
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Says what bounds the time of a training step on a TPU v5e.",
-        formatter_class=Defaults,
+        description="Bounds the time of a training step on a TPU v5e.",
+        formatter_class=DefaultsFormatter,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    add("--model", choices=list(ARCHITECTURES), default="gpt-0.87b", help="its sizes")
-    add("--layers", type=whole(1), default=2, help="instead of the model's own number")
-    add("--batch", type=whole(1), default=4, help="sequences, or images")
-    add("--sequence", type=whole(1), help="tokens; default: 1024, an image's patches")
-    add("--rank", type=whole(1), nargs="+", default=[8], help="of every adapter")
+    models = list(ARCHITECTURES)
+    add("--model", choices=models, default="gpt-0.87b", help="the architecture")
+    add(
+        "--layers",
+        type=integer_from(1),
+        default=2,
+        help="instead of the model's own number",
+    )
+    add("--batch", type=integer_from(1), default=4, help="sequences, or images")
+    add(
+        "--sequence",
+        type=integer_from(1),
+        help="tokens; default: 1024, or an image's patches",
+    )
+    add(
+        "--rank",
+        type=integer_from(1),
+        nargs="+",
+        default=[8],
+        help="ranks of the adapters to compare",
+    )
     add(
         "--dtype",
         choices=memory.FLOATS,
         default="bfloat16",
-        help="of all but the adapters, which are float32",
+        help="of everything except the adapters, which are float32",
     )
     add("--remat", action=switch, default=False, help="keep only each block's input")
     add(
@@ -110,12 +127,12 @@ def options() -> argparse.ArgumentParser:
         nargs="+",
         choices=METHODS,
         default=list(METHODS),
-        help="to compare",
+        help="the methods to compare",
     )
     add("--alone", action=switch, default=True, help="single operations too")
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
-    # What memory.py can be asked and this cannot.
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
+    # Options of memory.py that are fixed here.
     parser.set_defaults(device="tpu-v5e", targets=["blocks*/*/kernel"], scan=False)
     parser.set_defaults(base=None, table=None, chunk=None)
     return parser
@@ -125,31 +142,32 @@ def options() -> argparse.ArgumentParser:
 
 
 def steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Returns what lowers each step; what the options get wrong is found before that.
+    """Returns a function for each step that lowers it, once all options are checked.
 
     Raises:
-      RuntimeError: If there is nothing to compile with.
+      RuntimeError: If there is no compiler for the chip.
       ValueError: If an option does not fit the model.
     """
     found = {}
     for name in METHODS:
         if name not in args.methods:
             continue
-        # W + A B takes hardly more for a greater rank.
+        # The cost of W + A B hardly depends on the rank.
         for rank in args.rank if name == "lora" else args.rank[:1]:
             own = copy.copy(args)
             own.rank = rank
             if name == "floor":
                 own.methods = ["full"]  # without adapters
-                # The biases are where the gradient arrives; they cost next to nothing.
+                # Training the first biases makes the gradient flow to these outputs;
+                # the biases themselves cost next to nothing.
                 job = memory.prepare(own, bias=True)
                 lower = lambda job=job: (floor(job), 0)
             else:
                 own.methods = [name]
-                job, thin = memory.prepare(own), 0 if name == "full" else rank
-                lower = lambda job=job, name=name, thin=thin: (
+                job, used = memory.prepare(own), 0 if name == "full" else rank
+                lower = lambda job=job, name=name, used=used: (
                     memory.lower(job, name, job.args.batch)[0],
-                    thin,
+                    used,
                 )
             ranked = f", rank {rank}" if name in ("lora", "merged") else ""
             found[METHODS[name] + ranked] = lower
@@ -157,7 +175,7 @@ def steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 
 def floor(job: memory.Job) -> Any:
-    """Returns the step that trains nothing but the first biases, lowered."""
+    """Returns the lowered step that trains only the first biases."""
     flat = traverse_util.flatten_dict(job.params, sep="/")
     first = [f"blocks_0/attention/{name}/bias" for name in FIRST]
     trainable = {name: flat.pop(name) for name in first}
@@ -170,9 +188,9 @@ def floor(job: memory.Job) -> Any:
 
 
 def measure(lowered: Any, rank: int) -> tuple[dict[str, Any], str]:
-    """Returns what XLA's program of a step takes, in sum and by kind, and its text.
+    """Compiles a step, and returns its counts, in total and by kind, and its text.
 
-    The rank is 0 where there are no adapters, and so no thin products.
+    `rank` is 0 for a step without adapters, which has no low-rank products.
     """
     compiled = lowered.compile()
     cost = compiled.cost_analysis()
@@ -186,7 +204,7 @@ def measure(lowered: Any, rank: int) -> tuple[dict[str, Any], str]:
 
 
 def summed(operations: list[hlo.Operation], rank: int) -> dict[str, Any]:
-    """Returns the sums over operations, the bound and XLA's estimate by kind too."""
+    """Sums operations: FLOPs, and by kind bytes, the bound and XLA's estimate."""
     bound, estimate = ({kind: 0.0 for kind in KINDS} for _ in range(2))
     nbytes = {kind: 0 for kind in KINDS}
     for x in operations:
@@ -204,32 +222,32 @@ def summed(operations: list[hlo.Operation], rank: int) -> dict[str, Any]:
 
 
 def bound_of(flops: float, nbytes: float) -> float:
-    """Returns the seconds that an operation takes at least."""
+    """Returns the least number of seconds that an operation takes."""
     return max(flops / FLOPS, nbytes / BANDWIDTH)
 
 
 def kind_of(operation: hlo.Operation, rank: int) -> str:
-    """Returns what an operation is for; a fusion is for the product within it.
+    """Returns the kind of an operation; a fusion has the kind of its largest product.
 
-    Thin products have the rank on one side.
+    A low-rank product has a dimension of at most `rank`.
     """
     largest = max(operation.products, key=lambda x: x.flops, default=None)
     name = largest.op_name if largest else operation.op_name
     if re.search(LAYER, name):
         if not largest:
             return "rest"
-        return "thin" if largest.shortest <= rank else "weights"
+        return "low_rank" if largest.shortest <= rank else "weights"
     if re.search(r"blocks(_\d+)?/attention\b", name):
         return "attention"
     if re.search(r"blocks|/norm\b", name):
         return "rest"
     if largest and largest.shortest <= rank:
-        return "thin"  # as A B, which is made outside of the model
+        return "low_rank"  # such as A B, which is computed outside of the model
     return "loss" if "jvp(" in name else "rest"
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the numbers depend on."""
+    """Returns the settings and versions that the results depend on."""
     return {
         "settings": training.settings(args),
         "sequence": memory.tokens(args, ARCHITECTURES[args.model]),
@@ -242,9 +260,9 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def alone(rows: int, width: int, wide: int, ranks: list[int]) -> list[dict[str, Any]]:
-    """Returns XLA's estimate for single operations beside the bound of each.
+    """Returns XLA's estimate and the bound of single operations.
 
-    Operands and results are in HBM, as they would be alone, each once.
+    The byte bound counts every operand and result once, all in HBM.
     """
     found = []
     x, h = (rows, width), (rows, wide)
@@ -268,9 +286,9 @@ def add(
     fn: Callable[..., jax.Array],
     *shapes: tuple[int, ...],
 ) -> None:
-    """Compiles an operation of bfloat16 arrays, and adds what is known of it."""
-    place = jax.sharding.SingleDeviceSharding(memory.devices("tpu-v5e")[0])
-    put = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    """Compiles an operation on bfloat16 arrays, and appends its bounds and estimate."""
+    device = jax.sharding.SingleDeviceSharding(memory.devices("tpu-v5e")[0])
+    put = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device)
     given = [put(shape) for shape in shapes]
     text = jax.jit(fn).lower(*given).compile().as_text()
     operations = hlo.operations(text)
@@ -288,29 +306,29 @@ def add(
     )
 
 
-# What came of it.
+# Results.
 
 
 def heading(results: dict[str, Any]) -> str:
-    """Returns what was compiled, in a line."""
+    """Returns one line that describes the compiled steps."""
     given = results["settings"]
     remat = "remat" if given["remat"] else "no remat"
     return (
-        f"{given['model']}, {given['layers']} layers, on a TPU v5e that is not there: "
+        f"{given['model']}, {given['layers']} layers, compiled for a TPU v5e: "
         f"batch {given['batch']} x {results['sequence']:,}, {given['dtype']}, {remat}"
     )
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns the steps side by side, and single operations below them."""
+    """Returns a table with a column for each step, and below it single operations."""
     found = results["steps"]
-    cells = lambda form, of: [form.format(of(x)) for x in found.values()]
+    cells = lambda template, of: [template.format(of(x)) for x in found.values()]
     lines = [
         ["one training step", *found],
         ["GFLOP", *cells("{:,.0f}", lambda x: x["flops"] / 1e9)],
         ["GB accessed, VMEM included", *cells("{:.2f}", lambda x: x["accessed"] / 1e9)],
         ["GB of HBM", *cells("{:.2f}", lambda x: sum(x["hbm"].values()) / 1e9)],
-        ["GB copied beside", *cells("{:.2f}", lambda x: x["moved"] / 1e9)],
+        ["GB copied in parallel", *cells("{:.2f}", lambda x: x["moved"] / 1e9)],
         ["peak of memory, GB", *cells("{:.3f}", lambda x: x["peak"] / 1e9)],
     ]
     for what, title in {"bound": "bound", "estimate": "XLA's estimate"}.items():
@@ -335,14 +353,14 @@ def table(results: dict[str, Any]) -> str:
     for x in results["alone"]:
         bound = max(x["flop_bound"], x["byte_bound"])
         shapes = " ".join("x".join(map(str, shape)) for shape in x["shapes"])
-        numbers = x["flop_bound"], x["byte_bound"], x["estimate"]
-        micro = [f"{1e6 * n:,.1f}" for n in numbers]
+        seconds = x["flop_bound"], x["byte_bound"], x["estimate"]
+        micro = [f"{1e6 * s:,.1f}" for s in seconds]
         lines.append([f"{x['name']}  {shapes}", *micro, f"{x['estimate'] / bound:.2f}"])
     return text + "\n\n" + "\n".join(report.aligned(lines))
 
 
-def words(results: dict[str, Any]) -> str:
-    """Says what the numbers are, and what they are not."""
+def summary(results: dict[str, Any]) -> str:
+    """Returns sentences on what the numbers mean, and how far XLA's estimate is off."""
     text = ["Bounds and estimates: nothing was run."]
     if results["alone"]:
         ratios = [
@@ -354,8 +372,8 @@ def words(results: dict[str, Any]) -> str:
         for name, some in (("FLOPs", those(True)), ("bytes", those(False))):
             if some:
                 text.append(
-                    f"Where {name} bound, XLA estimates {min(some):.2f} to "
-                    f"{max(some):.2f} of the bound of an operation alone."
+                    f"For single operations bound by {name}, XLA estimates "
+                    f"{min(some):.2f} to {max(some):.2f} times the bound."
                 )
     return "\n".join(text)
 
@@ -397,10 +415,10 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     middles = ends - [500 * last[kind] for kind in KINDS]
     places = report.spread(list(middles), 0.075 * top)
     for (name, color), place in zip(KINDS.values(), places, strict=True):
-        report.beside(axes, name, place, color)
+        report.label_right(axes, name, place, color)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks([])
-    first, _, second = heading(results).partition(", on a TPU v5e that is not there: ")
+    first, _, second = heading(results).partition(", compiled for a TPU v5e: ")
     note = (
         f"ms on one TPU v5e, {second}\nleft: the bound, each operation at the chip's "
         "peaks; right, pale: XLA's estimate. Nothing was run."

@@ -1,15 +1,15 @@
-"""Times LoRA's step and forward pass beside full fine-tuning's, and beside its peers'.
+"""Times LoRA's step and forward pass against full fine-tuning and other libraries.
 
     pip install -e ".[demo,peers]" && python benchmarks/speed.py
     python benchmarks/speed.py --jobs transformer --repeats 30
 
-One process, the contenders in turn, so that noise hits all of them: compare the ratios.
-Also XLA's count of each step's FLOPs, over the floor: what a step must do that computes
-no frozen weight's gradient. One such step is timed, too: "biases" trains those of the
-adapted layers, and has no adapters. LoRA is timed on frozen weights in few bits as
-well, beside qwix's QLoRA. Peers that are not installed (qwix; PEFT on torch) are left
-out with a word. Prints tables; writes them, the times and a figure into
-benchmarks/results. Takes about ten minutes on two CPU cores.
+All contenders take turns in one process, so that noise affects all of them: compare
+the ratios. The tables contain XLA's count of each step's FLOPs too, and its ratio to
+the floor: a step that computes no frozen weight's gradient. One such step is timed:
+"biases" trains the biases of the adapted layers, without adapters. LoRA is timed on
+quantized frozen weights as well, next to qwix's QLoRA. Peers that are not installed
+(qwix; PEFT on torch) are skipped with a message. Prints tables; writes them, the times
+and a figure into benchmarks/results. Takes about ten minutes on two CPU cores.
 """
 
 import argparse
@@ -22,32 +22,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import script
 import training
 from matplotlib.figure import Figure
 from models import minilm
 from models.architectures import GPT2, Architecture, Model
-from readers import Defaults, folder, whole
+from option_types import DefaultsFormatter, folder, integer_from
 from tqdm import tqdm
 
 import lora_jax as lj
 
 RATE = 1e-3
-TOP = 2.5  # of the figure's ratios; what is above is written
-BLOCK = 64  # numbers of NF4 to a scale
-QLORA = {"weight_qtype": "nf4", "tile_size": BLOCK}  # of qwix's rule
+TOP = 2.5  # the largest ratio that the figure draws; larger ones are written
+BLOCK = 64  # elements per scale in NF4
+QLORA = {"weight_qtype": "nf4", "tile_size": BLOCK}  # options of qwix's LoraProvider
 SMALL = Architecture(6, 512, 8, 2048, 8192, positions=1024, tied=False, **GPT2)
 MATRICES = ("query", "key", "value", "out", "up", "down", "head")
 
 
 class Job(NamedTuple):
-    """What is timed, by every contender."""
+    """The model and the batch that every contender runs."""
 
-    arch: Architecture | None  # None: MiniLM
+    arch: Architecture | None  # None means MiniLM
     batch: int
     length: int
     rank: int = 8
@@ -82,11 +82,11 @@ TARGETS = {
     "FLOPs of the step / full": ("flops", "split", "full", 0.69),
     "FLOPs of the step / floor": ("flops", "split", "floor", 1.02),
 }
-COLOURS = {
+COLORS = {
     "full": "#c8553d",
     "split": "#0b6e8f",
     "adapters_only": "#5aa9c4",
-    "materialised": "#6b5b95",
+    "materialized": "#6b5b95",
     "A frozen": "#8c9a3c",
     "DoRA": "#a0527a",
     "int8 base": "#4d8f80",
@@ -100,23 +100,23 @@ COLOURS = {
 
 
 class Contender(NamedTuple):
-    """One way to do the job: `run` does it once, and waits until it is done."""
+    """One implementation of the job: `run` executes it once and waits for its end."""
 
     run: Callable[[], Any]
-    flops: float | None = None  # as XLA counts them
-    temporaries: int | None = None  # bytes, as XLA allots them
+    flops: float | None = None  # counted by XLA
+    temporaries: int | None = None  # bytes that XLA allocates
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the jobs that the command line asks for."""
+    """Runs the jobs with the options of the command line."""
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
+    with script.exit_on_interrupt(parser, args.output):
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Times the jobs, and writes the files, all of them or none."""
+    """Times the jobs and writes the files, all of them or none."""
     args.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"versions": training.versions(), "jobs": {}}
     texts = []
@@ -129,9 +129,9 @@ def run(args: argparse.Namespace) -> None:
     if "transformer" in args.jobs:
         texts.append(targets(found["jobs"]["transformer"]))
     text = "\n".join(texts)
-    with files.written(args.output) as new:
+    with script.staged(args.output) as new:
         (new / "speed.md").write_text(text + "\n", encoding="utf-8")
-        files.write_json(new / "speed.json", found)
+        script.write_json(new / "speed.json", found)
         figure(new / "speed.png", found["jobs"])
     print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
 
@@ -139,20 +139,20 @@ def run(args: argparse.Namespace) -> None:
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Times LoRA beside full fine-tuning and its peers.",
-        formatter_class=Defaults,
+        description="Times LoRA against full fine-tuning and other libraries.",
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     default = [name for name in JOBS if name != "1b"]
-    add("--jobs", nargs="+", choices=JOBS, default=default, help="to time")
-    add("--repeats", type=whole(1), default=12, help="of each step")
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
+    add("--jobs", nargs="+", choices=JOBS, default=default, help="the jobs to time")
+    add("--repeats", type=integer_from(1), default=12, help="runs of each step")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
     return parser
 
 
 def compare(
-    job: Job, repeats: int, say: Callable[[str], Any] = print
+    job: Job, repeats: int, log: Callable[[str], Any] = print
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns `{"step" or "forward": {contender: times and counts}}`."""
     found: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def compare(
                 ready |= peer(job, kind)
             except ImportError as error:
                 if kind == "step":
-                    say(f"{name} is left out: {error}.")
+                    log(f"{name} is skipped: {error}.")
         seconds = take_turns({name: x.run for name, x in ready.items()}, repeats)
         found[kind] = {
             name: {
@@ -182,30 +182,31 @@ def compare(
 def take_turns(
     runs: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-    """Returns the seconds of every run; the first turn, which warms up, is left out."""
+    """Returns the seconds of every run, without the first turn, which is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     rng = np.random.default_rng(0)
     for _ in range(repeats + 1):
-        for name in rng.permutation(list(runs)):  # nobody always follows the same one
-            time.sleep(0.2)  # until the threads of the one before have gone to sleep
+        # In a new order each turn, so that none always follows the same other one.
+        for name in rng.permutation(list(runs)):
+            time.sleep(0.2)  # lets the threads of the previous contender go to sleep
             began = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - began)
     return {name: times[1:] for name, times in seconds.items()}
 
 
-# What is run, in JAX.
+# The contenders in JAX.
 
 
 class Task(NamedTuple):
-    """A model, its parameters, and a batch: what every contender starts from."""
+    """The model, the parameters and the batch that every contender starts from."""
 
     model: Any
     apply: Callable[..., jax.Array]
     plain: dict[str, Any]
     inputs: tuple[jax.Array, ...]
     labels: jax.Array
-    targets: tuple[str, ...]  # of the adapters: every linear layer
+    targets: tuple[str, ...]  # the layers with adapters: every linear layer
 
     @property
     def batch(self) -> tuple[jax.Array, ...]:
@@ -220,14 +221,14 @@ def task(job: Job) -> Task:
     if job.arch is None:
         model, classes = minilm.Classifier(minilm.SIZES), 2
         vocab, targets = minilm.SIZES["vocab"], MATRICES[:-1]
-        extra, labelled = (np.ones(shape, np.int32),), shape[:1]
+        extra, labels_shape = (np.ones(shape, np.int32),), shape[:1]
     else:
         dtype = jnp.dtype(job.dtype)
         model = Model(job.arch, False, False, dtype, dtype)
         vocab = classes = job.arch.vocab
-        extra, labelled, targets = (), shape, MATRICES
+        extra, labels_shape, targets = (), shape, MATRICES
     ids = rng.integers(vocab, size=shape, dtype=np.int32)
-    labels = rng.integers(classes, size=labelled, dtype=np.int32)
+    labels = rng.integers(classes, size=labels_shape, dtype=np.int32)
     inputs = tuple(jnp.asarray(x) for x in (ids, *extra))
     plain = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
     apply = lambda params, *inputs: model.apply({"params": params}, *inputs)
@@ -236,7 +237,7 @@ def task(job: Job) -> Task:
 
 @functools.lru_cache(maxsize=2)
 def adapted(job: Job, **options: Any) -> dict[str, Any]:
-    """Returns the parameters with adapters that are not zero."""
+    """Returns the parameters with adapters whose update is not zero."""
     key = jax.random.key(1)
     options = {"targets": task(job).targets, "key": key} | options
     params = lj.lorafy(task(job).plain, job.rank, **options)
@@ -247,8 +248,8 @@ def adapted(job: Job, **options: Any) -> dict[str, Any]:
     )
 
 
-def stored(job: Job, how: str) -> dict[str, Any]:
-    """Returns the same with the adapted weights in few bits."""
+def quantized(job: Job, how: str) -> dict[str, Any]:
+    """Returns the parameters with adapters on quantized weights."""
     return lj.quantize(
         adapted(job),
         how,
@@ -257,44 +258,44 @@ def stored(job: Job, how: str) -> dict[str, Any]:
     )
 
 
-def joined(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `fn` on two halves of its tree."""
+def on_split_params(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `fn` as a function of the trainable and the frozen part of its tree."""
     return lambda some, rest, *inputs: fn(lj.combine(some, rest), *inputs)
 
 
-def halves(fn: Callable[..., jax.Array], params: Any) -> tuple[Any, Any, Any]:
+def split(fn: Callable[..., jax.Array], params: Any) -> tuple[Any, Any, Any]:
     """Returns `fn(trainable, frozen, *inputs)`, the adapters and the frozen base."""
-    return joined(fn), *lj.split(params)
+    return on_split_params(fn), *lj.split(params)
 
 
-def materialised(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `apply` with W + scale A B formed anew in every call."""
+def materialized(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns `apply` on W + scale A B, which every call computes again."""
     return lambda params, *inputs: apply(lj.merge(params), *inputs)
 
 
 def steps(job: Job) -> dict[str, Contender]:
-    """Returns the training steps; each owns its state, and donates it."""
+    """Returns the training steps; each owns its state and donates it."""
     apply, tx = task(job).apply, optax.adamw(RATE)
-    whole = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
+    ignore_frozen = lambda fn: lambda params, _, *inputs: fn(params, *inputs)
     lora, only = lj.lora(apply), lj.adapters_only(tx)
     only_b = optax.partition({"lora_a": optax.set_to_zero(), "lora_b": tx}, lj.labels)
-    those = is_bias(job)
-    biases = [choose(task(job).plain, those, keep) for keep in (True, False)]
+    is_trained = is_bias(job)
+    biases = [choose(task(job).plain, is_trained, keep) for keep in (True, False)]
     return {
-        "full": step(job, tx, whole(apply), task(job).plain, {}),
-        "split": step(job, tx, *halves(lora, adapted(job))),
-        "adapters_only": step(job, only, whole(lora), adapted(job), {}),
-        "materialised": step(job, tx, *halves(materialised(apply), adapted(job))),
-        "A frozen": step(job, only_b, *halves(lora, adapted(job))),
-        "DoRA": step(job, tx, *halves(lora, adapted(job, dora=True))),
-        "int8 base": step(job, tx, *halves(lora, stored(job, "int8"))),
-        "NF4 base": step(job, tx, *halves(lora, stored(job, "nf4"))),
-        "biases": step(job, tx, joined(apply), *biases),
+        "full": step(job, tx, ignore_frozen(apply), task(job).plain, {}),
+        "split": step(job, tx, *split(lora, adapted(job))),
+        "adapters_only": step(job, only, ignore_frozen(lora), adapted(job), {}),
+        "materialized": step(job, tx, *split(materialized(apply), adapted(job))),
+        "A frozen": step(job, only_b, *split(lora, adapted(job))),
+        "DoRA": step(job, tx, *split(lora, adapted(job, dora=True))),
+        "int8 base": step(job, tx, *split(lora, quantized(job, "int8"))),
+        "NF4 base": step(job, tx, *split(lora, quantized(job, "nf4"))),
+        "biases": step(job, tx, on_split_params(apply), *biases),
     }
 
 
 def step(job: Job, tx: Any, apply: Any, trainable: Any, frozen: Any) -> Contender:
-    """Returns one training step, compiled, with its own copy of what it donates."""
+    """Returns one compiled training step with its own copy of the state it donates."""
     trainable = training.copied(trainable)
     state, batch = (trainable, tx.init(trainable)), task(job).batch
     jitted = jax.jit(training.step(apply, tx), donate_argnums=0)
@@ -315,14 +316,14 @@ def forwards(job: Job) -> dict[str, Contender]:
     return {
         "plain": forward(job, apply, plain),
         "LoRA": forward(job, lora, params),
-        "materialised": forward(job, materialised(apply), params),
-        "int8 base": forward(job, lora, stored(job, "int8")),
-        "NF4 base": forward(job, lora, stored(job, "nf4")),
+        "materialized": forward(job, materialized(apply), params),
+        "int8 base": forward(job, lora, quantized(job, "int8")),
+        "NF4 base": forward(job, lora, quantized(job, "nf4")),
     }
 
 
 def forward(job: Job, apply: Callable[..., jax.Array], params: Any) -> Contender:
-    """Returns one forward pass, compiled."""
+    """Returns one compiled forward pass."""
     args = params, *task(job).inputs
     compiled = jax.jit(apply).lower(*args).compile()
     return contender(lambda: jax.block_until_ready(compiled(*args)), compiled)
@@ -334,24 +335,25 @@ def contender(run: Callable[[], Any], compiled: Any) -> Contender:
 
 
 def floor(job: Job, found: dict[str, Any]) -> dict[str, float]:
-    """Returns the FLOPs that a step needs that computes no frozen weight's gradient.
+    """Returns the FLOPs of a LoRA step that computes no frozen weight's gradient.
 
-    A step that trains the biases of the adapted layers needs the gradient of each of
-    their outputs, as LoRA's does, and of no kernel. To that come each adapter's two
-    products forward and four backward, of 2 r flops for each token and each input or
-    output. A forward pass needs the plain one and the two products.
+    A step that trains the biases of the adapted layers computes the gradients of these
+    layers' outputs, as LoRA does, and no kernel's gradient. LoRA adds two products per
+    adapter in the forward pass and four in the backward pass, with 2 r FLOPs for each
+    token and each input or output. The floor of the forward pass is the plain one and
+    the two products.
 
     Args:
-      job: What was timed.
-      found: What `compare` found of it.
+      job: The job that was timed.
+      found: The results of `compare` for it.
     """
     return {
-        "step": found["step"]["biases"]["flops"] + 3 * thin(job),
-        "forward": found["forward"]["plain"]["flops"] + thin(job),
+        "step": found["step"]["biases"]["flops"] + 3 * low_rank_flops(job),
+        "forward": found["forward"]["plain"]["flops"] + low_rank_flops(job),
     }
 
 
-def thin(job: Job) -> int:
+def low_rank_flops(job: Job) -> int:
     """Returns the FLOPs of the adapters' products in a forward pass."""
     sides = [
         sum(x.shape)
@@ -362,27 +364,27 @@ def thin(job: Job) -> int:
 
 
 def adapts(job: Job, path: Any, name: str) -> bool:
-    """Whether a leaf of that name belongs to a layer with an adapter."""
+    """Returns whether a leaf has this name and its layer has an adapter."""
     return path[-1].key == name and path[-2].key in task(job).targets
 
 
 def is_bias(job: Job) -> Any:
-    """Returns the tree of whether a leaf is the bias of a layer with an adapter."""
+    """Returns a tree that is True at the biases of layers with an adapter."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: adapts(job, path, "bias"), task(job).plain
     )
 
 
 def choose(params: Any, chosen: Any, keep: bool) -> Any:
-    """Returns the leaves that are chosen, or the others; None in the holes."""
+    """Returns the chosen leaves, or all others; None replaces the rest."""
     return jax.tree.map(lambda x, c: x if c == keep else None, params, chosen)
 
 
-# The peers. Each must train exactly as many numbers as lora_jax does.
+# The peers. Each must train exactly as many parameters as lora_jax does.
 
 
 def qwix_contenders(job: Job, kind: str) -> dict[str, Contender]:
-    """Returns the job done by qwix, on the same model, in floats and in NF4.
+    """Returns the contenders of qwix on the same model, in floats and in NF4.
 
     Raises:
       ImportError: If qwix is not installed.
@@ -393,12 +395,12 @@ def qwix_contenders(job: Job, kind: str) -> dict[str, Contender]:
         if kind == "forward":
             ready[name] = forward(job, apply, lj.combine(*pair))
         else:
-            ready[name] = step(job, optax.adamw(RATE), joined(apply), *pair)
+            ready[name] = step(job, optax.adamw(RATE), on_split_params(apply), *pair)
     return ready
 
 
 def qwix_parts(job: Job, **options: Any) -> tuple[Any, Any, Any]:
-    """Returns `fn(params, *inputs)` by qwix, its adapters and its frozen base."""
+    """Returns qwix's `fn(params, *inputs)`, its adapters and its frozen base."""
     qwix = importlib.import_module("qwix")
     inputs, names = task(job).inputs, "|".join(task(job).targets)
     provider = qwix.LoraProvider(
@@ -415,18 +417,18 @@ def qwix_parts(job: Job, **options: Any) -> tuple[Any, Any, Any]:
 
 
 def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:
-    """Returns the job done by torch, and by PEFT on it, on a model of the same layers.
+    """Returns the contenders of torch, and of PEFT on it, on a model of equal layers.
 
     Raises:
       ImportError: If torch or PEFT is not installed.
     """
     import peft
     import torch
-    from models import twin
+    from models import torch_models
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if jax.default_backend() != ("gpu" if device == "cuda" else "cpu"):
-        raise ImportError(f"torch runs on {device}, and JAX does not")
+        raise ImportError(f"torch runs on {device}, but JAX does not")
     dtype = getattr(torch, job.dtype)
     inputs = [
         torch.tensor(np.asarray(x), device=device).long() for x in task(job).inputs
@@ -437,7 +439,7 @@ def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:
     )
     ready = {}
     for name in ("torch", "PEFT on torch"):
-        model = twin.model(job.arch).to(device, dtype)
+        model = torch_models.model(job.arch).to(device, dtype)
         plain = sum(x.numel() for x in model.parameters())
         check_same(
             "torch", plain, sum(x.size for x in jax.tree.leaves(task(job).plain))
@@ -446,26 +448,26 @@ def torch_contenders(job: Job, kind: str) -> dict[str, Contender]:
             model = peft.get_peft_model(model, config)
             trained = [x for x in model.parameters() if x.requires_grad]
             check_count("PEFT", sum(x.numel() for x in trained), job)
-        run = twin.step if kind == "step" else twin.forward
+        run = torch_models.step if kind == "step" else torch_models.forward
         ready[name] = Contender(run(model, inputs, labels, RATE))
     return ready
 
 
 def check_count(peer: str, found: int, job: Job) -> None:
-    """Raises unless a peer's adapters have as many numbers as ours."""
+    """Raises RuntimeError unless a peer's adapters have as many parameters as ours."""
     check_same(peer, found, lj.count(adapted(job)).trainable)
 
 
 def check_same(peer: str, found: int, wanted: int) -> None:
     if found != wanted:
-        raise RuntimeError(f"{peer} has {found:,} numbers where {wanted:,} are ours.")
+        raise RuntimeError(f"{peer} has {found:,} parameters, lora_jax {wanted:,}.")
 
 
-# What came of it.
+# Results.
 
 
 def title(name: str, job: Job) -> str:
-    """Returns what was timed, in a line."""
+    """Returns one line that describes the job."""
     if job.arch is None:
         what = "MiniLM, 6 layers of width 384"
     else:
@@ -477,7 +479,7 @@ def title(name: str, job: Job) -> str:
 
 
 def ratio(results: dict[str, Any], kind: str, name: str, other: str) -> float | None:
-    """Returns one target's ratio, or None where a contender was left out."""
+    """Returns the ratio of one target, or None if a contender was skipped."""
     if kind == "flops":
         count = lambda x: (
             results["floor"]["step"] if x == "floor" else results["step"][x]["flops"]
@@ -490,7 +492,7 @@ def ratio(results: dict[str, Any], kind: str, name: str, other: str) -> float | 
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns a job's medians and ratios; in brackets the quartiles, turn by turn."""
+    """Returns a job's medians and ratios, and the quartiles of the ratios per turn."""
     lines = []
     for kind, base in (("step", "full"), ("forward", "plain")):
         lines += [
@@ -500,10 +502,10 @@ def table(results: dict[str, Any]) -> str:
         ]
         first = np.array(results[kind][base]["ms"])
         for name, found in results[kind].items():
-            told, held = cells(found, first, results["floor"][kind], 1), ""
+            row, memory = cells(found, first, results["floor"][kind], 1), ""
             if found["flops"] is not None:
-                held = f"{found['temporaries'] / 1e6:.1f}"
-            lines.append(f"| {name} | {' | '.join([*told, held])} |")
+                memory = f"{found['temporaries'] / 1e6:.1f}"
+            lines.append(f"| {name} | {' | '.join([*row, memory])} |")
         least = results["floor"][kind] / 1e9
         lines += [f"| floor | | | | {least:.1f} | 1 | |", ""]
     return "\n".join(lines)
@@ -512,7 +514,7 @@ def table(results: dict[str, Any]) -> str:
 def cells(
     found: dict[str, Any], first: np.ndarray, floor: float, digits: int
 ) -> list[str]:
-    """Returns a contender's times beside the first one's, and the FLOPs of XLA."""
+    """Returns a contender's times relative to the first one, and XLA's FLOPs."""
     ms, flops = np.array(found["ms"]), found["flops"]
     low, high = np.percentile(ms / first, [25, 75])
     counts = ["", ""]
@@ -527,13 +529,13 @@ def cells(
 
 
 def verdict(what: str, found: float, most: float) -> str:
-    """Returns the row of an aim."""
+    """Returns the table row of an aim."""
     met = "met" if found <= most else "not met"
     return f"| {what} | {found:.3f} | {most:.2f} | {met} |"
 
 
 def targets(results: dict[str, Any]) -> str:
-    """Returns the aims beside what was found."""
+    """Returns a table of the aims and the ratios that were measured."""
     lines = ["| aim | ratio | at most | |", "|---|---|---|---|"]
     for what, (kind, name, other, most) in TARGETS.items():
         found = ratio(results, kind, name, other)
@@ -545,8 +547,8 @@ def targets(results: dict[str, Any]) -> str:
 
 
 def figure(path: Path, jobs: dict[str, Any]) -> None:
-    """Draws each step over the full one of its turn: medians, with quartiles."""
-    names = [x for x in COLOURS if any(x in job["step"] for job in jobs.values())]
+    """Draws each step's time relative to the full one: medians with quartiles."""
+    names = [x for x in COLORS if any(x in job["step"] for job in jobs.values())]
     fig = Figure(figsize=(max(7, 1.5 + 1.6 * len(jobs)), 4.4), layout="constrained")
     axes, width = fig.subplots(), 0.8 / len(names)
     for i, name in enumerate(names):
@@ -558,7 +560,7 @@ def figure(path: Path, jobs: dict[str, Any]) -> None:
             axes.bar(
                 *(j + (i - (len(names) - 1) / 2) * width, middle, width),
                 yerr=[[middle - low], [high - middle]],
-                color=COLOURS[name],
+                color=COLORS[name],
                 ecolor="#333333",
                 error_kw={"linewidth": 0.8},
                 label=None if j else name,
@@ -566,11 +568,11 @@ def figure(path: Path, jobs: dict[str, Any]) -> None:
             if middle > TOP:
                 axes.text(j, TOP, f"{name}: {middle:.1f}", ha="center", va="bottom")
     axes.set_ylim(0, TOP)
-    axes.axhline(1, color=COLOURS["full"], linewidth=1)
+    axes.axhline(1, color=COLORS["full"], linewidth=1)
     axes.set_xticks(range(len(jobs)), list(jobs))
     axes.set_ylabel("time of a step / full fine-tuning's")
     axes.set_title(
-        "A training step, beside full fine-tuning on the same device", pad=20
+        "A training step, relative to full fine-tuning on the same device", pad=20
     )
     axes.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside lower center", ncols=4, frameon=False)

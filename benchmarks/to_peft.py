@@ -1,12 +1,13 @@
-"""Fine-tunes a real language model with LoRA, and hands the adapter to PEFT on torch.
+"""Fine-tunes a language model with LoRA, and loads the adapter with PEFT on torch.
 
     pip install -e ".[demo,peers]" && python benchmarks/to_peft.py
 
 SmolLM2-135M-Instruct learns to write like the Rotten Tomatoes sentences. Prints its
-loss on held-out sentences and a sample of its text, before and after; writes the
-adapter in PEFT's format, the numbers and a figure into benchmarks/results/to_peft; then
-loads the adapter with PEFT onto transformers' own model of the same file, and ends with
-an error unless both say the same. Takes under five minutes on two CPU cores.
+loss on held-out sentences and a sample of its text, before and after training. Writes
+the adapter in PEFT's format, the results and a figure into benchmarks/results/to_peft.
+Then loads the adapter with PEFT onto transformers' own model of the same file, and ends
+with an error unless the logits of both are equal. Takes under five minutes on two CPU
+cores.
 """
 
 import argparse
@@ -23,25 +24,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import finetune
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import report
+import script
 import training
 from data import reviews
 from matplotlib.figure import Figure
 from models import smollm2
 from models.architectures import Model
-from readers import Defaults, existing, folder, positive, targets, whole
+from option_types import (
+    DefaultsFormatter,
+    existing_file,
+    folder,
+    integer_from,
+    positive,
+    targets_error,
+)
 from tokenizers import Tokenizer
 
 import lora_jax as lj
 
-END = "<|endoftext|>"  # stands between two texts, as it did in pretraining
-MOST = 1e-3  # of the largest logit: more than this is not rounding
+END = "<|endoftext|>"  # separates two texts, as in pretraining
+MOST = 1e-3  # times the largest logit: a larger difference is not rounding
 PEERS = ("torch", "transformers", "peft")
 
 Rows = tuple[np.ndarray, np.ndarray]  # tokens and the tokens after them, (n, length)
@@ -49,7 +57,7 @@ Apply = Callable[[Any, jax.Array], jax.Array]  # (params, ids) to logits
 
 
 class Job(NamedTuple):
-    """What there is before training."""
+    """The model, its parameters and its data, before training."""
 
     model: Model
     params: dict
@@ -60,18 +68,18 @@ class Job(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the job that the command line asks for."""
+    """Runs the job with the options of the command line."""
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, OSError):
-            with files.during("before training"):
-                check_place(args.output / "adapter")
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, OSError):
+            with script.phase("before training"):
+                check_folder(args.output / "adapter")
                 job = prepare(args)
                 plain = function(job.model)
                 params = adapt(plain, job.params, args)
-                # What would keep the last export from its place shows now.
+                # A trial export raises now the errors of the final one.
                 with tempfile.TemporaryDirectory() as trial:
                     export(params, Path(trial, "adapter"), args)
         fell = run(job, plain, params, args)
@@ -81,19 +89,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
-    """Trains, judges, and writes the files, all of them or none.
+    """Trains, evaluates, and writes the files, all of them or none.
 
     Returns:
       Whether the held-out loss fell.
     """
     adapted = lj.lora(plain)
     print(lj.count(params))
-    with files.during("before training"):
-        found: dict[str, Any] = {"before": judge(adapted, params, job, args)}
+    with script.phase("before training"):
+        found: dict[str, Any] = {"before": evaluate(adapted, params, job, args)}
     params, fitted, memory = train(adapted, params, job, args)
-    done = f"after all {args.steps} steps, before the adapter was checked"
-    with files.during(done), files.written(args.output) as new:
-        found["after"] = judge(adapted, params, job, args)
+    done = f"after all {args.steps} steps, during the checks"
+    with script.phase(done), script.staged(args.output) as new:
+        found["after"] = evaluate(adapted, params, job, args)
         found |= {
             "losses": fitted.losses,
             "step_ms": 1000 * statistics.median(fitted.seconds),
@@ -107,7 +115,7 @@ def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
         if args.check:
             found["versions"] |= {name: version(name) for name in PEERS}
             found["check"] = check(new / "adapter", args, plain, params, job)
-        files.write_json(new / "to_peft.json", found)
+        script.write_json(new / "to_peft.json", found)
     return found["after"]["loss"] < found["before"]["loss"]
 
 
@@ -117,39 +125,42 @@ def run(job: Job, plain: Apply, params: dict, args: argparse.Namespace) -> bool:
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes SmolLM2 with LoRA, and hands the adapter to PEFT.",
-        formatter_class=Defaults,
+        description="Fine-tunes SmolLM2 with LoRA, and loads the adapter with PEFT.",
+        formatter_class=DefaultsFormatter,
     )
     add_training(parser)
     add = parser.add_argument
     check = dict(action=argparse.BooleanOptionalAction, default=True)
     add("--check", **check, help="load the adapter with PEFT, which needs torch")
-    place = Path(__file__).parent / "results" / "to_peft"
-    add("--output", type=folder, default=place, help="where the files are written")
+    output = Path(__file__).parent / "results" / "to_peft"
+    add("--output", type=folder, default=output, help="where the files are written")
     return parser
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Adds the options of any job that trains SmolLM2."""
     add = parser.add_argument
-    add("--rank", type=whole(1), default=8, help="of every adapter")
-    add("--alpha", type=positive, default=16.0, help="adapters weigh alpha / rank")
+    add("--rank", type=integer_from(1), default=8, help="rank of every adapter")
+    add("--alpha", type=positive, default=16.0, help="the scale is alpha / rank")
     add("--targets", nargs="+", default=["kernel"], help="patterns of what to adapt")
-    add("--steps", type=whole(1), default=30, help="of training")
-    add("--batch", type=whole(1), default=4, help="rows of a step")
-    add("--length", type=whole(1), default=96, help="tokens of a row")
+    add("--steps", type=integer_from(1), default=30, help="training steps")
+    add("--batch", type=integer_from(1), default=4, help="rows per step")
+    add("--length", type=integer_from(1), default=96, help="tokens per row")
     add("--lr", type=positive, default=2e-3, help="peak learning rate")
-    add("--seed", type=whole(0), default=1, help="of the data and of the adapters")
-    add("--held-out", type=whole(1), default=64, help="sentences to test on")
-    add("--prompt", default="the film", help="what the sample of text begins with")
-    add("--tokens", type=whole(1), default=24, help="that the sample adds")
+    seeds = "seed of the data and of the adapters"
+    add("--seed", type=integer_from(0), default=1, help=seeds)
+    add("--held-out", type=integer_from(1), default=64, help="sentences to test on")
+    add("--prompt", default="the film", help="start of the sample of text")
+    add(
+        "--tokens", type=integer_from(1), default=24, help="tokens that the sample adds"
+    )
     add("--remat", action="store_true", help="compute activations twice, keep fewer")
-    add("--unrolled", action="store_true", help="layer by layer, instead of a scan")
-    add("--weights", type=existing, help="a GGUF, instead of the download")
-    add("--data", type=existing, help="csv of text,label, instead of the download")
+    add("--unrolled", action="store_true", help="unroll the layers instead of a scan")
+    add("--weights", type=existing_file, help="a GGUF, instead of the download")
+    add("--data", type=existing_file, help="csv of text,label, instead of the download")
 
 
-# What there is before training. What the options get wrong is found before a download.
+# The start of training. Wrong options are errors before any download.
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -167,7 +178,7 @@ def prepare(args: argparse.Namespace) -> Job:
             f'pip install -e ".[demo,peers]".{more}'
         )
     if not args.prompt:
-        raise ValueError("--prompt is empty: write a word or more.")
+        raise ValueError("--prompt is empty: write at least one word.")
     if args.weights is None:
         check_adapters(smollm2.build(smollm2.ARCH, not args.unrolled), args)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -184,7 +195,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def missing(check: bool) -> list[str]:
-    """Returns the packages that are needed and not installed."""
+    """Returns the required packages that are not installed."""
     needed = ("gguf", *(PEERS if check else ()))
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
@@ -200,57 +211,57 @@ def check_rows(parts: Sequence[Rows], args: argparse.Namespace) -> None:
             )
 
 
-def check_place(path: Path) -> None:
-    """Raises ValueError unless nothing but an adapter is where this one will be."""
+def check_folder(path: Path) -> None:
+    """Raises ValueError if `path` contains files other than those of an adapter."""
     others = {"adapter"} if path.exists() else set()
     if path.is_dir():
         others = {x.name for x in path.iterdir()}
         others -= {"adapter_config.json", "adapter_model.safetensors"}
     if others:
         raise ValueError(
-            f"The adapter's place is {path}, where other files are: "
+            f"{path}, the folder for the adapter, contains other files: "
             f"{', '.join(sorted(others)[:6])}. Write another --output."
         )
 
 
 def check_adapters(model: Model, args: argparse.Namespace) -> None:
-    """Raises ValueError, by shapes alone, if the targets do not fit."""
+    """Raises ValueError if the targets do not fit, from shapes alone."""
     ids = jax.ShapeDtypeStruct((1, 2), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     adapt(function(model), shapes, args)
 
 
 def function(model: Model) -> Apply:
-    """Returns the model as a plain function of its parameters and of ids."""
+    """Returns the model as a function of its parameters and of token ids."""
     return lambda params, ids: model.apply({"params": params}, ids)
 
 
 def adapt(apply: Apply, params: dict, args: argparse.Namespace) -> dict:
-    """Adds the adapters, or their shapes to a tree of shapes.
+    """Adds adapters to a tree of arrays or of shapes.
 
     Raises:
-      ValueError: If the targets are no weights.
+      ValueError: If a target is no adaptable weight.
     """
     given = dict(alpha=args.alpha, axes=axes(apply, params))
     key = jax.random.key(args.seed)
     try:
         return lj.lorafy(params, args.rank, targets=args.targets, key=key, **given)
     except ValueError as error:
-        raise targets(args, error, "query value") from None
+        raise targets_error(args, error, "query value") from None
 
 
 def axes(apply: Apply, params: dict) -> dict[str, lj.Axes]:
-    """Returns which dimension of a stack counts layers, which inputs and outputs."""
+    """Returns the axes of each weight: layers, inputs and outputs."""
     return lj.find_axes(apply, params, jax.ShapeDtypeStruct((1, 2), np.int32))
 
 
 def rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows:
-    """Strings sentences together and cuts them into rows, so that none is padding.
+    """Concatenates sentences and cuts them into rows without padding.
 
     Args:
       tokenizer: From `smollm2.tokenizer`.
-      texts: Sentences; each is followed by the token END.
-      length: The tokens of a row; what is left over at the end is dropped.
+      texts: Sentences; the token END is appended to each.
+      length: The number of tokens in a row; the remainder at the end is dropped.
 
     Returns:
       Two int32 arrays (rows, length): the tokens, and the token after each.
@@ -274,30 +285,30 @@ def rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Rows:
 def train(
     adapted: Apply, params: dict, job: Job, args: argparse.Namespace
 ) -> tuple[dict, finetune.Fitted, dict[str, int]]:
-    """Trains the adapters; returns the whole tree, the losses, and the memory."""
+    """Trains the adapters, and returns all parameters, the losses and the memory."""
 
     def apply(adapters, base, ids):
         return adapted(lj.combine(adapters, base), ids)
 
     adapters, base = lj.split(params)
-    method = finetune.start(apply, adapters, base, args.lr, job.train, args)
+    method = finetune.compile_method(apply, adapters, base, args.lr, job.train, args)
     fitted = finetune.fit({"lora": method}, job.train, args)["lora"]
     return lj.combine(fitted.trainable, base), fitted, method.memory
 
 
-def judge(
+def evaluate(
     apply: Apply, params: dict, job: Job, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Returns the loss on the held-out rows, in nats a token, and a sample of text."""
-    said = smollm2.generate(apply, params, jnp.asarray(job.prompt), args.tokens)[0]
-    text = job.tokenizer.decode(said.tolist(), skip_special_tokens=False)
-    # After its end another sentence may begin.
+    """Returns the held-out loss, in nats per token, and a sample of text."""
+    ids = smollm2.generate(apply, params, jnp.asarray(job.prompt), args.tokens)[0]
+    text = job.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    # The model may start another sentence after the end of the first one.
     sample = text.split(END)[0]
     return {"loss": loss(apply, params, job.held, args.batch), "text": sample}
 
 
 def loss(apply: Apply, params: dict, data: Rows, batch: int) -> float:
-    """Returns the mean loss of the next token, in nats; the last rows may be left."""
+    """Returns the mean loss of the next token, in nats, over all complete batches."""
     parts = batches(data, batch)
     return float(np.mean([batch_loss(apply, params, *part) for part in parts]))
 
@@ -312,16 +323,16 @@ def batch_loss(
 
 
 def batches(data: Rows, batch: int) -> Iterator[Rows]:
-    """Yields the rows in their order, in whole batches."""
+    """Yields the complete batches of the rows, in order."""
     for i in range(0, len(data[0]) - batch + 1, batch):
         yield tuple(jnp.asarray(x[i : i + batch]) for x in data)
 
 
-# What came of it.
+# Results.
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Returns the loss, the time and the samples, before and after."""
+    """Returns the losses and samples before and after training, and the time."""
     before, after = results["before"], results["after"]
     lines = [
         f"held-out loss {before['loss']:.3f} before, {after['loss']:.3f} after "
@@ -334,7 +345,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def figure(path: Path, results: dict[str, Any]) -> None:
-    """Draws every step's loss, their running mean, and the held-out loss, to a PNG."""
+    """Draws the training losses, their running mean and the held-out loss to a PNG."""
     losses, ink, other = results["losses"], report.LINES["lora"], report.LINES["full"]
     ends = [results[name]["loss"] for name in ("before", "after")]
     width = len(losses) // 5 | 1
@@ -357,22 +368,22 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     )
     bottom, top = axes.get_ylim()
     places = report.spread([ends[1], mean[-1]], 0.06 * (top - bottom))
-    report.beside(axes, f"held-out {ends[1]:.2f}", places[0], other)
-    report.beside(axes, "training", places[1], ink)
+    report.label_right(axes, f"held-out {ends[1]:.2f}", places[0], other)
+    report.label_right(axes, "training", places[1], ink)
     axes.set_xlim(0, len(losses))
     axes.set_xlabel("step", color=report.INK)
-    note = f"thin: every step; thick: the mean of the {width} steps around it"
+    note = f"faint: every step; bold: the mean of the {width} steps around it"
     report.title(axes, "Loss of the next token, nats", note)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     made.savefig(path)
 
 
-# PEFT's side.
+# The comparison with PEFT.
 
 
 def export(params: dict, path: Path, args: argparse.Namespace) -> None:
-    """Writes the adapters into a folder as PEFT has them, by torch's names."""
+    """Writes the adapters into a folder in PEFT's format."""
     names = smollm2.names(scanned=not args.unrolled)
     settings = dict(base_model=smollm2.HUB, task_type="CAUSAL_LM")
     lj.export_peft(path, params, names, **settings)
@@ -381,17 +392,17 @@ def export(params: dict, path: Path, args: argparse.Namespace) -> None:
 def check(
     path: Path, args: argparse.Namespace, plain: Apply, params: dict, job: Job
 ) -> dict[str, float]:
-    """Ends the job unless the exported and the merged adapter do what this one does.
+    """Ends the job unless the merged model and PEFT's give the trained model's logits.
 
     Returns:
-      The largest logit; how far at most those of the merged model, of PEFT's and of the
-      model before training lie from those of the trained one.
+      The largest logit of the trained model, and the largest difference to the logits
+      of the merged model, of PEFT's and of the model before training.
     """
     theirs = peft_logits(path, args.weights)
     merged, base = lj.merge(params), lj.strip(params)
     run, run_adapted = jax.jit(plain), jax.jit(lj.lora(plain))
     gaps = []
-    # In full precision, so that on no device rounding alone makes a difference.
+    # In full precision, so that default rounding on some device does not matter.
     with jax.default_matmul_precision("highest"):
         for ids, _ in batches(job.held, args.batch):
             ours = run_adapted(params, ids)
@@ -402,31 +413,32 @@ def check(
             }
             gap = {name: float(abs(x - ours).max()) for name, x in others.items()}
             gaps.append(gap | {"largest": float(abs(ours).max())})
-    # NumPy's maximum lets no NaN pass.
+    # NumPy's maximum propagates NaN, unlike Python's.
     found = {name: float(np.max([gap[name] for gap in gaps])) for name in gaps[0]}
     print(agreement(found))
     return found
 
 
 def agreement(found: dict[str, float]) -> str:
-    """Returns the gaps as a sentence, or ends the job where one is too wide."""
+    """Returns the differences as a sentence, or ends the job if one is too large."""
     most = MOST * found["largest"]
     names = {"merged": "the merged model's", "peft": "PEFT's"}
     text = (
-        f"logits of up to {found['largest']:.1f}, which training moved by up to "
+        f"logits of up to {found['largest']:.1f}, which training changed by up to "
         f"{found['base']:.2f}: "
         + ", ".join(f"{who} differ by {found[name]:.1e}" for name, who in names.items())
     )
     for name in names:
         if not found[name] <= most:
-            sys.exit(f"{text}; no more than {most:.1e} is rounding.")
+            sys.exit(f"{text}; rounding explains at most {most:.1e}.")
     return text
 
 
 def peft_logits(path: Path, weights: Path | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Loads a folder with PEFT onto transformers' model: a function of ids (n, time).
+    """Loads a folder with PEFT onto transformers' model, and returns its function.
 
-    Ends the job unless every tensor of the file is in the model, and no other.
+    The function maps ids (n, time) to logits.
+    Ends the job unless the file and PEFT's model have exactly the same tensors.
     """
     import peft
     import torch
@@ -438,14 +450,16 @@ def peft_logits(path: Path, weights: Path | None) -> Callable[[np.ndarray], np.n
         try:
             model = peft.PeftModel.from_pretrained(base, path, torch_device="cpu")
         except UserWarning as warning:
-            sys.exit(f"PEFT does not find what it needs in {path}: {warning}")
+            sys.exit(
+                f"PEFT does not find the tensors that it needs in {path}: {warning}"
+            )
     model.eval()
     file = load_file(path / "adapter_model.safetensors")
-    there = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if lost := sorted(set(file) ^ set(there)):
-        sys.exit(f"PEFT and the file do not both have {', '.join(lost[:6])}.")
-    if other := [name for name in file if not torch.equal(file[name], there[name])]:
-        sys.exit(f"PEFT's model has other numbers than the file in {other[0]}.")
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if lost := sorted(set(file) ^ set(loaded)):
+        sys.exit(f"Only one of PEFT's model and the file has {', '.join(lost[:6])}.")
+    if other := [name for name in file if not torch.equal(file[name], loaded[name])]:
+        sys.exit(f"{other[0]} has other values in PEFT's model than in the file.")
 
     def run(ids: np.ndarray) -> np.ndarray:
         with torch.no_grad():

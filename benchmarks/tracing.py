@@ -1,9 +1,10 @@
-"""Times how long JAX traces and lowers a LoRA step, beside the full step.
+"""Times how long JAX takes to trace and lower a LoRA step, compared with the full step.
 
     python benchmarks/tracing.py
 
-From shapes alone, with empty caches, in processor time: layer by layer, then scanned
-under remat. `split` differentiates the adapters alone, `adapters_only` the whole tree.
+Traces from shapes alone, with empty caches, and measures processor time: layer by
+layer, then scanned under remat. `split` differentiates only the adapters,
+`adapters_only` the entire tree.
 """
 
 import argparse
@@ -52,19 +53,21 @@ class Decoder(nn.Module):
 
 
 def contenders(model):
-    """The three training steps by name, each with its arguments as shapes."""
+    """Returns the three training steps by name, each with its arguments as shapes."""
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     plain = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     apply = lambda params, tokens: model.apply({"params": params}, tokens)
     params = lj.lorafy(plain, RANK, axes=lj.find_axes(apply, plain, tokens))
     lora, tx = lj.lora(apply), optax.adamw(1e-3)
-    whole = lambda fn: lambda params, _, tokens: fn(params, tokens)
-    halves = lambda adapters, base, tokens: lora(lj.combine(adapters, base), tokens)
+    ignore_frozen = lambda fn: lambda params, _, tokens: fn(params, tokens)
+    combined = lambda adapters, base, tokens: lora(lj.combine(adapters, base), tokens)
     batch = tokens, tokens  # labels have the same shape
     return {
-        "full": step(whole(apply), tx, plain, {}, *batch),
-        "split": step(halves, tx, *lj.split(params), *batch),
-        "adapters_only": step(whole(lora), lj.adapters_only(tx), params, {}, *batch),
+        "full": step(ignore_frozen(apply), tx, plain, {}, *batch),
+        "split": step(combined, tx, *lj.split(params), *batch),
+        "adapters_only": step(
+            ignore_frozen(lora), lj.adapters_only(tx), params, {}, *batch
+        ),
     }
 
 
@@ -74,13 +77,16 @@ def step(fn, tx, trained, frozen, *batch):
 
 
 def compare(steps, repeats):
-    """A table of medians (quartiles); the steps take turns, so that noise hits all."""
+    """Returns a table of medians and quartiles.
+
+    The steps take turns, so that noise affects all of them alike.
+    """
     clock, times = time.process_time, {name: [] for name in steps}
     for _ in range(repeats + 1):  # the first turn warms up
         for name, (update, args) in steps.items():
             jax.clear_caches()
             gc.collect()
-            # A new function each time, as JAX remembers those that it has traced.
+            # JAX caches the traces of a function, so each turn needs a new one.
             fresh, began = jax.jit(lambda *args, fn=update: fn(*args)), clock()
             traced, middle = fresh.trace(*args), clock()
             _, ended = traced.lower(), clock()
@@ -95,7 +101,7 @@ def compare(steps, repeats):
 
 
 def same_program():
-    """Whether lora(fn) compiles to the program of fn, apart from lines of source."""
+    """Returns whether lora(fn) compiles to the program of fn, except source lines."""
     params = lj.lorafy({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}, RANK)
     layer = lambda x, bias: (jax.nn.relu(x @ x.T + bias), x.sum())
     fn = lambda params, x: jax.lax.scan(layer, x, jnp.stack([params["bias"]] * 3))
@@ -113,9 +119,9 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, help="folder for tracing.md")
     args = parser.parse_args()
     text = ""
-    for form in ("one by one", "scanned"):
-        steps = contenders(Decoder(args.layers, form == "scanned"))
-        text += f"{args.layers} layers {form}, jax {jax.__version__}:\n\n"
+    for layout in ("one by one", "scanned"):
+        steps = contenders(Decoder(args.layers, layout == "scanned"))
+        text += f"{args.layers} layers {layout}, jax {jax.__version__}:\n\n"
         text += compare(steps, args.repeats) + "\n"
     text += f"lora(fn) compiles to fn if fn uses no adapter: {same_program()}.\n"
     print(text)

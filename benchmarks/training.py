@@ -1,4 +1,4 @@
-"""One training step, the same whatever trains, and the memory that XLA gives it."""
+"""The training step of all methods, and the memory that XLA allocates for it."""
 
 import argparse
 import math
@@ -17,15 +17,15 @@ import optax
 def step(
     apply: Callable[..., jax.Array], tx: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, jax.Array]]:
-    """Returns one step of training a classifier, of sentences or of next tokens.
+    """Returns one training step of a classifier of sentences or of next tokens.
 
     Args:
-      apply: `apply(trainable, frozen, *inputs)`, the logits.
-      tx: The optimizer of what trains.
+      apply: `apply(trainable, frozen, *inputs)` returns the logits.
+      tx: The optimizer of the trainable parameters.
 
     Returns:
-      `step((trainable, optimizer state), frozen, *inputs, labels)`: the new state, and
-      the loss. Donate the state, so that the new one takes its place.
+      `step((trainable, optimizer state), frozen, *inputs, labels)`, which returns the
+      new state and the loss. Donate the state, so that the new one reuses its memory.
     """
     return update(loss(apply), tx)
 
@@ -33,7 +33,7 @@ def step(
 def update(
     loss: Callable[..., jax.Array], tx: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, jax.Array]]:
-    """Returns the same step for `loss(trainable, frozen, *inputs, labels)`."""
+    """Returns one training step for `loss(trainable, frozen, *inputs, labels)`."""
 
     def step(state, frozen, *batch):
         trainable, optimizer = state
@@ -45,7 +45,7 @@ def update(
 
 
 def loss(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `loss(*args, labels)`, the mean of all, for logits `apply(*args)`."""
+    """Returns `loss(*args, labels)`, the mean cross-entropy of `apply(*args)`."""
 
     def loss(*batch):
         *args, labels = batch
@@ -59,16 +59,18 @@ def loss_in_chunks(
     head: Callable[[Any, jax.Array], jax.Array],
     chunk: int,
 ) -> Callable[..., jax.Array]:
-    """Returns the loss of a decoder that never has all of its logits at one time.
+    """Returns the loss of a decoder, computed from a chunk of the logits at a time.
 
-    They are one number in float32 for each token and each word of the vocabulary, and
-    their gradients are as many. Here those of `chunk` tokens of each sequence exist at
-    a time; the backward pass makes them again. To rounding it is the loss of all.
+    The logits, in float32, have an element for each token and each word of the
+    vocabulary, and so do their gradients. Here only those of `chunk` tokens of each
+    sequence exist at a time, and the backward pass computes them again. Up to
+    rounding, the loss is the same.
 
     Args:
-      hidden: `hidden(params, *inputs)`: what the head reads, (batch, time, width).
-      head: `head(params, states)`: the logits of some of it.
-      chunk: How many tokens. It divides the time.
+      hidden: `hidden(params, *inputs)` returns the input of the head, (batch, time,
+        width).
+      head: `head(params, states)` returns the logits of a part of it.
+      chunk: The number of tokens, which must divide the time.
 
     Returns:
       `loss(params, *inputs, labels)`, for labels (batch, time).
@@ -86,7 +88,9 @@ def loss_in_chunks(
             states, labels = part
             return total + cross_entropy(head(params, states), labels).sum(), None
 
-        add = jax.checkpoint(add, prevent_cse=False)  # in a loop nothing can be joined
+        # XLA eliminates no common subexpressions across loop iterations, so the
+        # barriers of `prevent_cse` are not needed.
+        add = jax.checkpoint(add, prevent_cse=False)
         parts = apart(hidden(params, *inputs)), apart(labels)
         total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
         return total / labels.size
@@ -98,40 +102,40 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 def memory(compiled: Any, state: Any, frozen: Any, batch: Any) -> dict[str, int]:
-    """Returns the bytes that one training step takes, in parts.
+    """Returns the memory of one training step in bytes, in parts.
 
-    Parameters and optimizer state are the step's arguments, as XLA counts them too.
-    The gradients live only inside the step: XLA counts them, as far as they exist at
-    one time, within its temporaries, beside the activations. The peak is all that XLA
-    allocates for the step: arguments, temporaries, and outputs that reuse no argument.
-    (XLA's own peak_memory_in_bytes leaves the temporaries out on CPU.)
+    Parameters and optimizer state are arguments of the step. Gradients exist only
+    inside the step: XLA counts those that exist at one time in its temporaries,
+    together with the activations. The peak is everything that XLA allocates for the
+    step: arguments, temporaries, and outputs that reuse no argument. (On CPU, XLA's own
+    `peak_memory_in_bytes` excludes the temporaries.)
 
-    Where `lorafy(..., also=...)` trains a copy of a leaf, the step does not read the
-    leaf itself, and `jit` does not hand it over. It is `unread`, and no part of the
-    parameters; as it is held in memory all the same, the peak counts it.
+    If `lorafy(..., also=...)` trains a copy of a leaf, the step does not read the leaf
+    itself, and `jit` does not pass it. Such a leaf counts as `unread` instead of as a
+    parameter. It still occupies memory, so the peak includes it.
     """
     known = parts(state, frozen)
     stats = compiled.memory_analysis()
     given = stats.argument_size_in_bytes
     held = known["parameters"] + known["optimizer"] + nbytes(batch)
-    if given < held:  # more is padding, which some devices add
+    if given < held:  # `given` may be larger: some devices pad their arrays
         raise RuntimeError(
-            f"The step takes {given} bytes of arguments, its trees hold {held}, and "
-            f"{known['unread']} that trained copies replace: it leaves a part unused."
+            f"The step takes {given} bytes of arguments, but its trees have {held} "
+            f"(and {known['unread']} that trained copies replace): a leaf is unused."
         )
     peak = known["unread"] + allocated(compiled)
     return known | {"temporaries": stats.temp_size_in_bytes, "peak": peak}
 
 
 def allocated(compiled: Any) -> int:
-    """Returns all bytes of a compiled function: of arguments, temporaries, results."""
+    """Returns all bytes of a compiled function: arguments, temporaries and results."""
     stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return stats.argument_size_in_bytes + stats.temp_size_in_bytes + outputs
 
 
 def parts(state: Any, frozen: Any) -> dict[str, int]:
-    """Returns the bytes of a training step that shapes alone tell."""
+    """Returns those parts of a training step's memory that follow from shapes."""
     trainable, optimizer = state
     unread = nbytes(replaced(trainable, frozen))
     return {
@@ -143,7 +147,7 @@ def parts(state: Any, frozen: Any) -> dict[str, int]:
 
 
 def replaced(trainable: Any, frozen: Any) -> list[Any]:
-    """Returns the frozen leaves in whose place a copy trains, which stands beside."""
+    """Returns the frozen leaves that are replaced by a trained copy next to them."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     trained = {name(path) for path, _ in jax.tree.leaves_with_path(trainable)}
 
@@ -157,31 +161,31 @@ def replaced(trainable: Any, frozen: Any) -> list[Any]:
 
 
 def nbytes(tree: Any) -> int:
-    """Returns the bytes that a tree's arrays, or their shapes, take on one device."""
+    """Returns the bytes of a tree of arrays or shapes on one device."""
 
     def held(x: Any) -> int:
         sharding = getattr(x, "sharding", None)
         shape = sharding.shard_shape(x.shape) if sharding else x.shape
         bits = 8 * x.dtype.itemsize
         if jnp.issubdtype(x.dtype, jnp.integer):
-            bits = jnp.iinfo(x.dtype).bits  # of int4, 4: XLA packs them
+            bits = jnp.iinfo(x.dtype).bits  # 4 for int4, which XLA packs
         return -(-math.prod(shape) * bits // 8)
 
     return sum(map(held, jax.tree.leaves(tree)))
 
 
 def copied(tree: Any) -> Any:
-    """Returns copies on the device: a step that donates takes what it is given."""
+    """Returns copies on the device, for a step that donates its arguments."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options as JSON can hold them."""
+    """Returns the options as values that JSON supports."""
     return {k: str(x) if isinstance(x, Path) else x for k, x in vars(args).items()}
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that the numbers depend on, and the device."""
+    """Returns the versions that the results depend on, and the device."""
     names = "jax", "jaxlib", "flax", "optax", "numpy"
     return {
         "python": platform.python_version(),

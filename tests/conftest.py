@@ -1,4 +1,4 @@
-"""The strictest JAX there is: no promotion of dtypes or ranks, warnings are errors."""
+"""Runs the tests with strict JAX settings: no promotion of dtypes or ranks."""
 
 import hashlib
 import os
@@ -14,8 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
 
-# Most of the time goes to compiling: a quarter of it to make tiny programs fast. The
-# flags are part of the key of JAX's cache, so a worker must not write them twice.
+# The tests mostly compile. These flags disable optimization, a quarter of that time.
+# They are part of the key of JAX's cache, so a worker must not add them again to the
+# flags that it inherits.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -26,10 +27,10 @@ CACHE_BYTES = 500_000_000
 
 
 def cache_name():
-    """A name for what this JAX compiles on this machine.
+    """Returns a name for the cache of this version of JAX on this processor.
 
-    XLA compiles for the instructions that the processor has, which are no part of
-    JAX's own key for a program.
+    XLA compiles for the instructions of the processor, but JAX's own cache key does not
+    contain them.
     """
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -39,8 +40,8 @@ def cache_name():
     return f"jax-{version('jax')}-{version('jaxlib')}-{digest[:8]}"
 
 
-# A run reads what the last one compiled, and each of two workers what the other did.
-# The variables are for processes that a test starts.
+# All runs and all workers share the cache. The environment variables pass it on to
+# processes that a test starts.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHES / cache_name()))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -51,7 +52,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Halves the caches, oldest files first, when they have grown too large."""
+    """Deletes the oldest files of the caches if their size exceeds CACHE_BYTES."""
     if hasattr(config, "workerinput"):
         return
     files = [(path, path.stat()) for path in CACHES.glob("jax-*/*") if path.is_file()]
@@ -66,7 +67,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the benchmarks, which the default run leaves out."""
+    """Marks the tests of the benchmarks, which the default run excludes."""
     for item in items:
         if TESTS / "benchmarks" in item.path.parents:
             item.add_marker("benchmarks")
@@ -74,21 +75,21 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def optax_promotion():
-    """Optax itself multiplies floats and ints; a test that steps it may, too."""
+    """Allows dtype promotion, because Optax multiplies floats by integers."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture
 def third_party():
-    """Models of other people, which were not written for the strictest JAX."""
+    """Allows promotion for third-party models, which need JAX's default settings."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 @pytest.fixture
 def uncached():
-    """Without JAX's cache, which cannot read what was compiled for an absent chip."""
+    """Disables JAX's cache, which cannot load programs for an absent chip."""
 
     def enable(yes):
         jax.config.update("jax_enable_compilation_cache", yes)
@@ -101,7 +102,7 @@ def uncached():
 
 @pytest.fixture
 def randomized():
-    """Gives each adapter of a tree random factors: B = 0 would hide every mistake."""
+    """Returns a function that sets random factors, because B = 0 would hide errors."""
 
     def randomize(params, seed=0):
         adapters, base = lj.split(params)
@@ -119,7 +120,7 @@ def randomized():
 
 @pytest.fixture
 def close():
-    """Asserts that two trees are equal to rounding, leaf by leaf."""
+    """Returns a function that asserts that two trees are equal up to rounding."""
 
     def check(got, want, atol=1e-5):
         assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -137,7 +138,7 @@ def close():
 
 @pytest.fixture
 def tiny_smollm2():
-    """What a GGUF of a tiny Llama holds: its fields, and random tensors."""
+    """Returns the content of a GGUF of a tiny Llama: fields and random tensors."""
     from models import smollm2
     from tokenizers.pre_tokenizers import ByteLevel
 

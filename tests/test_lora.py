@@ -28,7 +28,7 @@ WINDOW = {"window": lj.Axes((), (0, 1), (2,))}
 
 @pytest.fixture
 def params(randomized):
-    """One weight of each kind, all adapted, with random factors."""
+    """Returns one adapted weight of each kind, with random factors."""
     shapes = {
         "w": (D, D),
         "table": (VOCAB, D),
@@ -42,7 +42,7 @@ def params(randomized):
         for name, shape in shapes.items()
     }
     axes = STACK | HEADS | WINDOW
-    # Where two are added or put side by side, their ranks together are still small.
+    # Sums and concatenations of two weights add their ranks, which must stay small.
     ranks = dict.fromkeys(base, 2) | {"w": 1, "table": 1}
     return randomized(lj.lorafy(base, ranks, alpha=3, axes=axes))
 
@@ -59,16 +59,16 @@ straight_through.defvjp(
 
 
 @jax.custom_vjp
-def knows_what_moves(w, x, t):
+def with_symbolic_zeros(w, x, t):
     return x @ w * t
 
 
 def _forward(w, x, t):
     assert w.perturbed and not t.perturbed
-    return knows_what_moves(w.value, x.value, t.value), (w.value, x.value, t.value)
+    return with_symbolic_zeros(w.value, x.value, t.value), (w.value, x.value, t.value)
 
 
-knows_what_moves.defvjp(
+with_symbolic_zeros.defvjp(
     _forward,
     lambda saved, g: (
         saved[1].T @ g * saved[2],
@@ -158,7 +158,7 @@ def experts(p, x):
 
 
 def windows(p, x):
-    """A gather that cuts a window of the weight out at each index."""
+    """Gathers a window of the weight at each index."""
     dims = lax.GatherDimensionNumbers((1, 2), (), (1, 0))
     return lax.gather(p["w"], IDS % 2, dims, (2, 3))
 
@@ -202,7 +202,7 @@ def ragged_experts(p, x):
 
 
 def ragged_rows_of_many(p, x):
-    """Batched, the weight's dimensions in an order of their own."""
+    """Multiplies a batch of rows; the weight's dimensions are in a permuted order."""
     dims = lax.RaggedDotDimensionNumbers((((2,), (2,)), ((0,), (1,))), (1,), (0,))
     x = jnp.stack([x, jnp.sin(x)])  # (2, BATCH, D)
     w = jnp.swapaxes(jnp.stack([p["stack"], p["stack"][::-1]]), 0, 1)
@@ -219,7 +219,7 @@ def grouped_convolution(p, x, groups=2):
 
 
 def on_devices(p, x):
-    """Rows of a weight on some devices, its columns on others, the layers on all."""
+    """Splits one weight by rows, another by columns, and replicates the layers."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
 
     def local(x, columns, rows, stack):
@@ -254,7 +254,7 @@ FACTORED = {
     "vector": lambda p, x: x[0] @ p["w"],
     "more dimensions": lambda p, x: jnp.stack([x, x]) @ p["w"],
     "attention": attention,
-    "whole contraction": lambda p, x: jnp.einsum("bd,dnh->b", x, p["heads"]),
+    "full contraction": lambda p, x: jnp.einsum("bd,dnh->b", x, p["heads"]),
     "double contraction": lambda p, x: jnp.einsum("dn,dn", x[:, :3].T @ x, p["w"][:3]),
     "experts": experts,
     "batched experts": lambda p, x: jnp.einsum(
@@ -286,7 +286,7 @@ FACTORED = {
     "fused": lambda p, x: (x @ jnp.split(p["w"], [1], axis=1)[1]) * 2.0,
     "slices": lambda p, x: x[:, 1:] @ p["w"][1:, ::2],
     "weight and array": weight_and_array,
-    "scaled by a traced number": lambda p, x: x @ (p["w"] * x.sum() / x[0, 0]),
+    "scaled by a traced scalar": lambda p, x: x @ (p["w"] * x.sum() / x[0, 0]),
     "two weights summed": lambda p, x: x @ (p["w"] - p["table"][:D]),
     "fused projections": fused_projections,
     "stacked here": stacked_here,
@@ -335,11 +335,11 @@ FACTORED = {
     )(x),
     "stop_gradient": stopped,
 }
-# Factored, but for their derivatives: those know of whole weights.
+# These stay factored except in their derivative rules, which take materialized weights.
 CUSTOM = {
     "custom_vjp": lambda p, x: jnp.sin(straight_through(p["w"], x)),
     "custom_vjp with symbolic zeros": lambda p, x: jnp.sin(
-        knows_what_moves(p["w"], x, lax.stop_gradient(jnp.cos(x[0, 0])))
+        with_symbolic_zeros(p["w"], x, lax.stop_gradient(jnp.cos(x[0, 0])))
     ),
     "custom_jvp": lambda p, x: jnp.sin(tripled_gradient(p["w"], x)),
 }
@@ -366,12 +366,12 @@ MATERIALIZED = {
 
 
 def lora(fn, **options):
-    """Each program uses some of the weights."""
+    """Returns `lj.lora(fn)` for a program that uses only some of the weights."""
     return lj.lora(fn, unused="ignore", **options)
 
 
 def loss(fn):
-    """A number that depends on every array that `fn` returns, unevenly."""
+    """Returns a scalar function of every array that `fn` returns."""
 
     def total(params, x):
         leaves = jax.tree.leaves(fn(params, x))
@@ -383,7 +383,7 @@ def loss(fn):
 
 
 def gradients(fn, params, x):
-    """Of the adapters and the input; through the merged weights for the oracle."""
+    """Returns the gradients of the adapters and the input."""
     adapters, base = lj.split(params)
     return jax.grad(lambda a, x: fn(lj.combine(a, base), x), argnums=(0, 1))(
         adapters, x
@@ -391,13 +391,13 @@ def gradients(fn, params, x):
 
 
 def on_merged(fn):
-    """The oracle, as one program: operation by operation it would be fifty."""
+    """Returns the oracle as one program; its fifty operations would compile slowly."""
     return jax.jit(lambda params, x: fn(lj.merge(params), x))
 
 
 @pytest.mark.parametrize("name", FACTORED)
-def test_equals_merged_without_materializing(name, params, close):
-    """Values, and gradients where the program has them, in one compilation."""
+def test_lora_equals_merged_without_materializing(name, params, close):
+    """Compares values, and gradients if the program has them, in one compilation."""
     fn = FACTORED[name]
     adapted = lora(fn, materialize="error")
 
@@ -416,7 +416,7 @@ def test_equals_merged_without_materializing(name, params, close):
 
 
 @pytest.mark.parametrize("name", MATERIALIZED)
-def test_materializes_exactly_and_says_so(name, params, close):
+def test_lora_materializes_exactly_with_a_warning(name, params, close):
     fn = MATERIALIZED[name]
     with pytest.warns(UserWarning, match=r"which needs W . scale"):
         got = lora(fn)(params, X)
@@ -429,20 +429,22 @@ def test_materializes_exactly_and_says_so(name, params, close):
 
 
 @pytest.mark.parametrize("name", CUSTOM)
-def test_only_derivatives_of_custom_rules_form_whole_gradients(name, params, close):
+def test_lora_materializes_only_in_derivatives_of_custom_rules(name, params, close):
     fn = CUSTOM[name]
     strict = lora(fn, materialize="error")
     close(strict(params, X), on_merged(fn)(params, X))
     with pytest.raises(ValueError, match="'w' meets 'derivative of custom_"):
         gradients(loss(strict), params, X)
-    for adapted in (lora(fn), jax.jit(lora(fn))):  # the latter: when all is traced
+    for adapted in (lora(fn), jax.jit(lora(fn))):  # `jit` warns after tracing
         with pytest.warns(UserWarning, match="'w' meets 'derivative of custom_.*py:"):
             got = gradients(loss(adapted), params, X)
         close(got, gradients(loss(on_merged(fn)), params, X), atol=1e-4)
 
 
-def test_a_jitted_custom_rule_on_operands_of_which_others_move(randomized, close):
-    """First on a hidden state, then on features that are given."""
+def test_lora_on_a_jitted_custom_rule_with_varying_perturbed_operands(
+    randomized, close
+):
+    """Calls the rule first on a perturbed hidden state, then on a constant."""
     base = {name: jnp.eye(D) / (i + 1) for i, name in enumerate("uwv")}
     params = randomized(lj.lorafy(base, 2, targets="*"))
     layer = jax.jit(straight_through)
@@ -454,7 +456,7 @@ def test_a_jitted_custom_rule_on_operands_of_which_others_move(randomized, close
     close(jax.grad(f)(params, X), jax.grad(loss(on_merged(fn)))(params, X), atol=1e-4)
 
 
-def test_two_pullbacks_of_one_jitted_function(params, close):
+def test_lora_with_two_pullbacks_of_one_jitted_function(params, close):
     def two(f):
         y, back = jax.vjp(f, params, X)
         _, other = jax.vjp(lambda x: f(params, x), X)
@@ -465,8 +467,8 @@ def test_two_pullbacks_of_one_jitted_function(params, close):
     close(got, two(jax.jit(on_merged(fn))), atol=1e-4)
 
 
-def saves_what_it_needs():
-    """A rule that saves something else, in another tree, whatever moves."""
+def residuals_by_perturbed_operands():
+    """Returns a rule whose residual tree depends on which operands are perturbed."""
     f = jax.custom_vjp(lambda w, x: jnp.sin(x @ w))
 
     def forward(w, x):
@@ -493,8 +495,10 @@ def saves_what_it_needs():
         lambda fn: jax.jit(lora(jax.jit(fn), materialize="allow")),
     ],
 )
-def test_what_a_rule_saves_depends_on_what_moves(wrap, late, params, close):
-    """One function, linearised by its parameters, by its inputs, and by both."""
+def test_lora_on_a_rule_whose_residuals_depend_on_what_is_perturbed(
+    wrap, late, params, close
+):
+    """Linearizes one function in its parameters, in its inputs, and in both."""
 
     def ways(f):
         yield jax.vjp(lambda x: f(params, x), X)
@@ -502,7 +506,7 @@ def test_what_a_rule_saves_depends_on_what_moves(wrap, late, params, close):
         yield jax.vjp(f, params, X)
         yield jax.vjp(lambda x: f(params, x), X)
 
-    made = ways(wrap(saves_what_it_needs()))
+    made = ways(wrap(residuals_by_perturbed_operands()))
     made = list(made) if late else made
     got = [pullback(y) for y, pullback in made]
     fn = lambda p, x: jnp.sin(x @ p["w"])
@@ -510,7 +514,7 @@ def test_what_a_rule_saves_depends_on_what_moves(wrap, late, params, close):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_a_custom_rule_may_close_over_an_argument(wrap, params, close):
+def test_lora_on_a_custom_rule_that_closes_over_an_argument(wrap, params, close):
     def fn(p, x, labels):
         @jax.custom_vjp
         def error(logits):
@@ -535,7 +539,7 @@ def rest(tree):
     return {name: x for name, x in tree.items() if name not in own(tree)}
 
 
-def test_a_weight_that_only_a_derivative_reads_is_used(params, close):
+def test_lora_counts_a_weight_as_used_that_only_a_derivative_reads(params, close):
     f = jax.custom_vjp(lambda w, x: jnp.sin(x))
     f.defvjp(lambda w, x: (f(w, x), (w, x)), lambda s, g: (s[1].T @ g, g @ s[0].T))
     tree = {name: x for name, x in params.items() if name.split("_")[0] == "w"}
@@ -545,8 +549,8 @@ def test_a_weight_that_only_a_derivative_reads_is_used(params, close):
     close(got, jax.grad(on_merged(fn), argnums=(0, 1))(tree, X), atol=1e-4)
 
 
-def test_weights_of_one_shape_through_one_jitted_view(randomized):
-    """The name is that of the operand, not of the first weight that came."""
+def test_lora_warns_of_the_right_weight_in_a_shared_jitted_view(randomized):
+    """A cached call names the operand of each call, not that of the first one."""
     base = {name: jnp.eye(D) for name in "uw"}
     params = randomized(lj.lorafy(base, 2, targets="*"))
     view = jax.jit(lambda v: v.T)
@@ -559,7 +563,7 @@ def test_weights_of_one_shape_through_one_jitted_view(randomized):
         assert "'w' meets 'tanh'" in message and "'u'" not in message
 
 
-def test_nested_loops_are_tried_once_each(params):
+def test_lora_evaluates_nested_loops_once_each(params):
     def nest(depth, x, w):
         if depth:
             step = lambda i, s: nest(depth - 1, *s)
@@ -585,8 +589,8 @@ def test_nested_loops_are_tried_once_each(params):
     assert steps(6) < 6 * steps(2)
 
 
-def test_dropout_stays_out_of_custom_rules(params, close):
-    """Their derivatives know of no mask: both passes go without."""
+def test_lora_applies_no_dropout_in_custom_rules(params, close):
+    """A custom derivative rule cannot apply the mask, so no pass applies it."""
     fn = lambda p, x: CUSTOM["custom_vjp"](p, x)
     dropped = lora(fn, dropout=0.5, materialize="allow")
     key = jax.random.key(0)
@@ -596,7 +600,7 @@ def test_dropout_stays_out_of_custom_rules(params, close):
     close(dropped(params, X, dropout_key=key), fn(lj.merge(params), X))
 
 
-def test_casts_stay_factored(params):
+def test_lora_keeps_casts_factored(params):
     low = lambda x: x.astype(jnp.bfloat16)
     fn = lambda p, x: low(x) @ low(p["w"]) + low(p["table"])[IDS[:, :1]].sum(0)
     got, want = lora(fn, materialize="error")(params, X), fn(lj.merge(params), X)
@@ -610,24 +614,24 @@ def rounded(dtype):
 
 HALF, BYTE = rounded("bfloat16"), rounded("float8_e4m3fn")
 ROUNDED = {
-    "a byte": lambda p, x: x @ BYTE(p["w"]),
-    "bits": lambda p, x: x @ lax.reduce_precision(p["w"], 5, 2),
+    "float8": lambda p, x: x @ BYTE(p["w"]),
+    "reduce_precision": lambda p, x: x @ lax.reduce_precision(p["w"], 5, 2),
     "straight through": lambda p, x: (
         x @ (p["w"] + lax.stop_gradient(HALF(p["w"]) - p["w"]))
     ),
-    "what is left out": lambda p, x: 100 * x @ (p["w"] - jax.jit(HALF)(p["w"])),
+    "rounding error": lambda p, x: 100 * x @ (p["w"] - jax.jit(HALF)(p["w"])),
     "one step in a call": lambda p, x: (
         100 * x @ (p["w"] - jax.jit(lambda w: w.astype("float16"))(p["w"]).astype("f4"))
     ),
-    "what is left out of some": lambda p, x: (
+    "rounding error of some columns": lambda p, x: (
         100 * x @ (p["w"] - jnp.where(x[0] < 9, HALF(p["w"]), 0.0))
     ),
-    "what is left out, rounded": lambda p, x: 100 * x @ HALF(p["w"] - HALF(p["w"])),
+    "rounded rounding error": lambda p, x: 100 * x @ HALF(p["w"] - HALF(p["w"])),
 }
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_a_rounding_that_shows_is_of_the_whole_weight(name, params):
+def test_lora_materializes_a_weight_whose_rounding_is_observable(name, params):
     fn = ROUNDED[name]
     with pytest.warns(UserWarning, match="'w' meets 'convert_|'w' meets 'reduce_"):
         got = lora(fn)(params, X)
@@ -647,7 +651,7 @@ def in_a_scan(fn):
     return lambda w, x: [y[0] for y in lax.scan(step(w), 0, jnp.stack([x]))[1]]
 
 
-HANDED_OUT = {
+RETURNED_FROM = {
     "jit": jax.jit,
     "remat": jax.checkpoint,
     "scan": in_a_scan,
@@ -662,10 +666,10 @@ HANDED_OUT = {
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-@pytest.mark.parametrize("name", HANDED_OUT)
-def test_a_rounding_that_shows_outside_of_a_call(name, wrap, params, close):
-    """A body does not know what becomes of a weight that it hands out."""
-    call, byte = HANDED_OUT[name], lambda w: lax.stop_gradient(BYTE(w))
+@pytest.mark.parametrize("name", RETURNED_FROM)
+def test_lora_rounds_a_weight_exactly_that_a_call_returns(name, wrap, params, close):
+    """Inside a call the uses of a returned weight are unknown."""
+    call, byte = RETURNED_FROM[name], lambda w: lax.stop_gradient(BYTE(w))
 
     def step(p, x):
         y, q = call(lambda w, x: (x @ w, w.astype("bfloat16")))(p["w"], x)
@@ -685,8 +689,8 @@ def test_a_rounding_that_shows_outside_of_a_call(name, wrap, params, close):
         close(got, want, atol=1e-2)
 
 
-def test_an_update_has_the_digits_of_its_product(params):
-    """A narrow activation, a wide weight, and a wide result."""
+def test_lora_computes_an_update_in_the_precision_of_its_product(params):
+    """The activation is bfloat16, the weight and the result are float32."""
     x = X.astype(jnp.bfloat16)
     fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
     value = lambda fn: lambda p: jnp.sum(fn(p, x) ** 2)
@@ -713,9 +717,9 @@ def in_float64(w, x):
     return (jax.nn.relu(x @ w) + product(w, x)).astype(jnp.float32)
 
 
-# JAX itself warns of plain products' derivatives.
+# JAX warns in the derivatives of plain products too.
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
-def test_float64_within_a_function(params, close):
+def test_lora_on_float64_within_a_function(params, close):
     def wide(p, x):
         with jax.enable_x64(True):
             w, x = p["w"].astype(jnp.float64), x.astype(jnp.float64)
@@ -730,8 +734,8 @@ def test_float64_within_a_function(params, close):
 
 
 @pytest.mark.parametrize("moved", ["device", "sharding", "space", "sharded"])
-def test_factors_follow_their_weight(moved, close):
-    """From the host's memory, or from another device."""
+def test_lora_moves_factors_with_their_weight(moved, close):
+    """Moves a weight from the host's memory, or from another device."""
     here, there = jax.devices()[:2]
     sharding = jax.sharding.SingleDeviceSharding(here)
     if moved == "sharded":
@@ -750,16 +754,16 @@ def test_factors_follow_their_weight(moved, close):
     x = jax.device_put(X, there if moved == "device" else sharding.device_set.pop())
     x = jax.device_put(X, NamedSharding(mesh, P())) if moved == "sharded" else x
     fn = lambda p, x: x @ jax.device_put(p["w"], end)
-    whole = np.eye(D) + params["w_lora_a"] @ params["w_lora_b"] / 2 * 2
+    merged = np.eye(D) + params["w_lora_a"] @ params["w_lora_b"] / 2 * 2
     adapted = lora(fn, materialize="error")
     for run in (adapted,) if moved == "device" else (adapted, jax.jit(adapted)):
-        np.testing.assert_allclose(run(params, x), X @ whole, atol=1e-5)
+        np.testing.assert_allclose(run(params, x), X @ merged, atol=1e-5)
 
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 OFFLOADED = {
     "product": lambda w, x: x @ jax.device_put(w, DEVICE),
-    "formed": lambda w, x: x @ jnp.tanh(jax.device_put(w, DEVICE)),
+    "materialized": lambda w, x: x @ jnp.tanh(jax.device_put(w, DEVICE)),
     "returned": lambda w, x: w,
     "there and back": lambda w, x: (
         x @ jax.device_put(jax.device_put(2 * jax.device_put(w, DEVICE), HOST), DEVICE)
@@ -769,9 +773,9 @@ OFFLOADED = {
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("name", OFFLOADED)
-def test_gradients_by_an_offloaded_weight(name, wrap, randomized, close):
+def test_lora_gradients_of_an_offloaded_weight(name, wrap, randomized, close):
     if name == "there and back" and wrap is jax.jit:
-        pytest.skip("JAX itself has no derivative of that under jit")
+        pytest.skip("JAX has no derivative of it under jit")
     host = jax.sharding.SingleDeviceSharding(
         jax.devices()[0], memory_kind="pinned_host"
     )
@@ -783,7 +787,7 @@ def test_gradients_by_an_offloaded_weight(name, wrap, randomized, close):
         value = lambda p: jnp.sin(jax.device_put(f(p, X), DEVICE)).sum()
         return wrap(jax.grad(value))(params)
 
-    # Not as one program, of whose derivatives JAX does not know where they are.
+    # Not under `jit`, where JAX loses the memory space of the derivatives.
     merged = lambda p, x: fn(lj.merge(p), x)
     got, want = gradient(lora(fn, materialize="allow")), gradient(merged)
     assert got["w"].sharding.memory_kind == want["w"].sharding.memory_kind
@@ -804,7 +808,7 @@ def folds(w, n):
 
 
 @pytest.mark.parametrize(
-    ("fn", "said"),
+    ("fn", "warns"),
     [
         (lambda w, x: x @ rolls(w, 4), False),
         (lambda w, x: x @ sum(k * jnp.roll(w, k, 1) for k in range(3)), False),
@@ -814,8 +818,8 @@ def folds(w, n):
         (lambda w, x: x @ folds(w, 6), True),
     ],
 )
-def test_never_dearer_than_the_whole_weight(fn, said, close, randomized):
-    """Views of one weight share a factor; what outgrows the weight is formed."""
+def test_lora_costs_no_more_than_the_materialized_weight(fn, warns, close, randomized):
+    """Views of one weight share a factor; a sum with a large rank is materialized."""
     x = np.ones((64, 16), np.float32)
     params = randomized(lj.lorafy({"w": jnp.ones((16, 16)) / 8}, 4, targets="*"))
     fn = functools.partial(lambda fn, p, x: fn(p["w"], x), fn)
@@ -825,15 +829,14 @@ def test_never_dearer_than_the_whole_weight(fn, said, close, randomized):
         flops.append(compiled.cost_analysis()["flops"])
     assert flops[0] <= 2 * flops[1]
     close(lora(fn, materialize="allow")(params, x), on_merged(fn)(params, x), 1e-4)
-    if said:
+    if warns:
         with pytest.warns(UserWarning, match="'w' meets 'add'"):
             lora(fn)(params, x)
     else:
         lora(fn, materialize="error")(params, x)
 
 
-def test_a_weight_of_a_size_that_is_known_later(randomized, close):
-    """A symbolic batch and vocabulary: exported once, for all."""
+def test_lora_exports_with_a_symbolic_batch_and_vocabulary(randomized, close):
     batch, vocab = jax.export.symbolic_shape("batch, vocab")
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     tree = {
@@ -860,7 +863,7 @@ def model(p, x):
 ADAPTED = functools.partial(lora(model, materialize="error"))
 
 
-def test_jit_and_vmap(params, close):
+def test_lora_under_jit_and_vmap(params, close):
     want = on_merged(model)(params, X)
     close(jax.jit(ADAPTED)(params, X), want)
     close(jax.vmap(ADAPTED, in_axes=(None, 0))(params, X), want)
@@ -870,7 +873,7 @@ def test_jit_and_vmap(params, close):
     close(got[1], on_merged(model)(halved, X))
 
 
-def test_forward_mode_and_second_derivatives(params, close):
+def test_lora_in_forward_mode_and_second_derivatives(params, close):
     adapters, base = lj.split(params)
     direction = jax.tree.map(jnp.ones_like, adapters)
 
@@ -887,7 +890,7 @@ def test_forward_mode_and_second_derivatives(params, close):
     close(got, jax.jit(lambda: derivatives(on_merged(model)))(), atol=1e-3)
 
 
-def test_inside_scan_and_remat(params, close):
+def test_lora_inside_scan_and_remat(params, close):
     def repeated(fn):
         step = jax.checkpoint(lambda x, _: (fn(params, x)[:, :D], None))
         return lambda params, x: lax.scan(step, x, length=2)[0]
@@ -896,7 +899,7 @@ def test_inside_scan_and_remat(params, close):
     close(got, jax.grad(lambda x: repeated(on_merged(model))(params, x).sum())(X))
 
 
-def test_traces_the_function_once(params):
+def test_lora_traces_the_function_once(params):
     counted = chex.assert_max_traces(model, n=1)
     step = jax.jit(jax.grad(lambda p, x: lora(counted)(p, x).sum()))
     step(params, X)
@@ -905,7 +908,7 @@ def test_traces_the_function_once(params):
     step(new_scale, X)
 
 
-def test_calling_a_jitted_function_again_compiles_nothing(params):
+def test_lora_of_a_jitted_function_compiles_once(params):
     compiled = []
     adapted = lora(jax.jit(model))
     adapted(params, X)
@@ -916,26 +919,25 @@ def test_calling_a_jitted_function_again_compiles_nothing(params):
         adapted(params, X)
         assert not any(compiled)
         adapted(params, X[:2])
-        assert any(compiled)  # the listener does hear a compilation
+        assert any(compiled)  # a new shape compiles, so the listener works
     finally:
         jax.monitoring.clear_event_listeners()
 
 
-def test_never_forms_the_update():
-    """XLA counts the FLOPs of two thin products, not of A times B."""
+def test_lora_never_multiplies_the_factors():
+    """XLA counts the FLOPs of two low-rank products, not those of A times B."""
     tokens, d_in, d_out, r = 8, 64, 96, 2
     base = {"kernel": jnp.ones((d_in, d_out))}
     params, x = lj.lorafy(base, r), jnp.ones((tokens, d_in))
     fn = lambda p, x: x @ p["kernel"]
     flops = lambda fn, p: jax.jit(fn).lower(p, x).compile().cost_analysis()["flops"]
     added = flops(lj.lora(fn), params) - flops(fn, base)
-    thin = 2 * tokens * r * (d_in + d_out)
-    assert (
-        thin <= added < 1.2 * thin + r * d_out + tokens * d_out < 2 * d_in * r * d_out
-    )
+    low_rank = 2 * tokens * r * (d_in + d_out)
+    most = 1.2 * low_rank + r * d_out + tokens * d_out
+    assert low_rank <= added < most < 2 * d_in * r * d_out
 
 
-def test_passes_everything_else_through(randomized, close):
+def test_lora_passes_other_arguments_and_results_through(randomized, close):
     class Tag:
         pass
 
@@ -954,7 +956,7 @@ def test_passes_everything_else_through(randomized, close):
     close(got["y"], want["y"])
 
 
-def test_argnums(randomized, close):
+def test_lora_with_argnums(randomized, close):
     base = {"kernel": jnp.ones((D, D))}
     p, q = (randomized(lj.lorafy(base, 2), seed) for seed in (1, 2))
     fn = lambda x, p, q: x @ p["kernel"] @ q["kernel"]
@@ -968,7 +970,7 @@ def test_argnums(randomized, close):
         lj.lora(fn, argnums=())
 
 
-def test_adapters_in_another_argument_are_an_error(randomized, close):
+def test_lora_refuses_adapters_in_another_argument(randomized, close):
     p = randomized(lj.lorafy({"kernel": jnp.ones((D, D))}, 2))
     fn = lambda policy, reference, x: x @ policy["kernel"] - x @ reference["kernel"]
     with pytest.raises(
@@ -980,14 +982,14 @@ def test_adapters_in_another_argument_are_an_error(randomized, close):
     close(lj.lora(fn)(p, base, X), fn(lj.merge(p), base, X))
 
 
-def test_unused_adapter_is_an_error(params):
+def test_lora_refuses_an_unused_adapter(params):
     fn = jax.jit(lambda p, x: (x @ p["w"], p["heads"].shape))
     with pytest.raises(ValueError, match=r"never uses 4 .* 'heads', 'stack', 'table'"):
         lj.lora(fn)(params, X)
     lj.lora(fn, unused="ignore")(params, X)
 
 
-def test_unused_inside_calls_is_an_error(randomized):
+def test_lora_refuses_an_adapter_that_is_unused_inside_calls(randomized):
     base = {"a": {"kernel": jnp.ones((D, D))}, "b": {"kernel": jnp.ones((D, D))}}
     params = randomized(lj.lorafy(base, 2))
 
@@ -1009,29 +1011,29 @@ def test_unused_inside_calls_is_an_error(randomized):
         ({"materialize": True}, "materialize must be 'warn', 'error' or 'allow'"),
     ],
 )
-def test_bad_options(options, message):
+def test_lora_refuses_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         lj.lora(model, **options)
 
 
-def test_a_key_reaches_a_function_that_asks_for_it(params):
+def test_lora_passes_the_key_to_a_function_with_that_argument(params):
     fn = lambda p, x, *, dropout_key=None: (x @ p["w"], dropout_key)
     key = jax.random.key(0)
     assert lora(fn)(params, X, dropout_key=key)[1] == key
     assert lora(fn, dropout=0.5)(params, X)[1] is None
 
 
-def test_scopes_keep_their_names(params):
+def test_lora_keeps_the_names_of_scopes(params):
     def fn(p, x):
         with jax.named_scope("a_layer"):
             return x @ p["w"]
 
     text = jax.jit(lora(fn)).lower(params, X).as_text(debug_info=True)
-    # Newer releases put the name of the product's own jit in between.
+    # Newer releases of JAX insert the name of the product's own jit.
     assert re.search(r"a_layer/(jit\(_dot_general\)/)?dot_general", text)
 
 
-def test_equal_layers_share_one_compiled_function(params):
+def test_lora_shares_one_compiled_function_for_equal_layers(params):
     layer = jax.jit(lambda w, x: jnp.sin(x @ w))
     fn = lambda p, x: layer(p["w"], layer(p["v"], x))
     params = lj.lorafy({"w": jnp.ones((D, D)), "v": jnp.ones((D, D))}, 2, targets="*")
@@ -1041,7 +1043,7 @@ def test_equal_layers_share_one_compiled_function(params):
     ).as_text().count("func.func")
 
 
-def test_one_warning_for_a_call_with_its_places(params):
+def test_lora_warns_once_for_a_call_with_all_source_lines(params):
     def fn(p, x):
         y = jnp.tanh(p["w"]).sum() + jnp.sort(p["w"], axis=0).sum()
         return y + sum(jnp.exp(w).sum() for w in p["stack"]) + p["table"].max()
@@ -1058,30 +1060,30 @@ def test_one_warning_for_a_call_with_its_places(params):
     assert "'table' meets 'reduce_max'" in text
 
 
-def test_effects_keep_their_order_and_count(params):
-    told = []
+def test_lora_keeps_the_order_and_count_of_effects(params):
+    seen = []
 
     def fn(p, x):
         def body(c, w):
             jax.debug.callback(
-                lambda n: told.append(int(n)), jnp.int32(2), ordered=True
+                lambda n: seen.append(int(n)), jnp.int32(2), ordered=True
             )
             return jnp.sin(c @ w), None
 
-        jax.debug.callback(lambda n: told.append(int(n)), jnp.int32(1), ordered=True)
+        jax.debug.callback(lambda n: seen.append(int(n)), jnp.int32(1), ordered=True)
         x = lax.scan(body, jnp.sin(x @ p["w"]), p["stack"])[0]
-        jax.debug.callback(lambda n: told.append(int(n)), jnp.int32(3), ordered=True)
+        jax.debug.callback(lambda n: seen.append(int(n)), jnp.int32(3), ordered=True)
         return x
 
     for call in (lora(fn), jax.jit(lora(fn))):
-        told.clear()
+        seen.clear()
         jax.block_until_ready(call(params, X))
         jax.effects_barrier()
-        assert told == [1, *[2] * LAYERS, 3]
+        assert seen == [1, *[2] * LAYERS, 3]
 
 
-def test_a_function_without_adapted_weights_is_the_same_program(params):
-    """Whatever else it does: XLA compiles the very same thing."""
+def test_lora_of_a_function_without_adapted_weights_is_the_same_program(params):
+    """XLA compiles the same program for `fn` and `lora(fn)`."""
 
     def fn(p, x):
         step = jax.checkpoint(lambda c, w: (jnp.sin(c @ w), c.sum()))
@@ -1097,8 +1099,8 @@ def test_a_function_without_adapted_weights_is_the_same_program(params):
     assert body(program(lora(fn), tree)) == body(program(fn, base))
 
 
-def test_returned_and_changed_parameters(params, close):
-    """What comes back is plain; what the function does to its tree stays its own."""
+def test_lora_returns_materialized_weights_and_keeps_its_argument(params, close):
+    """A function that changes its parameters changes only its own copy of the tree."""
 
     def fn(p, x):
         p["w"] = p["w"] * 2
@@ -1116,7 +1118,7 @@ def test_returned_and_changed_parameters(params, close):
         lora(fn, materialize="error")(tree, X)
 
 
-def test_parameters_that_are_no_arrays(params, close):
+def test_lora_with_parameters_that_are_no_arrays(params, close):
     marks = {"name": "model", "depth": 3, "act": jnp.sin, "none": None, "rate": 0.5}
 
     def fn(p, x):
@@ -1130,8 +1132,7 @@ def test_parameters_that_are_no_arrays(params, close):
     close(lora(fn)(tree, X), fn(lj.merge(tree), X))
 
 
-def test_a_function_that_is_another_each_time(params, close):
-    """Each call is traced once, so that it is one function and not two halves."""
+def test_lora_of_an_impure_function_traces_once_per_call(params, close):
     calls = []
 
     def fn(p, x):
@@ -1144,7 +1145,7 @@ def test_a_function_that_is_another_each_time(params, close):
     assert len(calls) == 2
 
 
-def test_adapters_that_fit_no_weight_are_an_error(params):
+def test_lora_refuses_adapters_that_do_not_fit(params):
     broken = params | {"w_lora_a": jnp.ones((D + 1, 2))}
     with pytest.raises(ValueError, match="adapter of 'w' does not fit"):
         lora(model)(broken, X)
@@ -1152,12 +1153,12 @@ def test_adapters_that_fit_no_weight_are_an_error(params):
         lora(model)({k: x for k, x in params.items() if k != "w_lora_b"}, X)
 
 
-def test_no_adapters_is_an_error():
+def test_lora_refuses_parameters_without_adapters():
     with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy"):
         lj.lora(model)({"w": jnp.ones((D, D))}, X)
 
 
-def test_dropout_acts_on_the_adapter_alone_and_when_asked(params, close):
+def test_lora_applies_dropout_to_the_adapter_if_given_a_key(params, close):
     dropped = lora(model, dropout=0.5)
     close(dropped(params, X), ADAPTED(params, X))
     first, second = (dropped(params, X, dropout_key=jax.random.key(i)) for i in (0, 1))
@@ -1169,7 +1170,7 @@ def test_dropout_acts_on_the_adapter_alone_and_when_asked(params, close):
     close(none, ADAPTED(params, X))
 
 
-def test_dropout_keeps_the_mean(params):
+def test_lora_dropout_keeps_the_mean(params):
     fn = lambda p, x: x @ p["w"]
     dropped = lora(fn, dropout=0.3)
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -1178,7 +1179,7 @@ def test_dropout_keeps_the_mean(params):
     assert (error < 5 * ys.std(0) / np.sqrt(len(keys)) + 1e-6).all()
 
 
-def test_dropout_differs_from_use_to_use(params):
+def test_lora_dropout_differs_between_uses(params):
     def fn(p, x):
         first, second = x @ p["w"], x @ p["w"]
         steps = lax.scan(lambda c, _: (c, x @ p["w"]), 0, length=3)[1]
@@ -1196,7 +1197,7 @@ class Block(nn.Module):
 
 
 class Stacked(nn.Module):
-    """Embedding, scanned and rematerialised layers, tied head."""
+    """An embedding, scanned and rematerialized layers, and a tied head."""
 
     @nn.compact
     def __call__(self, ids):
@@ -1211,7 +1212,7 @@ class Stacked(nn.Module):
         return embed.attend(x)
 
 
-def test_scanned_rematerialized_linen_model(randomized, close):
+def test_lora_of_a_scanned_rematerialized_linen_model(randomized, close):
     base = jax.jit(Stacked().init)(jax.random.key(0), IDS)
     axes = {"params/layers/dense/kernel": lj.Axes((0,), (1,), (2,))}
     with pytest.raises(
@@ -1229,7 +1230,7 @@ def test_scanned_rematerialized_linen_model(randomized, close):
     close(grad(apply), grad(on_merged(Stacked().apply)), atol=1e-4)
 
 
-def test_boxed_parameters_stay_boxed(close, randomized):
+def test_lora_with_boxed_parameters(close, randomized):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     dense = nn.Dense(D, kernel_init=init)
     params = randomized(lj.lorafy(dense.init(jax.random.key(0), X), 2))
@@ -1237,7 +1238,7 @@ def test_boxed_parameters_stay_boxed(close, randomized):
     close(lj.lora(dense.apply)(params, X), dense.apply(lj.merge(params), X))
 
 
-def test_nnx_model(close, randomized):
+def test_lora_of_an_nnx_model(close, randomized):
     graph, state = nnx.split(nnx.Linear(D, D, rngs=nnx.Rngs(0)))
     fn = lambda state, x: nnx.merge(graph, state)(x)
     params = randomized(lj.lorafy(state, 2))
@@ -1246,7 +1247,7 @@ def test_nnx_model(close, randomized):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters(kind, close):
+def test_lora_with_sharded_parameters(kind, close):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     rng = np.random.default_rng(0)
@@ -1282,8 +1283,8 @@ def lora_names(name):
     return [name] if "lora" in name and "scale" not in name else []
 
 
-def test_a_mesh_of_explicit_axes_needs_no_context(randomized):
-    """As for the plain function: types alone tell what is where."""
+def test_lora_on_a_mesh_of_explicit_axes_needs_no_context(randomized):
+    """As for the plain function, the types contain all shardings."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     base = {"w": put(jnp.ones((4, 8)), None, "y")}
@@ -1294,8 +1295,8 @@ def test_a_mesh_of_explicit_axes_needs_no_context(randomized):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_a_barrier_takes_parts_that_vary_along_other_axes(randomized):
-    """A weight cut along its outputs: the factor of its inputs is not cut."""
+def test_lora_on_a_barrier_with_parts_that_vary_along_other_axes(randomized):
+    """A weight is split along its outputs, so its `lora_a` is not split."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     cut = P(None, "x")
 
@@ -1309,14 +1310,14 @@ def test_a_barrier_takes_parts_that_vary_along_other_axes(randomized):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-# Weights in few bits: each kind in another format, in blocks of its inputs.
+# Quantized weights: each kind in another format, in blocks of its inputs.
 
 BLOCKS = {"w": (2, D), "table": (VOCAB, 2), "stack": (LAYERS, 2, D)}
 BLOCKS |= {"heads": (1, 2, 3), "window": (3, 2, D)}
-# Where weights of two formats take turns in a loop's carry, they are whole.
+# Weights of two formats that alternate in a loop's carry are dequantized.
 MIXED = {"swapped each time"}
-# A choice of those where the storage is not passed over: the fuzzer draws the rest.
-FEW_BITS = [
+# A selection of programs in which the storage matters; the fuzzer draws the rest.
+QUANTIZED = [
     *("product", "attention", "merged heads", "split heads", "scalars", "filled"),
     *("tied head", "chosen layer", "expert of each example", "fused projections"),
     *("read in another order", "two weights summed", "ragged experts", "convolution"),
@@ -1330,76 +1331,78 @@ FEW_BITS = [
 @pytest.fixture
 def stored(params):
     kinds = dict(zip(BLOCKS, ["nf4", "int8", "int4", "nf4", "int8"], strict=True))
-    few = {n: quantize_array(params[n], kinds[n], BLOCKS[n]) for n in BLOCKS}
-    return params | few
+    quantized = {n: quantize_array(params[n], kinds[n], BLOCKS[n]) for n in BLOCKS}
+    return params | quantized
 
 
-@pytest.mark.parametrize("name", FEW_BITS)
-def test_weights_in_few_bits_equal_merged(name, stored, close):
-    """With adapters, and the input's gradient without any, in one compilation."""
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_lora_on_quantized_weights_equals_merged(name, stored, close):
+    """Compares values and gradients, with adapters and without, in one compilation."""
     fn = (FACTORED | CUSTOM | MATERIALIZED)[name]
     strict = name in FACTORED and name not in MIXED
     adapted = lora(fn, materialize="error" if strict else "allow")
-    bare = {n: stored[n] for n in BLOCKS}
+    without_adapters = {n: stored[n] for n in BLOCKS}
 
     @jax.jit
-    def all_of_it(params, bare, x):
+    def both(params, base, x):
         values = adapted(params, x), fn(lj.merge(params), x)
         if name in NO_GRADIENT:
-            return values, (lora(fn)(bare, x), fn(lj.merge(bare), x))
+            return values, (lora(fn)(base, x), fn(lj.merge(base), x))
         fns = adapted, on_merged(fn)
         return values, tuple(gradients(loss(f), params, x) for f in fns)
 
-    for pair in all_of_it(stored, bare, X):
+    for pair in both(stored, without_adapters, X):
         close(*pair, atol=2e-4)
 
 
-def few_bits_model(p, x):
+def quantized_model(p, x):
     x = jnp.sin(p["table"][IDS[0]] @ p["w"] + x[:2] @ p["w"])
     layer = jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), None))
     return lax.scan(layer, x, p["stack"])[0] @ p["table"].T
 
 
-def test_few_bits_equal_the_dequantized_bit_for_bit(stored):
-    """Values and the adapters' gradients, with no adapter and with some."""
+def test_lora_on_quantized_weights_equals_dequantized(stored):
+    """Compares values and the adapters' gradients, with adapters and without."""
 
     def both(params):
-        fn = lora(few_bits_model)
+        fn = lora(quantized_model)
         total = lambda a: jnp.sin(fn(lj.combine(a, lj.split(params)[1]), X)).sum()
         return fn(params, X), jax.grad(total)(lj.split(params)[0])
 
-    few, floats = jax.jit(both)(stored), jax.jit(both)(lj.dequantize(stored))
-    for x, y in zip(jax.tree.leaves(few), jax.tree.leaves(floats), strict=True):
+    quantized, floats = jax.jit(both)(stored), jax.jit(both)(lj.dequantize(stored))
+    for x, y in zip(jax.tree.leaves(quantized), jax.tree.leaves(floats), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
-    bare = {n: stored[n] for n in BLOCKS}
-    got = jax.jit(lora(few_bits_model))(bare, X)
-    np.testing.assert_allclose(got, few_bits_model(lj.dequantize(bare), X), atol=1e-5)
+    base = {n: stored[n] for n in BLOCKS}
+    got = jax.jit(lora(quantized_model))(base, X)
+    np.testing.assert_allclose(got, quantized_model(lj.dequantize(base), X), atol=1e-5)
     with pytest.raises(ValueError, match="no adapters"):
-        lora(few_bits_model)(lj.dequantize(bare), X)
+        lora(quantized_model)(lj.dequantize(base), X)
 
 
-def test_few_bits_in_forward_mode_vmap_and_second_derivatives(stored, close):
+def test_lora_on_quantized_weights_in_forward_mode_vmap_and_second_derivatives(
+    stored, close
+):
     adapters, base = lj.split(stored)
     direction = jax.tree.map(jnp.ones_like, adapters)
     both = jax.tree.map(lambda x: jnp.stack([x, x / 2]), adapters)
 
     @jax.jit
-    def all_of_it():
+    def compared():
         def derivatives(fn):
             run = lambda a: fn(lj.combine(a, base), X)
             scalar = lambda a: jnp.sin(run(a)).sum()
             slope = lambda a: jax.jvp(scalar, (a,), (direction,))[1]
             return slope(adapters), jax.grad(slope)(adapters), jax.vmap(run)(both)
 
-        fns = lora(few_bits_model), on_merged(few_bits_model)
+        fns = lora(quantized_model), on_merged(quantized_model)
         return [derivatives(fn) for fn in fns]
 
-    close(*all_of_it(), atol=1e-3)
+    close(*compared(), atol=1e-3)
 
 
-def test_few_bits_are_traced_once_and_never_kept_whole(stored):
-    """A residual of a weight's size would be the plain weight, or a stack of them."""
-    counted = chex.assert_max_traces(few_bits_model, n=1)
+def test_lora_on_quantized_weights_traces_once_and_saves_no_dequantized_weight(stored):
+    """A float residual of a weight's size would be a dequantized weight or a stack."""
+    counted = chex.assert_max_traces(quantized_model, n=1)
     run = lambda a: lora(counted)(lj.combine(a, base), X).sum()
     adapters, base = lj.split(stored)
     program = str(jax.make_jaxpr(jax.grad(run))(adapters))
@@ -1421,8 +1424,8 @@ def test_few_bits_are_traced_once_and_never_kept_whole(stored):
     assert max(x.size for x in floats) < 64 * 64
 
 
-def test_constants_come_out_as_arrays():
-    """In a jaxpr they are numbers, of NumPy's or of JAX's own."""
+def test_lora_returns_constants_as_arrays():
+    """In a jaxpr constants are literals, of NumPy's types or of JAX's own."""
     params = lj.lorafy({"kernel": jnp.ones((3, 3))}, 1)
 
     def fn(params):
@@ -1437,7 +1440,7 @@ def test_constants_come_out_as_arrays():
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit])
 def test_lora_takes_float64_of_numpy_as_jax_does(wrap, close):
-    """Under x64 random bits, ranges and results would have other values and dtypes."""
+    """Under x64, random bits, ranges and results would have other values and dtypes."""
 
     def fn(params, x):
         y = x @ params["w"]
@@ -1456,7 +1459,7 @@ def test_lora_takes_float64_of_numpy_as_jax_does(wrap, close):
     dtypes = lambda tree: [jnp.result_type(x) for x in tree]
     assert dtypes(got) == dtypes(want)
     close(got, want)
-    with jax.enable_x64(True):  # where it is on, float64 it is
+    with jax.enable_x64(True):  # if x64 is enabled, the result is float64
         run = lj.lora(lambda p: p["w"] * 2.0, materialize="allow")
         assert run(params).dtype == np.float64
 
@@ -1524,7 +1527,7 @@ def closing_over_a_weight(params, x):
 
 
 @pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit])
-def test_lora_runs_a_rule_that_closes_over_a_weight_or_names_it(wrap, params, close):
+def test_lora_on_a_rule_that_closes_over_a_weight(wrap, params, close):
     params = {name: params[name] for name in params if name[0] == "w"}
     params = {k: v for k, v in params.items() if not k.startswith("window")}
     total = lambda run: wrap(jax.value_and_grad(lambda x: run(x).sum()))

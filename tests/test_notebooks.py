@@ -1,4 +1,4 @@
-"""Every notebook runs as a reader runs it, and is stored as such a run left it."""
+"""Every notebook runs without warnings, and is stored with the outputs of a run."""
 
 import re
 import tomllib
@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# "STEPS = 200  # 4 in the tests": what a line of the first cells says, the tests do.
+# Tests replace a value by that in a comment, as in "STEPS = 200  # 4 in the tests".
 SHORTER = re.compile(r"^(\w+ = ).+  # (.+) in the tests$", re.MULTILINE)
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -25,29 +25,29 @@ def outputs(book):
 
 
 def text(output):
-    """What an output says, but for its pictures."""
+    """Returns the text of an output, without its pictures."""
     return output.get("text", "") + output.get("data", {}).get("text/plain", "")
 
 
 def drawn(book):
-    """How many pictures each cell draws."""
+    """Returns the number of pictures of each cell."""
     return [
         sum("image/png" in output.get("data", {}) for output in cell.outputs)
         for cell in code(book)
     ]
 
 
-# One is what Colab has; the notebook on sharding must be right there as well.
+# Colab has one device, and the notebook on sharding must run there as well.
 RUNS = [(path, 8) for path in NOTEBOOKS]
 RUNS += [(path, 1) for path in NOTEBOOKS if path.stem == "03_colab_tpu"]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of what runs the kernel, in this process
+@pytest.mark.filterwarnings("ignore")  # from nbclient, in this process
 @pytest.mark.parametrize(("path", "devices"), RUNS, ids=lambda x: getattr(x, "stem", x))
-def test_runs(path, devices, monkeypatch):
-    # A kernel starts with this environment. Here much compiles and little is computed;
-    # there it is the other way around.
+def test_notebook_runs(path, devices, monkeypatch):
+    # A kernel starts with this environment. The XLA flags of the tests make compiling
+    # fast and programs slow, but notebooks compute more than they compile.
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
@@ -60,31 +60,31 @@ def test_runs(path, devices, monkeypatch):
         if "install" in cell.metadata.get("tags", []):
             cell.source = ""
     options = {"timeout": 300, "kernel_name": "python3"}
-    place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(book, resources=place, **options).execute()
-    said = "".join(text(output) for _, output in outputs(book))
-    assert "Warning" not in said, said
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(book, resources=resources, **options).execute()
+    printed = "".join(text(output) for _, output in outputs(book))
+    assert "Warning" not in printed, printed
     assert drawn(book) == stored
     if path.stem == "03_colab_tpu":
-        assert f"{devices} x cpu" in said
+        assert f"{devices} x cpu" in printed
 
 
 @each
-def test_is_stored_as_a_run_left_it(path):
+def test_notebook_is_stored_with_the_outputs_of_a_run(path):
     assert path.stat().st_size < 150_000
     book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
     assert all(output.output_type != "error" for _, output in outputs(book))
     assert sum(drawn(book)) > 0
-    said = "".join(text(output) for _, output in outputs(book))
-    assert not re.search(r"Warning|(?<![\w.])/(home|root|tmp|work)/", said)
+    printed = "".join(text(output) for _, output in outputs(book))
+    assert not re.search(r"Warning|(?<![\w.])/(home|root|tmp|work)/", printed)
     # All cells ran, once, from the first to the last.
     counts = [cell.execution_count for cell in code(book)]
     assert counts == list(range(1, len(counts) + 1))
 
 
 @each
-def test_begins_with_a_badge_and_an_install(path):
+def test_notebook_begins_with_a_badge_and_an_install(path):
     title, install, *rest = nbformat.read(path, as_version=4).cells
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     home = project["urls"]["Repository"]
@@ -99,15 +99,15 @@ def test_begins_with_a_badge_and_an_install(path):
 
 
 @each
-def test_leads_on_and_only_to_what_there_is(path):
+def test_notebook_links_to_another_one_and_to_existing_files(path):
     cells = nbformat.read(path, as_version=4).cells
-    said = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", said)
+    prose = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", prose)
     assert any(link in {other.name for other in NOTEBOOKS} for link in links)
     assert all((path.parent / link).is_file() for link in links)
 
 
-def test_each_is_in_the_readme():
+def test_notebooks_are_listed_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [f"notebooks/{path.name}" for path in NOTEBOOKS] == list(
         dict.fromkeys(re.findall(r"notebooks/\w+\.ipynb", readme))

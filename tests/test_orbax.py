@@ -1,4 +1,4 @@
-"""Orbax stores adapters, optimizer states and quantized bases, and restores them."""
+"""Orbax saves and restores adapters, optimizer states and quantized bases."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Orbax's own
+    pytest.mark.filterwarnings("ignore"),  # warnings of Orbax
     pytest.mark.usefixtures("optax_promotion"),
 ]
 
@@ -23,17 +23,17 @@ def fn(params, x):
 
 
 def on_mesh(*sizes):
-    """Where each weight of the base is, on a mesh of the first devices."""
+    """Returns the sharding of each weight of the base, on a mesh of some devices."""
     devices = jax.devices()[: np.prod(sizes)]
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh(sizes, ("x", "y"), axis_types=auto, devices=devices)
-    place = lambda *axes: NamedSharding(mesh, P(*axes))
-    scale = {"scale": place("y")}
-    return {"up": {"kernel": place("x", "y")}, "norm": scale, "head": place()}
+    sharding = lambda *axes: NamedSharding(mesh, P(*axes))
+    scale = {"scale": sharding("y")}
+    return {"up": {"kernel": sharding("x", "y")}, "norm": scale, "head": sharding()}
 
 
-def start(alpha, places=None):
-    """What a new process loads: the base, with fresh adapters."""
+def start(alpha, shardings=None):
+    """Returns the base with new adapters, as a new process loads it."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     base = {
@@ -41,7 +41,7 @@ def start(alpha, places=None):
         "norm": {"scale": draw(8)},
         "head": draw(8, 2),
     }
-    base = jax.device_put(base, places)  # or nowhere in particular
+    base = jax.device_put(base, shardings)
     return lj.lorafy(base, 2, alpha=alpha, also="head")
 
 
@@ -72,16 +72,16 @@ def restore(path, *like):
 
 WHERE = {
     "one device": (None, False),
-    "a mesh, where XLA likes": ((2, 4), False),
+    "a mesh, XLA's choice": ((2, 4), False),
     "a mesh, out_shardings": ((2, 4), True),
 }
 
 
 @pytest.mark.parametrize("name", WHERE)
-def test_training_resumes_with_the_very_same_step(tmp_path, name, close):
+def test_detach_and_attach_resume_training_with_the_same_step(tmp_path, name, close):
     sizes, pinned = WHERE[name]
-    places = on_mesh(*sizes) if sizes else None
-    params = start(alpha=6, places=places)
+    shardings = on_mesh(*sizes) if sizes else None
+    params = start(alpha=6, shardings=shardings)
     state = TX.init(params)
     out = jax.tree.map(lambda x: x.sharding, (params, state))
     step = make_step(out_shardings=(*out, None)) if pinned else make_step()
@@ -92,27 +92,27 @@ def test_training_resumes_with_the_very_same_step(tmp_path, name, close):
     *want, _ = step(params, state)
 
     # In a new process: another alpha, which the checkpoint overrides.
-    params = start(alpha=1, places=places)
+    params = start(alpha=1, shardings=shardings)
     like = {"adapters": lj.detach(params), "optimizer": TX.init(params)}
     found = restore(tmp_path / "step", like)
     params = lj.attach(found["adapters"], lj.strip(params))
     assert params["up"]["lora_scale"] == 3
     *got, _ = step(params, found["optimizer"])
     close(got, want, atol=1e-6)
-    if name == "a mesh, where XLA likes":
-        return  # it may sum over the devices in another order after the first step
+    if name == "a mesh, XLA's choice":
+        return  # XLA may sum over the devices in another order after the first step
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         np.testing.assert_array_equal(x, y)
 
 
-def test_training_resumes_on_another_mesh(tmp_path):
-    params = start(alpha=6, places=on_mesh(2, 4))
+def test_detach_and_attach_resume_training_on_another_mesh(tmp_path):
+    params = start(alpha=6, shardings=on_mesh(2, 4))
     params, state, _ = make_step()(params, TX.init(params))
     save(tmp_path / "step", params, state)
     *_, want = make_step()(params, state)
 
-    params = start(alpha=6, places=on_mesh(1, 2))
+    params = start(alpha=6, shardings=on_mesh(1, 2))
     like = {"adapters": lj.detach(params), "optimizer": TX.init(params)}
     found = restore(tmp_path / "step", like)
     params = lj.attach(found["adapters"], lj.strip(params))
@@ -121,8 +121,8 @@ def test_training_resumes_on_another_mesh(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-def test_the_half_of_split_resumes_once_scalars_are_on_the_mesh(tmp_path, close):
-    params, tx = start(alpha=6, places=on_mesh(2, 4)), optax.adam(0.1)
+def test_split_adapters_resume_if_scalars_are_on_the_mesh(tmp_path, close):
+    params, tx = start(alpha=6, shardings=on_mesh(2, 4)), optax.adam(0.1)
     adapters, base = lj.split(params)
     everywhere = params["head"].sharding
 
@@ -144,7 +144,7 @@ def test_the_half_of_split_resumes_once_scalars_are_on_the_mesh(tmp_path, close)
     close(step(*found), step(*kept), atol=1e-6)
 
 
-def test_without_a_target_orbax_restores_plain_containers(tmp_path):
+def test_attach_what_orbax_restores_without_a_target(tmp_path):
     params = start(alpha=6)
     state = TX.init(params)
     save(tmp_path / "step", params, state)
@@ -162,7 +162,7 @@ def test_without_a_target_orbax_restores_plain_containers(tmp_path):
 AXES = {"stack/kernel": lj.Axes((0,), (1,), (2,))}
 
 
-def base_of(sharded):
+def make_base(sharded):
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     base = {
@@ -172,8 +172,8 @@ def base_of(sharded):
     if sharded:
         mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
         spec = {1: P(), 2: P("x", "y"), 3: P("y", None, "x")}
-        place = lambda x: NamedSharding(mesh, spec[x.ndim])
-        base = jax.tree.map(lambda x: jax.device_put(x, place(x)), base)
+        sharding = lambda x: NamedSharding(mesh, spec[x.ndim])
+        base = jax.tree.map(lambda x: jax.device_put(x, sharding(x)), base)
     return base
 
 
@@ -184,7 +184,7 @@ def shapes(tree):
     )
 
 
-def stored_in(folder, tree):
+def save_base(folder, tree):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "base", tree)
     return folder / "base"
@@ -195,14 +195,14 @@ def restored(path, *target):
         return checkpointer.restore(path, *target)
 
 
-@pytest.mark.filterwarnings("ignore")  # Orbax's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Orbax
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
-def test_a_quantized_base_is_restored_bit_for_bit(tmp_path, how, sharded):
-    """Into shapes, which no weight has been made for, and on the same devices."""
-    base = base_of(sharded)
+def test_quantize_of_shapes_is_a_target_to_restore_a_base(tmp_path, how, sharded):
+    """Restores the same bits on the same devices; the target contains no arrays."""
+    base = make_base(sharded)
     quantized = lj.quantize(base, how, axes=AXES, block=4)
-    path = stored_in(tmp_path, quantized)
+    path = save_base(tmp_path, quantized)
     target = lj.quantize(shapes(base), how, axes=AXES, block=4)
     got = restored(path, target)
     assert jax.tree.structure(got) == jax.tree.structure(quantized)
@@ -216,9 +216,9 @@ def test_a_quantized_base_is_restored_bit_for_bit(tmp_path, how, sharded):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
-def test_a_quantized_base_is_restored_in_no_other_format(tmp_path, how):
-    base = base_of(False)
-    path = stored_in(tmp_path, lj.quantize(base, how, axes=AXES, block=4))
+def test_quantize_in_another_format_is_no_target(tmp_path, how):
+    base = make_base(False)
+    path = save_base(tmp_path, lj.quantize(base, how, axes=AXES, block=4))
     for other in {"int8", "int4", "nf4"} - {how}:
         target = lj.quantize(shapes(base), other, axes=AXES, block=4)
         with pytest.raises(ValueError, match=f"kernel.{other}"):
@@ -226,10 +226,10 @@ def test_a_quantized_base_is_restored_in_no_other_format(tmp_path, how):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_that_was_restored_without_a_target_is_refused(tmp_path):
-    base = base_of(False)
+def test_dequantize_refuses_a_base_restored_without_a_target(tmp_path):
+    base = make_base(False)
     quantized = lj.quantize(base, "nf4", axes=AXES, block=4)
-    loose = restored(stored_in(tmp_path, quantized))
+    loose = restored(save_base(tmp_path, quantized))
     match = (
         r"'(up|stack)/kernel' is a mapping with 'nf4' and 'scale'.*Restore with a tar"
     )

@@ -1,4 +1,4 @@
-"""The package keeps its own rules."""
+"""The package follows its own rules on imports, file order and documentation."""
 
 import ast
 import inspect
@@ -20,17 +20,17 @@ PEFT = (
     "names modules layouts plan config folder checks export parts import_ checkpoint "
     "proofs nearest twins patterns find"
 ).split()
-# The rooms in the order of the data flow; a wing is a room.
-ROOMS = (
+# The modules and sub-packages in the order of the data flow.
+MODULES = (
     "_engine _tree _adapters _arguments _targets _processes _lorafy _state _quantize "
     "_axes _lora _explain _layers _split _optimizer _merge _live _module _arithmetic "
     "_stack _svd _detach _sample _write _save _peft"
 ).split()
-WINGS = {"_engine": ENGINE, "_peft": PEFT}
+PACKAGES = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [
-    f"{room}.{name}" if name else room
-    for room in ROOMS
-    for name in WINGS.get(room, [""])
+    f"{module}.{name}" if name else module
+    for module in MODULES
+    for name in PACKAGES.get(module, [""])
 ]
 PUBLIC = {name: x for name, x in vars(lj).items() if name[0] != "_" and callable(x)}
 LAYERS = {"Dense", "DenseGeneral", "Embed", "Conv", "Einsum"}
@@ -44,7 +44,7 @@ def source(name):
 
 
 def imports(path):
-    """The modules that a file imports, also as names out of their folders."""
+    """Yields the modules that a file imports, also by `from package import module`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             folder = PACKAGE.parent.joinpath(*node.module.split(".")).is_dir()
@@ -61,20 +61,20 @@ def own_imports(name):
     return {m.removeprefix("lora_jax.") for m in found}
 
 
-def test_the_order_names_every_file():
+def test_package_order_lists_every_file():
     files = {path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
     assert files == {*map(source, ORDER)}
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {
         "__pycache__"
-    } == {*WINGS}
+    } == {*PACKAGES}
 
 
-def test_a_file_imports_only_from_those_above_it():
+def test_package_file_imports_only_from_files_above_it():
     wrong = {name: own_imports(name) - {*ORDER[:i]} for i, name in enumerate(ORDER)}
     assert not {name: found for name, found in wrong.items() if found}
 
 
-def test_the_engine_knows_no_tree_no_file_and_no_optimizer():
+def test_package_engine_imports_no_trees_files_or_optimizers():
     foreign = {"optax", "safetensors", "json", "pathlib", "tempfile"}
     wrong = {}
     for name in ENGINE:
@@ -87,7 +87,7 @@ def test_the_engine_knows_no_tree_no_file_and_no_optimizer():
     assert not wrong
 
 
-def test_only_the_engine_reads_a_jaxpr():
+def test_package_reads_jaxprs_only_in_the_engine():
     wrong = {}
     for name in ORDER:
         nodes = ast.walk(ast.parse(source(name).read_text()))
@@ -100,7 +100,7 @@ def test_only_the_engine_reads_a_jaxpr():
     assert not wrong
 
 
-def test_the_way_to_peft_knows_no_jaxpr():
+def test_package_peft_imports_no_jaxprs():
     allowed = {"_engine.factors", "_engine.quantized"}
     wrong = {}
     for name in PEFT:
@@ -110,7 +110,7 @@ def test_the_way_to_peft_knows_no_jaxpr():
     assert not wrong
 
 
-def test_jax_internals_stay_outside():
+def test_package_uses_no_jax_internals():
     wrong = {}
     for name in ORDER:
         modules = set(imports(source(name)))
@@ -122,44 +122,44 @@ def test_jax_internals_stay_outside():
     assert not wrong
 
 
-def test_only_jaxpr_knows_releases_of_jax():
+def test_package_asks_for_the_release_of_jax_in_jaxpr_alone():
     """No other file asks what this release of JAX has, or reads what only some have."""
     asks = re.compile(r"__version__|hasattr\((jax|lax|jnp)\b|eqn\.params\.get\(")
     found = {name: asks.findall(source(name).read_text()) for name in ORDER}
     assert [name for name, hits in found.items() if hits] in ([], ["_engine.jaxpr"])
 
 
-def test_a_wing_has_its_map():
-    for wing, names in WINGS.items():
-        path = PACKAGE / wing / "__init__.py"
+def test_package_docstring_lists_the_files_of_a_sub_package():
+    for package, names in PACKAGES.items():
+        path = PACKAGE / package / "__init__.py"
         listed = re.findall(r"^  (\w+)\.py +\S", path.read_text(), re.MULTILINE)
         assert listed == names
 
 
-def test_init_is_a_table_of_contents():
+def test_package_init_contains_only_imports_in_order():
     body = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assert all(isinstance(node, ast.ImportFrom) for node in body[1:])
     order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in body[1:]]
-    # Quantized and Axes stand first as the types that the rest speaks of.
+    # Quantized and Axes come first, because other functions use these types.
     assert order == sorted(order)
 
 
-def test_tests_stand_in_the_same_tree():
-    """A folder of tests for each folder of files; what spans files stands on top."""
+def test_package_tests_have_the_same_folders():
+    """Each folder of files has a folder of tests; tests across files are at the top."""
     tests = pathlib.Path(__file__).parent
     for path in tests.rglob("test_*.py"):
         folder, stem = path.parent.relative_to(tests), path.stem.removeprefix("test_")
         if folder.parts[:1] == ("benchmarks",):
-            place = PACKAGE.parent / folder
+            source_folder = PACKAGE.parent / folder
         else:
-            place = PACKAGE.joinpath(*(f"_{part}" for part in folder.parts))
-        assert place.is_dir(), path
-        named = {p.stem.removeprefix("_") for p in PACKAGE.rglob("*.py")}
-        beside = {p.stem.removeprefix("_") for p in place.glob("*.py")}
-        assert stem in beside or stem.removeprefix("_") not in named, path
+            source_folder = PACKAGE.joinpath(*(f"_{part}" for part in folder.parts))
+        assert source_folder.is_dir(), path
+        everywhere = {p.stem.removeprefix("_") for p in PACKAGE.rglob("*.py")}
+        here = {p.stem.removeprefix("_") for p in source_folder.glob("*.py")}
+        assert stem in here or stem.removeprefix("_") not in everywhere, path
 
 
-def test_options_are_keyword_only():
+def test_package_options_are_keyword_only():
     wrong = []
     for name in sorted(FUNCTIONS):
         for parameter in inspect.signature(PUBLIC[name]).parameters.values():
@@ -170,14 +170,14 @@ def test_options_are_keyword_only():
     assert not wrong
 
 
-def test_docstrings_have_an_example():
+def test_package_docstrings_have_an_example():
     for name, x in PUBLIC.items():
         doc = inspect.getdoc(x)
         assert name in ("Axes", "Count", "Kept", "Report") or ">>> " in doc, name
         assert doc.splitlines()[0].endswith("."), name
 
 
-def test_docstrings_name_every_argument():
+def test_package_docstrings_describe_every_argument():
     assert not [
         f"{name}({parameter})"
         for name in sorted(FUNCTIONS)
@@ -186,12 +186,12 @@ def test_docstrings_name_every_argument():
     ]
 
 
-def test_it_is_typed():
+def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_train_as_flax_users_do(optax_promotion):
-    """Optax and a TrainState, on a tree and a model that know nothing of LoRA."""
+def test_package_trains_with_a_flax_train_state(optax_promotion):
+    """Uses Optax and a TrainState on a plain model and its parameters."""
     import flax.linen as nn
     import optax
     from flax.training.train_state import TrainState

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, prints what it says, and names what there is."""
+"""The README's code runs and prints its output, and its tables list the entire API."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 OUTPUT = re.findall(r"```text\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_code_prints_its_output(tmp_path, monkeypatch, capsys, third_party):
+def test_readme_code_prints_its_output(tmp_path, monkeypatch, capsys, third_party):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in CODE:
@@ -20,7 +20,9 @@ def test_code_prints_its_output(tmp_path, monkeypatch, capsys, third_party):
     assert (tmp_path / "adapter.safetensors").stat().st_size < 40_000
 
 
-def test_its_training_steps_copy_no_frozen_weight(tmp_path, monkeypatch, third_party):
+def test_readme_training_steps_copy_no_frozen_weight(
+    tmp_path, monkeypatch, third_party
+):
     monkeypatch.chdir(tmp_path)
     names = {}
     first = lambda params: params["params"]["layers_0"]["kernel"]
@@ -36,8 +38,8 @@ def test_its_training_steps_copy_no_frozen_weight(tmp_path, monkeypatch, third_p
     assert first(names["params"]).unsafe_buffer_pointer() == buffer
     assert before.is_deleted()
 
-    (half,) = (block for block in CODE if "lj.split(params)" in block)
-    exec(compile(half, "README.md", "exec"), names)
+    (block,) = (block for block in CODE if "lj.split(params)" in block)
+    exec(compile(block, "README.md", "exec"), names)
     step, adapters, state, base = (
         names[name] for name in ("step", "adapters", "state", "base")
     )
@@ -47,20 +49,20 @@ def test_its_training_steps_copy_no_frozen_weight(tmp_path, monkeypatch, third_p
     assert first(base).unsafe_buffer_pointer() == buffer
 
 
-def test_it_is_short():
+def test_readme_begins_with_a_short_example():
     lines = [line for line in CODE[0].splitlines() if line.strip()]
     assert len(lines) <= 15
     assert TEXT.index("```python") < 200
 
 
-def test_the_table_names_the_whole_api():
+def test_readme_table_lists_the_entire_api():
     table = TEXT[TEXT.index("## The API") : TEXT.index("## The equation")]
     named = set(re.findall(r"`(?:lj\.)?([A-Za-z]\w*)", table))
     public = {name for name in vars(lj) if name[0] != "_"}
     assert public <= named
 
 
-def test_the_map_names_every_file():
+def test_readme_lists_every_file():
     listed = set(re.findall(r"^ {6}(\w+\.py)", TEXT, re.MULTILINE))
     files = {path.name for path in (ROOT / "lora_jax").glob("_[a-z]*.py")}
     assert listed == files

@@ -1,4 +1,4 @@
-"""Tunix's trainers and models take a LoRA module as they take their own models."""
+"""Tunix's trainers and samplers accept a LoRA module in place of their own models."""
 
 import functools
 import warnings
@@ -14,7 +14,7 @@ import lora_jax as lj
 
 pytest.importorskip("tunix", reason="pip install google-tunix")
 
-with warnings.catch_warnings():  # theirs, at import
+with warnings.catch_warnings():  # from tunix, at import
     warnings.simplefilter("ignore")
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.gemma3 import model as gemma3
@@ -26,8 +26,8 @@ with warnings.catch_warnings():  # theirs, at import
 
 pytestmark = [
     pytest.mark.usefixtures("third_party"),
-    pytest.mark.filterwarnings("ignore"),  # theirs are many
-    # Other tests have lora_jax's own warnings: here no weight is materialized.
+    pytest.mark.filterwarnings("ignore"),  # warnings of tunix
+    # A warning of lora_jax is an error: no weight is materialized here.
     pytest.mark.filterwarnings("error:'.*' meets"),
 ]
 VOCAB, RATE = 32, 0.5
@@ -58,8 +58,8 @@ def logits(model, ids=IDS[0]):
     return model(ids, POSITIONS, None, CAUSAL)[0]
 
 
-def moved(module, kind, seed, size):
-    """The module with random values in its variables of a kind."""
+def randomized(module, kind, seed, size):
+    """Returns the module with random values in its variables of a kind."""
     rng = np.random.default_rng(seed)
     draw = lambda x: jnp.asarray(size * rng.standard_normal(x.shape), x.dtype)
     nnx.update(module, jax.tree.map(draw, nnx.state(module, kind)))
@@ -68,20 +68,21 @@ def moved(module, kind, seed, size):
 
 @functools.cache
 def base(family):
-    """A model, and its weights' axes: those of attention have the name `w`.
+    """Returns a model with random weights, and the axes of its weights.
 
-    Tunix starts its MLPs as zeros, so that no gradient would reach them.
+    Tunix initializes its MLPs with zeros, which block all gradients. `find_axes` also
+    finds the attention weights, whose name `w` is no default target.
     """
-    model = moved(MODELS[family](), nnx.Param, 0, 0.3)
+    model = randomized(MODELS[family](), nnx.Param, 0, 0.3)
     return model, lj.find_axes(model, IDS[0], POSITIONS, None, CAUSAL)
 
 
 def adapted(family, *, seed=None, model=None, **options):
-    """With adapters in attention and MLP; drawn at random, where a seed is given."""
+    """Returns a module with adapters in attention and MLP, random if given a seed."""
     plain, axes = base(family)
     model = plain if model is None else model
     module = lj.LoRA(model, 2, targets="layers", axes=axes, **options)
-    return module if seed is None else moved(module, nnx.LoRAParam, seed, 0.3)
+    return module if seed is None else randomized(module, nnx.LoRAParam, seed, 0.3)
 
 
 def leaves(module, *filters):
@@ -113,13 +114,13 @@ def loss(model, ids):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_peft_trainer_accumulates_and_resumes(family, tmp_path):
+def test_lora_module_in_peft_trainer_accumulates_and_resumes(family, tmp_path):
     module = adapted(family)
     frozen = leaves(module, FROZEN)
     trainer_of(module, 1, folder=tmp_path).train(BATCHES)
     for x, y in zip(leaves(module, FROZEN), frozen, strict=True):
         np.testing.assert_array_equal(x, y)
-    # B starts at zero, so that its gradient is A^T dL/dW: here of two batches.
+    # B is zero at the start, so its gradient is A^T dL/dW, here over two batches.
     model, _ = base(family)
     gradient = nnx.jit(nnx.grad(loss))
     dense = [gradient(model, ids)["layers"][0]["mlp"] for ids in IDS[:2]]
@@ -137,12 +138,12 @@ def test_peft_trainer_accumulates_and_resumes(family, tmp_path):
         np.testing.assert_array_equal(x, y)
     resumed.train(BATCHES)
     assert resumed.train_steps == 2
-    moved = zip(leaves(again, nnx.LoRAParam), restored, strict=True)
-    assert all(np.abs(x - y).max() > 0 for x, y in moved)
+    pairs = zip(leaves(again, nnx.LoRAParam), restored, strict=True)
+    assert all(np.abs(x - y).max() > 0 for x, y in pairs)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_dpo_starts_at_the_reference(family):
+def test_lora_module_in_dpo_trainer_starts_at_the_reference(family):
     model, _ = base(family)
     module = adapted(family)
     config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=100, max_steps=2)
@@ -159,12 +160,12 @@ def test_dpo_starts_at_the_reference(family):
         rejected_mask=ones,
     )
     trainer.train([example] * 2)
-    same(seen[0], np.log(2))  # B is zero: policy and reference are one
+    same(seen[0], np.log(2))  # B is zero, so policy and reference are equal
     assert seen[1] < seen[0]
 
 
 class Seen(dpo_trainer.peft_trainer.hooks.TrainingHooks):
-    """The losses of a training, in order."""
+    """Records the losses of a training run."""
 
     def __init__(self, losses):
         self.losses = losses
@@ -177,8 +178,8 @@ class Seen(dpo_trainer.peft_trainer.hooks.TrainingHooks):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_grpo_log_probabilities_are_those_of_merged_weights(family):
-    """Which arguments a model takes is read off the signature of its call."""
+def test_lora_module_in_grpo_has_the_log_probabilities_of_merged_weights(family):
+    """Tunix reads a model's arguments from the signature of its `__call__`."""
     module = adapted(family, seed=1)
     values = [
         common.compute_per_token_logps(
@@ -191,7 +192,7 @@ def test_grpo_log_probabilities_are_those_of_merged_weights(family):
 
 
 class Words:
-    """A tokenizer of numbers."""
+    """A tokenizer for texts of integers."""
 
     def encode(self, text):
         return [int(x) for x in text.split()]
@@ -203,7 +204,7 @@ class Words:
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_sampler_generates_what_merged_weights_do(family):
+def test_lora_module_in_sampler_generates_like_merged_weights(family):
     module = adapted(family, seed=1)
     sizes = CacheConfig(cache_size=16, num_layers=1, num_kv_heads=1, head_dim=8)
     got, want = (
@@ -218,7 +219,7 @@ def test_sampler_generates_what_merged_weights_do(family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_base_in_nf4_trains(family):
+def test_lora_module_on_an_nf4_base_trains(family):
     model, axes = base(family)
     stored = lj.quantize(model, "nf4", targets="layers", axes=axes, block=8)
     assert type(stored) is type(model)

@@ -1,4 +1,4 @@
-"""Whole models, unmodified: every weight is adapted, and stays factored."""
+"""Complete, unmodified models: every weight is adapted, and stays factored."""
 
 import functools
 from collections.abc import Callable
@@ -29,8 +29,9 @@ class Model(NamedTuple):
     params: Any
     inputs: tuple[Any, ...]
     rank: Any = 2
-    axes: Any = ()  # of experts that `find_axes` takes for outputs, of what is added
-    formed: Any = ()  # {weight: primitives} that need it whole, for a good reason
+    # Axes that `find_axes` cannot infer: of experts, and of tables that are added
+    axes: Any = ()
+    materialized: Any = ()  # {weight: primitives that have to materialize it}
 
 
 # Flax models of transformers.
@@ -72,7 +73,7 @@ def vision_transformer():
         IMAGES.transpose(0, 3, 1, 2),
         rank={"cls_token": 1, "*": 2},
         axes={f"vit/embeddings/{name}": ROWS for name in ("cls_token", POSITIONS)},
-        formed={f"vit/embeddings/{POSITIONS}": ("add",)},
+        materialized={f"vit/embeddings/{POSITIONS}": ("add",)},
     )
 
 
@@ -157,7 +158,7 @@ class Layer(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Layers under `scan` and `remat`, between a table and the same as a head."""
+    """Layers under `scan` and `remat`, with an embedding tied to the head."""
 
     @nn.compact
     def __call__(self, ids):
@@ -205,7 +206,7 @@ def dense_mixture(p, x):
 
 
 def routed_mixture(p, x, k=2):
-    """Each token visits its best experts: sorted by expert, multiplied in one go."""
+    """Routes each token to its best experts, in one ragged product."""
     tokens = x.reshape(-1, D)
     weights, chosen = lax.top_k(jax.nn.softmax(tokens @ p["router"]), k)
     order = jnp.argsort(chosen.ravel())
@@ -222,7 +223,7 @@ ZOO = {
         Transformer,
         IDS,
         axes={"positions": lj.Axes((), (0,), (1,))},
-        formed={"positions": ("add",)},
+        materialized={"positions": ("add",)},
     ),
     "nnx scan": lambda: stateless(Stacked, X),
     "nnx convolutions": lambda: stateless(Convolutional, IMAGES),
@@ -238,14 +239,14 @@ ZOO = {
     ),
     "routed experts": lambda: mixture(routed_mixture),
 }
-# Large models take the longest to trace: by default, one of them.
+# Large models take the longest to trace, so only one of them is not slow.
 LARGE = [name for name in ZOO if "For" in name and not name.startswith("GPT2")]
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in ZOO]
 
 
 @functools.cache
 def made(name):
-    """A model, and the axes of its weights: traced once for all of its tests."""
+    """Returns a model and the axes of its weights, traced once for all tests."""
     model = ZOO[name]()
     axes = lj.find_axes(model.apply, model.params, *model.inputs) | dict(model.axes)
     return model, axes
@@ -257,14 +258,14 @@ def adapted(name, **options):
 
 
 def filled(shapes, seed):
-    """Random values for a tree of shapes: zeros would hide mistakes."""
+    """Returns random values for a tree of shapes; zeros would hide errors."""
     rng = np.random.default_rng(seed)
     draw = lambda x: rng.normal(scale=0.3, size=x.shape).astype(x.dtype)
     return jax.tree.map(draw, shapes)
 
 
-def in_few_bits(axes, params):
-    """Every weight that pairs of numbers divide in NF4, on what adapts it."""
+def quantized(axes, params):
+    """Quantizes every weight with an even number of inputs to NF4, in blocks of two."""
 
     def is_even(path, w):
         table = path.endswith("embedding")
@@ -273,7 +274,7 @@ def in_few_bits(axes, params):
     return lj.quantize(params, "nf4", targets=is_even, axes=axes, block=2)
 
 
-# The large ones, and all but two in other ways, when there is time.
+# By default without the large models, and with only three quantized or DoRA runs.
 WAYS = [
     *((name, "plain") for name in ZOO),
     *((name, how) for name in ZOO for how in ("nf4", "dora")),
@@ -292,14 +293,14 @@ QUICK = {("linen scan", "nf4"), ("routed experts", "nf4"), ("linen scan", "dora"
         for way in WAYS
     ],
 )
-def test_equals_the_merged_model(name, how, third_party, close):
-    """Values and gradients, of a function that is traced once."""
+def test_lora_equals_the_merged_model(name, how, third_party, close):
+    """Compares values and gradients, of a function that is traced once."""
     chex.clear_trace_counter()
     model, axes = made(name)
     params = adapted(name, dora=how == "dora")
     fill = lambda seed: filled(params, seed)
     if how == "nf4":
-        fill = lambda seed: in_few_bits(axes, filled(params, seed))
+        fill = lambda seed: quantized(axes, filled(params, seed))
 
     @chex.assert_max_traces(n=1)
     def once(*args):
@@ -321,11 +322,11 @@ def test_equals_the_merged_model(name, how, third_party, close):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_keeps_every_weight_factored(name, third_party):
+def test_lora_keeps_every_weight_factored(name, third_party):
     model, _ = made(name)
     rows = lj.explain(model.apply, adapted(name), *model.inputs).rows
     assert [row.path for row in rows if not row.used] == []
-    formed = {row.path: row.materialized for row in rows if row.materialized}
-    assert formed == dict(model.formed)
-    params = adapted(name, exclude=list(model.formed))
+    materialized = {row.path: row.materialized for row in rows if row.materialized}
+    assert materialized == dict(model.materialized)
+    params = adapted(name, exclude=list(model.materialized))
     jax.eval_shape(lj.lora(model.apply, materialize="error"), params, *model.inputs)

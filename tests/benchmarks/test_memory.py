@@ -1,4 +1,4 @@
-"""The memory calculator: its models, its search, its words, and a whole tiny run."""
+"""The memory calculator: its models, its search, its messages, and complete runs."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import sys
 import finetune
 import jax
 import jax.numpy as jnp
-import many
+import many_adapters
 import memory
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # Hugging Face's model cards and safetensors headers
+        # From Hugging Face's model cards and safetensors headers
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("llama-3.2-1b", 1_235_814_400),
@@ -63,7 +63,7 @@ def tiny(monkeypatch):
         ("vit-h", 632_045_800),
     ],
 )
-def test_parameters_are_as_many_as_published(name, count):
+def test_architectures_have_the_published_number_of_parameters(name, count):
     arch = ARCHITECTURES[name]
     x = jnp.zeros((1, arch.image, arch.image, 3) if arch.patch else (1, 4), int)
     shapes = jax.eval_shape(Model(arch).init, jax.random.key(0), x)
@@ -71,7 +71,7 @@ def test_parameters_are_as_many_as_published(name, count):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_scanned_and_layer_by_layer_are_one_function(name):
+def test_model_is_the_same_scanned_and_unrolled(name):
     arch, wide = KINDS[name], dict(dtype=jnp.float32, param_dtype=jnp.float32)
     shape = (2, 8, 8, 3) if arch.patch else (2, 8)
     x = np.random.default_rng(0).integers(30, size=shape)
@@ -82,26 +82,26 @@ def test_scanned_and_layer_by_layer_are_one_function(name):
     draw = lambda x: jax.device_put(
         np.asarray(0.3 * rng.standard_normal(x.shape), x.dtype)
     )
-    whole = jax.tree.map(draw, shapes)
+    stacked = jax.tree.map(draw, shapes)
     layers = {
-        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], whole["blocks"])
+        f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], stacked["blocks"])
         for i in range(arch.layers)
     }
-    params = {k: x for k, x in whole.items() if k != "blocks"} | layers
-    apart = jax.jit(Model(arch, scanned=False, remat=False, **wide).apply)
-    got = jax.jit(scanned.apply)({"params": whole}, x)
-    want = apart({"params": params}, x)
+    params = {k: x for k, x in stacked.items() if k != "blocks"} | layers
+    unrolled = jax.jit(Model(arch, scanned=False, remat=False, **wide).apply)
+    got = jax.jit(scanned.apply)({"params": stacked}, x)
+    want = unrolled({"params": params}, x)
     assert got.shape == ((2, 30) if arch.patch else (2, 8, 30))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-4)
-    if not arch.patch:  # and no token sees a later one
-        later = apart({"params": params}, x.at[:, 5:].set(0))
+    if not arch.patch:  # no token attends to a later one
+        later = unrolled({"params": params}, x.at[:, 5:].set(0))
         np.testing.assert_allclose(later[:, :5], want[:, :5], atol=1e-5)
         assert np.abs(later[:, 5:] - want[:, 5:]).max() > 1e-3
 
 
 def drawn(name, *more):
-    """A tiny job, its parameters at random, with adapters or plain, and a batch."""
+    """Returns a tiny job, random parameters, with or without adapters, and a batch."""
     given = f"--model=tiny-{name}", "--sequence=8", "--dtype=float32", "--layers=1"
     job = memory.prepare(memory.options().parse_args([*given, *more]))
     rng = np.random.default_rng(0)
@@ -119,26 +119,26 @@ def drawn(name, *more):
     return job, params, batch
 
 
-def same(got, want):
-    """The same loss and gradients, to rounding."""
+def assert_same(got, want):
+    """Asserts that losses and gradients are equal up to rounding."""
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_a_loss_in_chunks_is_the_loss(name):
+def test_loss_in_chunks_equals_the_loss(name):
     found = []
     for chunk in ([], ["--chunk=2"]):
         job, params, batch = drawn(name, *chunk)
         found.append(jax.jit(jax.value_and_grad(job.loss))(params, *batch))
-    same(*found)
+    assert_same(*found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "table"), [("llama", "nf4"), ("gemma", "int8")])
-def test_a_loss_in_chunks_is_the_loss_of_what_is_stored(name, table):
-    whole = "tokens/embedding" if KINDS[name].tied else "head/kernel"
-    given = "--base=nf4", f"--table={table}", "--targets", "blocks", whole
+def test_loss_in_chunks_equals_the_loss_on_quantized_weights(name, table):
+    head = "tokens/embedding" if KINDS[name].tied else "head/kernel"
+    given = "--base=nf4", f"--table={table}", "--targets", "blocks", head
     job, params, batch = drawn(name, *given)
     adapters, base = lj.split(params)
 
@@ -148,10 +148,10 @@ def test_a_loss_in_chunks_is_the_loss_of_what_is_stored(name, table):
 
     in_chunks = drawn(name, *given, "--chunk=4")[0].loss
     merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
-    same(found(lj.lora(in_chunks)), found(merged))
+    assert_same(found(lj.lora(in_chunks)), found(merged))
 
 
-def test_a_loss_in_chunks_never_has_all_logits():
+def test_loss_in_chunks_never_computes_all_logits():
     job, params, batch = drawn("llama", "--base=nf4", "--table=int8", "--chunk=2")
     adapters, base = lj.split(params)
     loss = lambda *x: lj.lora(job.loss)(lj.combine(*x), *batch)
@@ -160,7 +160,7 @@ def test_a_loss_in_chunks_never_has_all_logits():
     assert "[3,8,30]" not in text
 
 
-def test_numbers_of_four_bits_take_half_a_byte():
+def test_nbytes_of_int4_is_half_a_byte_per_element():
     x = jax.ShapeDtypeStruct((3, 8), jnp.int4)
     assert training.nbytes(x) == 12
     assert training.nbytes(jax.ShapeDtypeStruct((3,), jnp.uint4)) == 2
@@ -173,10 +173,10 @@ def test_numbers_of_four_bits_take_half_a_byte():
     assert training.nbytes(q) == 64 * 8 // 2 + 8 * 2
 
 
-def test_rotation_knows_distances_alone():
+def test_rotate_makes_products_depend_on_distances_only():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
-    there = lambda x: architectures.rotate(jnp.tile(x, (1, 6, 1)), 100.0)[0]
-    products = there(x) @ there(y).T
+    rotated = lambda x: architectures.rotate(jnp.tile(x, (1, 6, 1)), 100.0)[0]
+    products = rotated(x) @ rotated(y).T
     np.testing.assert_allclose(products[2, 0], products[5, 3], rtol=1e-5)
     np.testing.assert_allclose(products[4, 4], jnp.vdot(x, y), rtol=1e-5)
 
@@ -188,10 +188,10 @@ def test_rotation_knows_distances_alone():
     "peak",
     [
         lambda n: 100 + 7 * n,
-        lambda n: 100 + 7 * n + 40 * (n % 2),  # never far from a line
+        lambda n: 100 + 7 * n + 40 * (n % 2),  # almost linear
         lambda n: 900 if n < 40 else 100 + 30 * n,
         lambda n: 3 * n**1.5,
-        lambda n: max(700 + 1e-6 * n, 30 * n),  # the slope of small batches is hidden
+        lambda n: max(700 + 1e-6 * n, 30 * n),  # almost constant for small batches
         lambda n: max(700, 30 * n) if n < 40 else math.inf,
         lambda n: 100 + n if n < 37 else math.inf,
         lambda n: 5000.0,
@@ -200,7 +200,7 @@ def test_rotation_knows_distances_alone():
 )
 @pytest.mark.parametrize("chips", [1, 4])
 @pytest.mark.parametrize("first", [1, 7, 60])
-def test_the_largest_batch_fits_and_the_next_does_not(peak, chips, first):
+def test_largest_returns_the_last_batch_that_fits(peak, chips, first):
     seen = []
     over_all = lambda n: seen.append(n) or peak(n // chips)
     found = memory.largest(over_all, 1000, chips, first)
@@ -212,13 +212,13 @@ def test_the_largest_batch_fits_and_the_next_does_not(peak, chips, first):
     assert len(seen) == len(set(seen)) < 20
 
 
-def test_a_straight_line_takes_four_compilations():
+def test_largest_takes_four_compilations_on_a_straight_line():
     seen = []
     assert memory.largest(lambda n: seen.append(n) or 10 + 9 * n, 1000, 1) == 110
     assert seen == [1, 2, 110, 111]
 
 
-# A whole run.
+# Complete runs.
 
 
 def run(folder, *given):
@@ -227,7 +227,7 @@ def run(folder, *given):
 
 
 @pytest.mark.slow
-def test_a_run_from_end_to_end(tmp_path, capsys):
+def test_main_end_to_end(tmp_path, capsys):
     given = "--model=tiny-llama", "--layers=1", "--sequence=8", "--rank=1"
     given += ("--dtype=float32",)
     fits = "--fits=0.05MB", "--methods", "lora", "full"
@@ -247,7 +247,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     # Adam's two moments, and its count of steps.
     assert found["lora"]["optimizer"] == 2 * 4 * kernels + 4
 
-    # What fits does, and one more does not, by a compilation of its own.
+    # Separate compilations confirm that this batch fits, and the next does not.
     job = memory.prepare(memory.options().parse_args(given))
     most = found["lora"]["largest_batch"]
     assert most > 1
@@ -270,11 +270,11 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     ):
         assert text in shown.out
     assert "of LoRA's peak" in shown.out
-    assert shown.err == ""  # no progress where there is no terminal
+    assert shown.err == ""  # no progress bar without a terminal
 
 
 @pytest.mark.slow
-def test_images_layer_by_layer(tmp_path, capsys):
+def test_main_on_images_with_unrolled_layers(tmp_path, capsys):
     given = "--model=tiny-vit", "--no-remat", "--no-scan", "--layers=1"
     results = run(tmp_path, *given, "--batch=2", "--dtype=float32")
     lora, merged, full = results["methods"].values()
@@ -284,26 +284,26 @@ def test_images_layer_by_layer(tmp_path, capsys):
     assert results["logits"] == 4 * 2 * 30
     shown = capsys.readouterr().out
     assert "tiny-vit of 1 layers" in shown
-    assert "LoRA materialised" in shown
+    assert "LoRA materialized" in shown
 
 
-def test_it_says_where_lora_saves_little():
+def test_summary_reports_when_lora_saves_little():
     full = dict(parameters=100, optimizer=200, gradients=100, temporaries=900)
     lora = dict(parameters=101, optimizer=2, gradients=1, temporaries=801)
     results = {"methods": {"full": full, "lora": lora}, "logits": 0}
     results["settings"] = {"remat": False, "base": None, "chunk": None}
     for parts in (full, lora):
         parts["peak"] = sum(parts.values()) - parts["gradients"]
-    text = memory.words(results)
+    text = memory.summary(results)
     assert "Activations are 88% of LoRA's peak: it saves 25% of the memory" in text
-    assert "what is left to save is there, by --remat, a smaller batch" in text
+    assert "To save more, reduce the activations: --remat, a smaller batch" in text
     lora |= {"temporaries": 1, "peak": 104}
-    assert "what is left" not in memory.words(results)
+    assert "To save more" not in memory.summary(results)
 
 
 @pytest.fixture
 def refused(monkeypatch):
-    """Has the compiler refuse everything, in those words: nothing is compiled."""
+    """Makes every compilation fail with the given message."""
 
     def refuse(text):
         class Refused:
@@ -324,7 +324,9 @@ def refused(monkeypatch):
         ("RESOURCE_EXHAUSTED", None),
     ],
 )
-def test_a_refusal_is_told(text, peak, tmp_path, refused, capsys):
+def test_main_reports_that_a_program_does_not_fit(
+    text, peak, tmp_path, refused, capsys
+):
     refused(text)
     given = "--model=tiny-gpt2", "--sequence=8", "--methods=lora"
     results = run(tmp_path, *given, "--fits=16GB")
@@ -345,7 +347,7 @@ def test_a_refusal_is_told(text, peak, tmp_path, refused, capsys):
         ("float32", None),
     ],
 )
-def test_what_the_base_is_stored_in_is_counted_and_told(
+def test_main_counts_and_reports_the_format_of_the_base(
     base, table, tmp_path, refused, capsys
 ):
     refused("")
@@ -354,9 +356,9 @@ def test_what_the_base_is_stored_in_is_counted_and_told(
     found = run(tmp_path, *given, "--methods", "lora", "full")
     outputs, tables, layers = 2 * 16 + 2 * 8 + 2 * 24 + 16, 30 * 16, 2
     kernels = layers * (16 * (outputs - 16) + 24 * 16)
-    # Of 64 and the 24 inputs of one kernel, 8 is the greatest common divisor.
-    few = layers * (outputs + 2 * 16)
-    blocks = {"int8": layers * outputs, "int4": few, "nf4": few}
+    # The default block of 64 and the 24 inputs of one kernel have the divisor 8.
+    scales = layers * (outputs + 2 * 16)
+    blocks = {"int8": layers * outputs, "int4": scales, "nf4": scales}
     bits = {None: 16, "float32": 32, "int8": 8, "int4": 4, "nf4": 4}
     plain = 2 * found["parameters"]
     stored = plain + (bits[base] - 16) * kernels // 8 + 2 * blocks.get(base, 0)
@@ -375,7 +377,7 @@ def test_what_the_base_is_stored_in_is_counted_and_told(
     assert "full does not fit" in shown
 
 
-def test_another_error_is_no_refusal(monkeypatch):
+def test_measure_raises_other_errors_of_the_compiler(monkeypatch):
     class Broken:
         def compile(self):
             raise jax.errors.JaxRuntimeError("INTERNAL: broken")
@@ -391,27 +393,27 @@ def test_another_error_is_no_refusal(monkeypatch):
     ("given", "message"),
     [
         ("--model=gpt-5", "invalid choice: 'gpt-5'"),
-        ("--device=tpu", "tpu is not what can be planned for: cpu, gpu (the one"),
-        ("--device=h100", "h100 is not what can be planned for: cpu, gpu (the one"),
-        ("--device=h100", "or a TPU, there or not, such as tpu-v5e, tpu-v6e"),
-        ("--device=tpu-v5e:0x1", "is not what can be planned for"),
+        ("--device=tpu", "tpu is not a device to compile for: write cpu, gpu (the one"),
+        ("--device=h100", "h100 is not a device to compile for: write cpu, gpu"),
+        ("--device=h100", "or a TPU, present or not, such as tpu-v5e, tpu-v6e"),
+        ("--device=tpu-v5e:0x1", "is not a device to compile for"),
         ("--fits=16", "16 is not a size such as 16GB"),
         ("--fits=16gb", "16gb is not a size"),
         ("--fits=0GB", "0GB is not a size"),
         ("--fits=-1GB", "-1GB is not a size"),
         ("--batch=0", "0 is not a whole number from 1"),
         ("--sequence=1025", "gpt2-medium has 1024 positions, fewer than"),
-        ("--model=vit-h --sequence=8", "--sequence is of text: vit-h takes images"),
+        ("--model=vit-h --sequence=8", "--sequence is for text: vit-h takes images"),
         ("--base=int2", "invalid choice: 'int2'"),
-        ("--table=int8 --methods full", "of frozen weights, and full fine-tuning has"),
+        ("--table=int8 --methods full", "for frozen weights, and full fine-tuning has"),
         ("--chunk=0", "0 is not a whole number from 1"),
         ("--chunk=3", "--chunk 3 does not divide 1024 tokens"),
-        ("--model=vit-h --chunk=1", "--chunk is of tokens: vit-h takes images"),
+        ("--model=vit-h --chunk=1", "--chunk is for text: vit-h takes images"),
         ("--targets atn", "--targets atn: No weight matches 'atn'"),
         (f"--output={__file__}", "is not a folder"),
     ],
 )
-def test_bad_options_are_refused_before_work(given, message, capsys, monkeypatch):
+def test_main_refuses_bad_options_before_any_work(given, message, capsys, monkeypatch):
     monkeypatch.setattr(memory, "lower", lambda *_: pytest.fail("work"))
     with pytest.raises(SystemExit) as error:
         memory.main(given.split())
@@ -420,22 +422,20 @@ def test_bad_options_are_refused_before_work(given, message, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["16GB", "15.75GiB", "500MB", "1MiB"])
-def test_sizes(text):
+def test_size_parses_units(text):
     units = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
     number = text.rstrip("GMiB")
     assert memory.size(text) == float(number) * units[text[len(number) :]]
 
 
-def test_a_batch_is_split_evenly(monkeypatch, capsys):
+def test_main_refuses_a_batch_that_does_not_divide(monkeypatch, capsys):
     monkeypatch.setattr(memory, "devices", lambda _: jax.devices()[:4])
     with pytest.raises(SystemExit):
         memory.main(["--batch=6"])
     assert "--batch 6 cannot be split over 4 chips: write" in capsys.readouterr().err
 
 
-def test_without_the_compiler_for_tpus_the_job_ends_with_the_advice(
-    capsys, monkeypatch
-):
+def test_main_without_libtpu_ends_with_instructions(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(SystemExit) as error:
         memory.main(["--device=tpu-v5e"])
@@ -443,7 +443,7 @@ def test_without_the_compiler_for_tpus_the_job_ends_with_the_advice(
     assert 'pip install -e ".[demo,tpu]"' in capsys.readouterr().err
 
 
-def test_without_a_gpu_the_job_ends_with_the_advice(capsys, monkeypatch):
+def test_main_without_a_gpu_ends_with_instructions(capsys, monkeypatch):
     def none(name):
         raise RuntimeError("Unknown backend")
 
@@ -454,16 +454,16 @@ def test_without_a_gpu_the_job_ends_with_the_advice(capsys, monkeypatch):
     assert "There is no gpu in this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("job", [finetune, many, memory, speed, to_peft])
-def test_help_says_each_default_once(job, monkeypatch):
+@pytest.mark.parametrize("script", [finetune, many_adapters, memory, speed, to_peft])
+def test_options_help_has_each_default_once(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    shown = job.options().format_help()
-    said = [line for line in shown.splitlines() if "default" in line]
-    assert said and all(line.count("default") == 1 for line in said)
+    shown = script.options().format_help()
+    lines = [line for line in shown.splitlines() if "default" in line]
+    assert lines and all(line.count("default") == 1 for line in lines)
     assert "None" not in shown
 
 
-def test_ctrl_c_ends_the_job_in_one_line(monkeypatch, capsys, tmp_path):
+def test_main_ends_at_ctrl_c_with_one_line(monkeypatch, capsys, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 

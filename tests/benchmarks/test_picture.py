@@ -1,4 +1,4 @@
-"""The README's picture: drawn from files of results, and from nothing else."""
+"""The README's figure is drawn from files of results."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def results(tmp_path):
     return write
 
 
-def test_draws_a_small_file(results, tmp_path, capsys):
+def test_main_draws_a_small_file(results, tmp_path, capsys):
     picture.main(results(plan(), plan("nf4", {"lora": 6.4e9})))
     path = tmp_path / "out" / "picture.png"
     assert path.stat().st_size < 150_000
@@ -50,44 +50,44 @@ def test_draws_a_small_file(results, tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
 
 
-def test_a_bar_for_full_and_for_each_base():
+def test_steps_has_a_bar_for_full_fine_tuning_and_for_each_base():
     bars = picture.steps([plan(), plan("nf4", {"lora": 6.4e9})])
     names = ["full fine-tuning", "LoRA, base in bfloat16", "LoRA, base in NF4"]
     assert [*bars] == names
     assert [size for size, _ in bars.values()] == [63.0, 17.7, 6.4]
 
 
-def test_says_what_the_job_found():
+def test_compared_formats_the_results_of_the_job():
     words = picture.compared(JOB)
     assert words["held-out accuracy"] == ("83.0%", "83.0%")
-    assert words["numbers that train"] == ("0.00 million", "2.00 million")
-    assert words["file to keep"] == ("0.0 MB", "8.0 MB")
+    assert words["trainable parameters"] == ("0.00 million", "2.00 million")
+    assert words["saved file"] == ("0.0 MB", "8.0 MB")
 
 
 @pytest.mark.parametrize(
-    ("plans", "job", "says"),
+    ("plans", "job", "message"),
     [
         ([plan(), plan("nf4", batch=2)], JOB, "of different jobs"),
-        ([plan("nf4", {"lora": 6e9})], JOB, "no full fine-tuning: --methods lora full"),
+        ([plan("nf4", {"lora": 6e9})], JOB, "no full fine-tuning: run it with"),
         ([plan(methods={"full": 6e9})], JOB, "no peak of 'lora'"),
-        ([plan()], {"lora": JOB["lora"]}, "no 'lora' beside 'full'"),
+        ([plan()], {"lora": JOB["lora"]}, "lacks 'lora' or 'full'"),
     ],
 )
-def test_refuses_what_does_not_go_together(results, capsys, plans, job, says):
+def test_main_refuses_results_that_do_not_match(results, capsys, plans, job, message):
     with pytest.raises(SystemExit):
         picture.main(results(*plans, job=job))
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_refuses_a_folder_without_results(results, tmp_path, capsys):
+def test_main_refuses_a_folder_without_results(results, tmp_path, capsys):
     given = results(plan())
     (tmp_path / "0" / "memory.json").unlink()
     with pytest.raises(SystemExit):
         picture.main(given)
-    assert "memory.json has no results" in capsys.readouterr().err
+    assert "memory.json contains no results" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_one_of_the_readme_is_small():
+def test_picture_of_the_readme_is_small():
     drawn = (Path(picture.__file__).parent / "picture.png").read_bytes()
     assert drawn.startswith(b"\x89PNG") and len(drawn) < 150_000

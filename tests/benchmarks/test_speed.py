@@ -1,4 +1,4 @@
-"""The speed benchmark times each contender, and its floor is what LoRA needs."""
+"""The speed benchmark times each contender, and its floor is computed correctly."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ SMALL = dataclasses.replace(
     speed.SMALL, layers=1, width=128, heads=2, mlp=256, vocab=512, positions=64
 )
 TINY = speed.Job(SMALL, 2, 64, 4)
-FEW = ["int8 base", "NF4 base"]
-KINDS = ["A frozen", "DoRA"]
-ALWAYS = ["full", "split", "adapters_only", "materialised", *KINDS, *FEW, "biases"]
+QUANTIZED = ["int8 base", "NF4 base"]
+ALWAYS = ["full", "split", "adapters_only", "materialized", "A frozen", "DoRA"]
+ALWAYS += [*QUANTIZED, "biases"]
 
 
 @pytest.fixture(autouse=True)
 def lenient(third_party, optax_promotion):
-    """The peers and optax mix dtypes, as most users' settings allow."""
+    """Allows the peers and optax to mix dtypes, like JAX's default settings."""
 
 
 @pytest.fixture
@@ -33,25 +33,25 @@ def no_peers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_peers):
+def test_main_times_and_counts_each_contender(tmp_path, monkeypatch, capsys, no_peers):
     monkeypatch.setitem(speed.JOBS, "transformer", TINY)
     monkeypatch.setattr(speed.time, "sleep", lambda seconds: None)
     speed.main(["--jobs", "transformer", "--repeats", "2", "--output", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "qwix is left out" in said and "torch is left out" in said
+    shown = capsys.readouterr().out
+    assert "qwix is skipped" in shown and "torch is skipped" in shown
     text = (tmp_path / "speed.md").read_text()
-    assert text in said and "| LoRA step / qwix step | not run | 0.65 | |" in text
+    assert text in shown and "| LoRA step / qwix step | not run | 0.65 | |" in text
     results = json.loads((tmp_path / "speed.json").read_text())["jobs"]["transformer"]
     assert list(results["step"]) == ALWAYS
-    assert list(results["forward"]) == ["plain", "LoRA", "materialised", *FEW]
+    assert list(results["forward"]) == ["plain", "LoRA", "materialized", *QUANTIZED]
     for kind in ("step", "forward"):
         for found in results[kind].values():
             assert len(found["ms"]) == 2 and min(found["ms"]) > 0
             assert found["flops"] > 0 and found["temporaries"] > 0
-    # The floor trains biases, and its optimizer is not quite that of the adapters.
+    # The floor's optimizer updates biases instead of adapters, a small difference.
     over = lambda name: results["step"][name]["flops"] / results["floor"]["step"]
     assert 0.98 < over("split") < 1.02 and over("adapters_only") == over("split")
-    assert over("full") > 1.3 and over("materialised") > 1.3
+    assert over("full") > 1.3 and over("materialized") > 1.3
     assert over("biases") < over("A frozen") < over("split") < over("DoRA") < 1.3
     forward = {
         k: v["flops"] / results["floor"]["forward"]
@@ -61,8 +61,8 @@ def test_each_contender_is_timed_and_counted(tmp_path, monkeypatch, capsys, no_p
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_floor_grows_with_the_rank():
-    """6 m r (k + n) FLOPs for a step's thin products, 2 of them forward."""
+def test_floor_grows_with_the_rank():
+    """A step's low-rank products take 6 m r (k + n) FLOPs, 2 m r (k + n) forward."""
     m, r = TINY.batch * TINY.length, TINY.rank
     found = {"step": {"biases": {"flops": 5}}, "forward": {"plain": {"flops": 3}}}
     low, high = (speed.floor(TINY._replace(rank=n), found) for n in (r, 2 * r))
@@ -73,7 +73,7 @@ def test_the_floor_grows_with_the_rank():
     assert high == {"step": 5 + 12 * m * r * sides, "forward": 3 + 4 * m * r * sides}
 
 
-def test_aims_are_met_or_not():
+def test_targets_reports_which_aims_are_met():
     times = lambda ms, flops: {"ms": [ms], "flops": flops, "temporaries": 1}
     results = {
         "step": {
@@ -101,13 +101,13 @@ def test_aims_are_met_or_not():
     assert rows["FLOPs of the step / floor"] == "1.015 | 1.02 | met"
 
 
-def test_a_peer_that_trains_other_numbers_is_refused():
-    with pytest.raises(RuntimeError, match=r"qwix has 5 numbers where [\d,]+ are ours"):
+def test_check_count_refuses_another_number_of_parameters():
+    with pytest.raises(RuntimeError, match=r"qwix has 5 parameters, lora_jax [\d,]+"):
         speed.check_count("qwix", 5, TINY)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_qwix_trains_the_same_numbers():
+def test_qwix_contenders_train_as_many_parameters():
     pytest.importorskip("qwix")
     ready = speed.qwix_contenders(TINY, "step")
     assert list(ready) == ["qwix", "qwix NF4"]
@@ -116,18 +116,18 @@ def test_qwix_trains_the_same_numbers():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_qwix_stores_the_same_weights_in_four_bits():
+def test_qwix_parts_quantize_the_same_weights():
     pytest.importorskip("qwix")
-    # The codes of qwix count from 0, ours from -8.
+    # qwix stores codes from 0 as uint4, lora_jax from -8 as int4.
     sizes = lambda params: sorted(
         x.size for x in jax.tree.leaves(params) if x.dtype in (jnp.int4, jnp.uint4)
     )
     *_, frozen = speed.qwix_parts(TINY, **speed.QLORA)
-    assert sizes(frozen) == sizes(speed.stored(TINY, "nf4"))
+    assert sizes(frozen) == sizes(speed.quantized(TINY, "nf4"))
 
 
-def test_the_adapted_weights_are_in_few_bits():
-    params = {how: speed.stored(TINY, how) for how in ("int8", "nf4")}
+def test_quantized_stores_the_adapted_weights_in_blocks():
+    params = {how: speed.quantized(TINY, how) for how in ("int8", "nf4")}
     shapes = {
         how: {
             path[-2].key: leaf.scale.shape
@@ -144,19 +144,20 @@ def test_the_adapted_weights_are_in_few_bits():
 
 
 @pytest.mark.parametrize("name", ["decoder", "minilm"])
-def test_the_twin_in_torch_is_the_same_model(name):
-    torch, twin = pytest.importorskip("torch"), pytest.importorskip("models.twin")
+def test_torch_models_equal_those_in_jax(name):
+    torch = pytest.importorskip("torch")
+    torch_models = pytest.importorskip("models.torch_models")
     job = TINY if name == "decoder" else speed.Job(None, 2, 8, 4)
     task = speed.task(job)
-    model = twin.model(job.arch)
-    loaded = twin.load(model, task.plain)
+    model = torch_models.model(job.arch)
+    loaded = torch_models.load(model, task.plain)
     assert loaded == {key for key, _ in model.named_parameters()}
     inputs = [torch.tensor(np.asarray(x)).long() for x in task.inputs]
     got = model(*inputs).detach().numpy()
     np.testing.assert_allclose(got, task.apply(task.plain, *task.inputs), atol=2e-5)
 
 
-def test_peft_trains_the_same_numbers():
+def test_torch_contenders_train_as_many_parameters():
     pytest.importorskip("peft")
     ready = speed.torch_contenders(TINY, "step")
     assert list(ready) == ["torch", "PEFT on torch"]
@@ -165,7 +166,7 @@ def test_peft_trains_the_same_numbers():
 
 
 @pytest.mark.slow
-def test_adapters_that_are_timed_change_the_output():
+def test_adapted_changes_the_output():
     task, params = speed.task(TINY), speed.adapted(TINY)
     got = lj.lora(task.apply)(params, *task.inputs)
     assert np.abs(got - task.apply(task.plain, *task.inputs)).max() > 1e-3

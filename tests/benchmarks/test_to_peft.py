@@ -1,4 +1,4 @@
-"""The way from JAX to PEFT runs end to end on a tiny Llama, and refuses what cannot."""
+"""to_peft.py runs end to end on a tiny Llama, and refuses wrong options."""
 
 import json
 import re
@@ -17,7 +17,7 @@ GAPS = {"largest": 20.0, "merged": 1e-5, "peft": 2e-5, "base": 3.0}
 
 @pytest.fixture
 def given(tiny_smollm2, tmp_path, monkeypatch):
-    """The command line of a short run; the tiny model stands for a file's contents."""
+    """Returns the command line of a short run, with a tiny model instead of a file."""
     monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny_smollm2)
     monkeypatch.setattr(to_peft, "missing", lambda check: [])
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def given(tiny_smollm2, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_job_end_to_end(given, tmp_path, capsys, tiny_smollm2):
+def test_main_end_to_end(given, tmp_path, capsys, tiny_smollm2):
     to_peft.main(given("--no-check"))
     output = tmp_path / "new" / "output"
     base = smollm2.load(tmp_path / "tiny.gguf").params
@@ -70,7 +70,9 @@ def test_the_job_end_to_end(given, tmp_path, capsys, tiny_smollm2):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("more", [[], ["--unrolled", "--targets", "mlp", "tokens"]])
-def test_peft_says_the_same(given, tmp_path, monkeypatch, capsys, tiny_smollm2, more):
+def test_main_checks_the_adapter_with_peft(
+    given, tmp_path, monkeypatch, capsys, tiny_smollm2, more
+):
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,7 +101,7 @@ def test_peft_says_the_same(given, tmp_path, monkeypatch, capsys, tiny_smollm2, 
 
 
 def fill(model, params):
-    """Gives transformers' Llama the parameters of ours, layer by layer."""
+    """Copies our parameters into transformers' Llama, layer by layer."""
     import torch
 
     names = {"norm": "model.norm", "tokens": "model.embed_tokens"}
@@ -122,7 +124,7 @@ def fill(model, params):
                 model.get_submodule(module).weight.copy_(torch.tensor(np.array(x)))
 
 
-def test_rows_are_one_stream_cut(tiny_smollm2):
+def test_rows_cut_one_stream_of_tokens(tiny_smollm2):
     tokenizer = smollm2.tokenizer(tiny_smollm2.fields)
     texts = ["the film", "he", "then 12"]
     ids, labels = to_peft.rows(tokenizer, texts, 4)
@@ -138,8 +140,8 @@ def test_rows_are_one_stream_cut(tiny_smollm2):
         to_peft.rows(smollm2.tokenizer(tiny_smollm2.fields), texts, 4)
 
 
-def test_the_loss_is_that_of_the_labels():
-    """Of a model that is sure of the next number: right, and then wrong."""
+def test_loss_of_a_model_with_known_predictions():
+    """The model predicts the next integer with certainty: right, then wrong labels."""
 
     def apply(params, ids):
         return params * jax.nn.one_hot(ids + 1, 8)
@@ -168,7 +170,7 @@ def test_the_loss_is_that_of_the_labels():
         ({"held_out": 2}, r"rows of 16 tokens are less than one .* more --held-out"),
     ],
 )
-def test_bad_options_are_refused_before_work(
+def test_main_refuses_bad_options_before_any_work(
     given, tmp_path, capsys, monkeypatch, changes, message
 ):
     monkeypatch.setattr(smollm2.wheels, "wheel", lambda *_: pytest.fail("download"))
@@ -179,7 +181,7 @@ def test_bad_options_are_refused_before_work(
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypatch):
+def test_main_refuses_bad_targets_before_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(to_peft, "missing", lambda check: [])
     monkeypatch.setattr(smollm2.wheels, "wheel", lambda *_: pytest.fail("download"))
     with pytest.raises(SystemExit) as error:
@@ -196,7 +198,9 @@ def test_bad_targets_are_refused_before_the_download(tmp_path, capsys, monkeypat
         ("--no-check", ["gguf"], r"gguf must be installed: pip install"),
     ],
 )
-def test_what_is_not_installed_is_named(capsys, monkeypatch, check, names, found):
+def test_main_names_packages_that_are_not_installed(
+    capsys, monkeypatch, check, names, found
+):
     have = lambda name: None if name in names else name
     monkeypatch.setattr(to_peft.importlib.util, "find_spec", have)
     with pytest.raises(SystemExit):
@@ -204,7 +208,7 @@ def test_what_is_not_installed_is_named(capsys, monkeypatch, check, names, found
     assert re.search(found, capsys.readouterr().err.strip())
 
 
-def test_a_folder_of_others_is_refused_before_training(
+def test_main_refuses_a_folder_with_other_files_before_training(
     given, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "new" / "output" / "adapter"
@@ -214,12 +218,13 @@ def test_a_folder_of_others_is_refused_before_training(
     with pytest.raises(SystemExit) as error:
         to_peft.main(given("--no-check"))
     assert error.value.code == 2
-    assert "other files are: notes.txt. Write another" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "contains other files: notes.txt. Write another" in shown
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("where", ["train", "summary", "export"])
-def test_ctrl_c_leaves_what_was_there(given, tmp_path, monkeypatch, capsys, where):
+def test_main_leaves_old_files_at_ctrl_c(given, tmp_path, monkeypatch, capsys, where):
     output = tmp_path / "new" / "output"
     (output / "adapter").mkdir(parents=True)
     names = ["adapter/adapter_config.json", "to_peft.json"]
@@ -230,9 +235,9 @@ def test_ctrl_c_leaves_what_was_there(given, tmp_path, monkeypatch, capsys, wher
         raise KeyboardInterrupt
 
     fitted = to_peft.finetune.Fitted(None, [3.0, 3.0], [0.1, 0.1])
-    monkeypatch.setattr(to_peft, "judge", lambda *_: {"loss": 3.0, "text": "the"})
+    monkeypatch.setattr(to_peft, "evaluate", lambda *_: {"loss": 3.0, "text": "the"})
     monkeypatch.setattr(to_peft, "train", lambda f, x, *_: (x, fitted, {}))
-    if where == "export":  # the last one, for which no place but the job's own is left
+    if where == "export":  # the final export; the trial one writes to another folder
         export = to_peft.export
         final = lambda x, path, args: (stop if output in path.parents else export)(
             x, path, args
@@ -251,7 +256,7 @@ def test_ctrl_c_leaves_what_was_there(given, tmp_path, monkeypatch, capsys, wher
     assert {p.read_text() for p in found} == {"old"}
 
 
-def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypatch):
+def test_main_without_network_ends_with_instructions(tmp_path, capsys, monkeypatch):
     def offline(*_):
         raise OSError("Cannot fetch thing")
 
@@ -264,11 +269,11 @@ def test_without_network_the_job_ends_with_the_advice(tmp_path, capsys, monkeypa
     assert "Cannot fetch thing" in capsys.readouterr().err
 
 
-def test_a_model_that_learned_nothing_ends_the_job(given, tmp_path, monkeypatch):
+def test_main_fails_if_the_loss_did_not_fall(given, tmp_path, monkeypatch):
     fitted = to_peft.finetune.Fitted(None, [3.0, 3.0], [0.1, 0.1])
     stubs = {
         "adapt": lambda *_: {},
-        "judge": lambda *_: {"loss": 3.0, "text": "the film"},
+        "evaluate": lambda *_: {"loss": 3.0, "text": "the film"},
         "train": lambda *_: ({}, fitted, {}),
         "figure": lambda *_: None,
         "export": lambda *_: None,
@@ -283,7 +288,7 @@ def test_a_model_that_learned_nothing_ends_the_job(given, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["merged", "peft"])
 @pytest.mark.parametrize("gap", [0.03, np.nan])
-def test_logits_that_differ_end_the_job(name, gap):
+def test_agreement_refuses_logits_that_differ(name, gap):
     assert "merged model's differ by 1.0e-05, PEFT's" in to_peft.agreement(GAPS)
-    with pytest.raises(SystemExit, match=r"no more than 2\.0e-02 is rounding"):
+    with pytest.raises(SystemExit, match=r"rounding explains at most 2\.0e-02"):
         to_peft.agreement(GAPS | {name: gap})

@@ -15,10 +15,10 @@ from models.architectures import ARCHITECTURES, Architecture
 pytest.importorskip("libtpu", reason="no compiler for TPUs: pip install -e '.[tpu]'")
 pytestmark = pytest.mark.usefixtures("third_party", "uncached")
 
-# No weight is as long as a batch of 4 x 160 tokens: a shape tells what it is of.
+# No weight has a dimension of 160 or 4 x 160, so that shapes identify activations.
 RANK, LAYERS, WIDTH, MLP, VOCAB, TIME = 4, 2, 512, 1024, 2048, 160
 TINY = Architecture(LAYERS, WIDTH, 4, MLP, VOCAB, kv_heads=2)
-KERNELS = [  # input, output; the longer is sharded, of two equal ones the first
+KERNELS = [  # inputs, outputs, and the dimension that is sharded: the longer, or first
     *[("attention/query", WIDTH, WIDTH, 0), ("attention/out", WIDTH, WIDTH, 0)],
     *[("attention/key", WIDTH, WIDTH // 2, 0), ("attention/value", WIDTH, 256, 0)],
     *[("mlp/gate", WIDTH, MLP, 1), ("mlp/up", WIDTH, MLP, 1)],
@@ -29,7 +29,7 @@ TABLE = "bf16", (VOCAB, WIDTH)
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The compiled LoRA step for a device, and the shapes that it was given."""
+    """Returns the compiled LoRA step for a device, and the shapes of its arguments."""
     monkeypatch.setitem(ARCHITECTURES, "tiny", TINY)
 
     def compile_for(device, *more):
@@ -43,28 +43,28 @@ def compiled(monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_chip(compiled):
+def test_lower_for_one_chip(compiled):
     step, (state, frozen, batch) = compiled("tpu-v5e", "--no-scan", "--no-remat")
     stats = step.memory_analysis()
     held = training.nbytes((state, frozen, batch))
     assert held <= stats.argument_size_in_bytes < 1.1 * held
-    # The new state takes the place of the old, and nothing else comes out but the loss.
+    # The new state reuses the memory of the old one; the only other output is the loss.
     assert stats.alias_size_in_bytes >= training.nbytes(state)
     assert stats.output_size_in_bytes - stats.alias_size_in_bytes < 2048
-    # A product for each weight forward, one back, and none for its gradient.
+    # Each weight has one forward and one backward product, and none for its gradient.
     weights = LAYERS * sum(n_in * n_out for _, n_in, n_out, _ in KERNELS)
     forward = 2 * TIME * (weights + VOCAB * WIDTH)
     assert 2 * forward < step.cost_analysis()["flops"] < 2.4 * forward
 
 
 @pytest.mark.slow
-def test_a_base_in_few_bits_on_one_chip(compiled):
+def test_lower_a_quantized_base_for_one_chip(compiled):
     options = "--base=nf4", "--table=int8", "--chunk=32"
     step, shapes = compiled("tpu-v5e", *options)
     held = training.nbytes(shapes)
     stats, text = step.memory_analysis(), step.as_text()
     assert held <= stats.argument_size_in_bytes < 1.1 * held  # packed
-    # Neither all layers of a weight in floats, nor all logits, forward or backward.
+    # No array holds all layers of a weight in floats, and none holds all logits.
     for _, n_in, n_out, _ in KERNELS:
         assert f"s4[{LAYERS},{n_in},{n_out}]" in text
         for dtype in ("bf16", "f32"):
@@ -76,9 +76,9 @@ def test_a_base_in_few_bits_on_one_chip(compiled):
 
 
 @pytest.mark.slow
-def test_sharded_over_four_chips(compiled):
+def test_lower_sharded_over_four_chips(compiled):
     step, (state, frozen, batch) = compiled("tpu-v5e:2x2")
-    # A is split where W's inputs are, B where its outputs are; rank and layers are not.
+    # A is split like W's inputs, B like W's outputs; ranks and layers are not split.
     for path, n_in, n_out, split in KERNELS:
         part, name = path.split("/")
         adapter, weight = state[0]["blocks"][part][name], frozen["blocks"][part][name]
@@ -88,7 +88,7 @@ def test_sharded_over_four_chips(compiled):
         assert adapter["lora_a"].sharding.spec == P(None, first, None)
         assert adapter["lora_b"].shape == (LAYERS, RANK, n_out)
         assert adapter["lora_b"].sharding.spec == P(None, None, second)
-    # The program takes everything so, and gives the new state back as it took the old.
+    # The program takes these shardings, and returns the new state with the old ones.
     (given, _), (left, _) = step.input_shardings, step.output_shardings
     for found, wanted in ((given, (state, frozen, *batch)), (left, state)):
         same = jax.tree.map(
@@ -97,35 +97,35 @@ def test_sharded_over_four_chips(compiled):
         assert all(jax.tree.leaves(same))
 
     gathered, summed = collectives(step.as_text())
-    # Each weight is gathered as it is, in bfloat16: forward, for what remat computes
-    # again, and for the way back; the table once. Neither W + A B nor x ever is.
+    # Each weight is gathered in bfloat16: in the forward pass, in remat's recomputation
+    # and in the backward pass. The table is gathered once, W + A B and x never.
     large = Counter({x: n for x, n in gathered.items() if RANK not in x[1]})
     weights = [("bf16", (n_in, n_out)) for _, n_in, n_out, _ in KERNELS]
     assert Counter(weights * 2) <= large <= Counter([*weights * 3, TABLE])
-    # What the chips sum are gradients of adapters, and the loss.
+    # The chips sum only the gradients of the adapters, and the loss.
     assert all(not shape or RANK in shape for _, shape in summed)
 
 
 def collectives(text):
-    """Counts of (dtype, shape) that are gathered, and that are summed over chips.
+    """Counts the (dtype, shape) that are gathered, and those summed over chips.
 
-    XLA writes one collective into several fusions; its channel tells that it is one.
+    XLA writes one collective into several fusions, all with the same channel id.
     """
     found = {"all-gather": {}, "all-reduce": {}}
     line = r"= (.*?) ([a-z]+-[a-z-]+?)(?:-start)?\(.*?channel_id=(\d+)"
     for shapes, kind, channel in re.findall(line, text):
         if kind in found:
-            found[kind][channel] = [  # a layer of a stack has size 1 in front
+            found[kind][channel] = [  # a layer of a stack has a leading 1
                 (dtype, tuple(int(n) for n in sizes.split(",") if n not in ("", "1")))
                 for dtype, sizes in re.findall(r"(b?f\d+)\[([\d,]*)\]", shapes)
             ]
     return (Counter(itertools.chain(*x.values())) for x in found.values())
 
 
-def test_unknown_meshes_are_refused(capsys):
+def test_main_refuses_unknown_meshes(capsys):
     for device, message in {
-        "tpu-v5e:3x3": "libtpu knows no tpu-v5e:3x3",
-        "tpu-v99": "libtpu knows no tpu-v99",
+        "tpu-v5e:3x3": "libtpu does not support tpu-v5e:3x3",
+        "tpu-v99": "libtpu does not support tpu-v99",
     }.items():
         with pytest.raises(SystemExit) as error:
             memory.main([f"--device={device}"])
@@ -133,14 +133,13 @@ def test_unknown_meshes_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_what_is_too_large_for_the_chip_is_told():
-    """In the words of the installed compiler."""
-    place = jax.sharding.SingleDeviceSharding(memory.devices("tpu-v5e")[0])
-    x = jax.ShapeDtypeStruct((8, 2**30), jnp.float32, sharding=place)
+def test_refusal_parses_the_message_of_the_installed_compiler():
+    sharding = jax.sharding.SingleDeviceSharding(memory.devices("tpu-v5e")[0])
+    x = jax.ShapeDtypeStruct((8, 2**30), jnp.float32, sharding=sharding)
     lowered = jax.jit(lambda x: x + 1).lower(x)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         lowered.compile()
-    told = memory.refusal(str(error.value))
-    assert told["refused"]
-    assert told["limit"] == 15.75 * 2**30
-    assert told["peak"] >= 4 * 8 * 2**30
+    found = memory.refusal(str(error.value))
+    assert found["refused"]
+    assert found["limit"] == 15.75 * 2**30
+    assert found["peak"] >= 4 * 8 * 2**30

@@ -1,4 +1,4 @@
-"""The tracing benchmark runs, and prints what its page says."""
+"""The tracing benchmark runs and prints the table of benchmarks/README.md."""
 
 import re
 
@@ -7,7 +7,7 @@ import tracing
 
 
 @pytest.mark.slow
-def test_table(third_party):
+def test_compare_returns_a_table(third_party):
     steps = tracing.contenders(tracing.Decoder(1, scanned=True))
     table = tracing.compare(steps, 1)
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ", table, re.M)
@@ -18,5 +18,5 @@ def test_table(third_party):
     assert "1.00 (1.00 to 1.00)" in table
 
 
-def test_a_function_without_adapters_compiles_to_itself(third_party):
+def test_same_program_for_a_function_without_adapters(third_party):
     assert tracing.same_program()

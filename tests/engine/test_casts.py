@@ -1,3 +1,5 @@
+"""Casts of a weight are moved past its update only if the rounding stays invisible."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +54,7 @@ MEETINGS = {
 
 
 @pytest.mark.parametrize("meeting", MEETINGS)
-def test_lora_rounds_the_sum_where_it_meets_the_weight_again(meeting):
+def test_lora_rounds_the_sum_if_an_operation_compares_it_with_the_weight(meeting):
     fn = lambda params: MEETINGS[meeting](params["w"])
     params = lj.lorafy({"w": W}, 2, targets="*") | {"w_lora_a": A, "w_lora_b": B}
     params = jax.tree.map(jnp.asarray, params)
@@ -72,18 +74,18 @@ APART = {
 
 
 @pytest.mark.parametrize("use", APART)
-def test_exact_casts_leaves_casts_before_products_alone(use):
+def test_exact_casts_ignores_casts_before_products(use):
     jaxpr = jax.make_jaxpr(APART[use])(W, X, X)
     assert exact_casts(jaxpr, [["w"], ["v"], []]) == frozenset()
 
 
-def test_exact_casts_finds_casts_that_leave():
+def test_exact_casts_finds_casts_that_are_returned():
     jaxpr = jax.make_jaxpr(lambda w: (w.astype(jnp.bfloat16), 2 * w))(W)
     assert len(exact_casts(jaxpr, [["w"]], leaving=[0])) == 1
     assert exact_casts(jaxpr, [["w"]], leaving=[1]) == frozenset()
 
 
-def test_explain_marks_a_weight_whose_cast_is_moved_past_its_update():
+def test_explain_lists_a_cast_that_precedes_the_update():
     params = lj.lorafy({"v": W, "w": W}, 2, targets="*")
     fn = lambda p, x: x @ p["v"] + x @ q(p["w"])
     report = lj.explain(fn, params, X)

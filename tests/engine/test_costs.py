@@ -1,4 +1,4 @@
-"""`lora(fn)` takes about as many FLOPs as the merged function, or fewer."""
+"""`lora(fn)` takes at most about as many FLOPs as the merged function."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ import lora_jax as lj
 
 
 def flops(fn, *args):
-    """Of the products of a jaxpr, each as often as a `scan` runs it."""
+    """Returns the FLOPs of the products of a jaxpr, times the length of a `scan`."""
 
     def count(jaxpr):
         total = 0
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
-                (summed, _), _ = eqn.params["dimension_numbers"]
+                (contracted, _), _ = eqn.params["dimension_numbers"]
                 shape = eqn.invars[0].aval.shape
-                each = np.prod([shape[d] for d in summed], dtype=int)
+                each = np.prod([shape[d] for d in contracted], dtype=int)
                 total += 2 * eqn.outvars[0].aval.size * each
             if eqn.primitive.name == "conv_general_dilated":
                 y, w = eqn.outvars[0].aval, eqn.invars[1].aval
@@ -39,7 +39,7 @@ def of(*shape, dtype=jnp.float32):
 
 
 def ratios(fn, weights, *args, axes=None):
-    """The FLOPs of `lora(fn)` over those of the merged `fn`: forward, and a step's."""
+    """Returns FLOPs of `lora(fn)` over those of the merged `fn`, forward and a step."""
     params = lj.lorafy(weights, 8, targets="*", axes=axes)
     adapters, base = lj.split(params)
     counts = []
@@ -86,16 +86,16 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_loop_materializes_a_constant_weight_once(loop):
+def test_lora_materializes_a_constant_weight_of_a_loop_once(loop):
     assert (ratios(*LOOPS[loop]) <= 1.1).all()
 
 
 @pytest.mark.parametrize("carried", [False, True])
-def test_while_materializes_a_constant_weight_outside(carried):
+def test_lora_materializes_a_constant_weight_outside_of_while(carried):
     def fn(params, x):
         turn = lambda w, h: jnp.sin(h @ jnp.tanh(w))
         state = params["w"], x, 0
-        if carried:  # and handed on as it is
+        if carried:  # and passed on unchanged
             body = lambda state: (state[0], turn(*state[:2]), state[2] + 1)
             return lax.while_loop(lambda state: state[2] < 8, body, state)[1]
         body = lambda state: (turn(params["w"], state[0]), state[1] + 1)
@@ -109,7 +109,7 @@ def test_while_materializes_a_constant_weight_outside(carried):
     assert (256, 256) in shapes and not any(8 in shape for shape in shapes)
 
 
-def test_loop_warns_of_the_line_in_its_body():
+def test_lora_warns_of_the_line_in_the_body_of_a_loop():
     params = lj.lorafy({"w": jnp.ones((4, 4))}, 2, targets="*")
     for _ in range(2):
         with pytest.warns(UserWarning, match="'w' meets 'tanh' at .*test_costs.py:"):
@@ -152,7 +152,7 @@ PRODUCTS = {
         {f"w{i}": of(512, 64) for i in range(24)},
         of(512, 512),
     ),
-    "colours": (convolution, {"w": of(3, 3, 3, 64)}, of(2, 32, 32, 3)),
+    "colors": (convolution, {"w": of(3, 3, 3, 64)}, of(2, 32, 32, 3)),
     "sum over heads": (
         lambda params, x: jnp.einsum("td,dhk->tk", x, params["w"]),
         {"w": of(512, 2, 64)},
@@ -160,18 +160,18 @@ PRODUCTS = {
     ),
     "experts": (averaged_experts, {"w": of(8, 64, 64)}, of(32, 64), of(32, 8)),
 }
-AXES = {"colours": WINDOW, "sum over heads": HEADS, "experts": EXPERTS}
+AXES = {"colors": WINDOW, "sum over heads": HEADS, "experts": EXPERTS}
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_product_costs_no_more_than_the_merged_weight(product):
+def test_lora_of_a_product_costs_no_more_than_the_merged_weight(product):
     axes = {"w": AXES[product]} if product in AXES else None
     assert (ratios(*PRODUCTS[product], axes=axes) <= 1.25).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-def test_product_keeps_an_update_that_the_weight_would_round_away(dtype):
-    """Where W + scale * A B is cheaper, in few digits it is W again."""
+def test_lora_keeps_an_update_that_the_weight_would_round_away(dtype):
+    """W + scale * A B is cheaper here, but in low precision it rounds to W."""
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((512, 2), (256, 512)))
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((512, 8), (8, 2)))

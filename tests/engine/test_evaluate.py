@@ -1,4 +1,4 @@
-"""Without a rule a weight is materialised: exact, for that use alone, and said."""
+"""A primitive without a rule materializes the weight, exactly and with a warning."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ ad.primitive_jvps[cube_p] = lambda x, dx: (cube_p.bind(*x), 3 * x[0] ** 2 * dx[0
 X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
 
 
-def test_each_rule_is_for_a_primitive_of_jax():
+def test_rules_are_for_primitives_of_jax():
     known = {p.name for n, p in vars(primitives).items() if n.endswith("_p")}
-    # Some that jax.extend does not list, and a call that was renamed.
+    # jax.extend does not list these; one of them is a call that was renamed.
     rest = {
         *("optimization_barrier", "split", "reshard", "closed_call", "eval_jaxpr"),
         *("device_put", "pvary", "ragged_dot_general", "shard_map"),
@@ -39,7 +39,7 @@ def use(p, x):
     return x @ cube_p.bind(p["a"]["kernel"]) + x @ p["a"]["kernel"] @ p["b"]["kernel"]
 
 
-def test_an_unknown_primitive_is_exact_and_named(params, close):
+def test_lora_is_exact_on_an_unknown_primitive_and_names_it(params, close):
     with pytest.warns(
         UserWarning, match="'a/kernel' meets 'cube_of_a_user' at .*test_evaluate.py:"
     ) as caught:
@@ -54,8 +54,8 @@ def test_an_unknown_primitive_is_exact_and_named(params, close):
 
 
 @pytest.mark.parametrize("name", ["scan", "jit", "dot_general", "transpose"])
-def test_an_unreadable_primitive_is_exact(name, params, close, monkeypatch):
-    """As on a JAX that changed it: the rule is gone and the weights are formed."""
+def test_lora_is_exact_without_a_rule(name, params, close, monkeypatch):
+    """Removes a rule, as if a new version of JAX had renamed the primitive."""
     monkeypatch.delitem(evaluate.RULES, name)
 
     def fn(p, x):

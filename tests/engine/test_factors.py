@@ -1,4 +1,4 @@
-"""Layouts are read from shapes, and every view of a weight is a view of its factors."""
+"""Layouts follow from shapes, and every view of a weight is a view of its factors."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from lora_jax._engine.factors import (
 from lora_jax._engine.joins import add, concatenate
 
 RNG = np.random.default_rng(0)
-# Shapes of w, a, b and the scale, and how NumPy writes scale * A B for them.
+# Shapes of w, a, b and the scale, and the einsum equation of scale * A B.
 LAYOUTS = {
     "matrix": ((4, 5), (4, 2), (2, 5), (), "ir,ro,->io"),
     "heads": ((4, 2, 3), (4, 2), (2, 2, 3), (), "ir,rhd,->ihd"),
@@ -78,7 +78,7 @@ def test_delta_against_numpy(layout):
     np.testing.assert_allclose(materialized(f), np.asarray(w) + want, atol=1e-5)
 
 
-def test_axes_are_those_of_the_equation(layout):
+def test_axes_of_shapes_agrees_with_the_equation(layout):
     (w, a, b, scale), equation = layout
     axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
     assert sorted((*axes.batch, *axes.inputs, *axes.outputs)) == list(range(w.ndim))
@@ -153,7 +153,7 @@ def test_follow_to_nothing_gives_a_plain_array():
     assert viewed(f, f.w[4:], "reshape").shape == (0, 3)
 
 
-def test_low_precision_is_summed_in_float32_and_cast_once():
+def test_materialize_sums_low_precision_in_float32_and_casts_once():
     w, a, b = (normal(shape).astype(jnp.bfloat16) for shape in ((4, 5), (4, 2), (2, 5)))
     got = materialize(align(w, a, b, jnp.float32(0.3)))
     exact = [np.asarray(x, np.float64) for x in (w, a, b)]
@@ -163,7 +163,7 @@ def test_low_precision_is_summed_in_float32_and_cast_once():
 
 
 def pieces(*shapes, axes):
-    """Weights of one layout, and the plain arrays that they stand for."""
+    """Returns weights with factors, and the same weights materialized."""
     made = []
     for w, a, b, scale in shapes:
         f = align(normal(w), normal(a), normal(b), normal(scale), "w")
@@ -216,7 +216,7 @@ def test_concatenate_a_matrix_and_a_stack_has_no_factors():
     ((f,), (plain,)) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
     stack = align(*map(normal, ((4, 3), (4, 3, 2), (1, 3, 2), (3,))))
     assert concatenate([f, stack], jnp.zeros((4, 6)), 1) is None
-    want = plain + materialize(stack)  # but a sum may have
+    want = plain + materialize(stack)  # their sum has factors
     np.testing.assert_allclose(
         materialize(add(f, stack, f.w + stack.w)), want, atol=1e-5
     )
@@ -225,7 +225,7 @@ def test_concatenate_a_matrix_and_a_stack_has_no_factors():
 def test_add_adds_up_the_ranks():
     shapes = [((4, 3), (4, 1), (1, 3), ()), ((3, 4), (3, 2), (2, 4), ())]
     ((f,), (x,)) = pieces(shapes[0], axes=(0, 1))
-    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # its factors the other way round
+    ((g,), (y,)) = pieces(shapes[1], axes=(1, 0))  # with swapped factors
     h = add(f, g, f.w + g.w)
     np.testing.assert_allclose(materialize(h), x + y, atol=1e-5)
     assert h.a.shape == (4, 1, 3) and h.b.shape == (1, 3, 3)

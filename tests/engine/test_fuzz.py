@@ -1,9 +1,9 @@
 """Random programs on random weights: `lora(fn)` equals `fn` on the merged parameters.
 
-A program is a function of its seed: at every trace it draws the same steps. A step
-takes a weight through a few views to a use, or calls a shorter program in a loop, a
-branch or a transformation. What is differentiated, and how, is drawn too.
-`LORA_JAX_FUZZ=2000 pytest tests/engine/test_fuzz.py` runs that many, and a failure
+A program depends only on its seed: every trace draws the same steps. A step applies
+some views and a use to a weight, or calls a shorter program in a loop, a branch or a
+transformation. The derivatives and their arguments are drawn too.
+`LORA_JAX_FUZZ=2000 pytest tests/engine/test_fuzz.py` runs 2,000 programs, and a failure
 names its seed.
 """
 
@@ -31,14 +31,14 @@ from lora_jax._engine.quantized import FORMATS, quantize_array
 
 PROGRAMS = int(os.environ.get("LORA_JAX_FUZZ", 17))
 BATCH, D = 4, 3
-LARGEST = 120  # a view of a weight that has grown beyond so many numbers is cut
+LARGEST = 120  # a view of a weight with more elements is sliced
 
 
 class At(NamedTuple):
-    """Where a program is: what it draws from, the weights, and the activations."""
+    """The state of a program: the random generator, the weights and activations."""
 
     rng: np.random.Generator
-    without: frozenset[str]  # constructs that JAX itself does not have here
+    without: frozenset[str]  # constructs that JAX does not support here
     weights: list[jax.Array]
     x: jax.Array
     given: jax.Array | None  # an argument of the program that is never differentiated
@@ -56,16 +56,16 @@ class At(NamedTuple):
         return table[self.choose([n for n in table if n not in self.without])]
 
 
-# What programs are made of: arrays that depend on the activations.
+# Building blocks: arrays that depend on the activations.
 
 
 def mixed(at, x, shape):
-    """An array of any shape; each of its numbers mixes those of `x` in its own way."""
+    """Returns an array of any shape whose elements are random combinations of `x`."""
     mixing = at.rng.standard_normal((x.size, math.prod(shape))) / np.sqrt(x.size)
     return jnp.reshape(x.ravel() @ mixing.astype(x.dtype), shape)
 
 
-def number(at):
+def scalar(at):
     return 1 + jnp.sin(at.x.ravel()[0]) / 2
 
 
@@ -74,7 +74,7 @@ def coin(at):
 
 
 def features(at, shape, dtype=np.float32):
-    """Given ones, which no derivative reaches: exact in the shortest of dtypes."""
+    """Returns constants without derivatives, exact in every dtype of the tests."""
     either = at.rng.integers(-8, 9, size=(2, *shape)).astype(np.float32) / 4
     return jnp.where(coin(at), *either).astype(dtype)
 
@@ -84,7 +84,7 @@ def indices(at, shape, size):
 
 
 def other(at, w, shape):
-    """Something to stand beside a weight: another one, or a plain array."""
+    """Returns another weight, or a plain array, to combine with a weight."""
     others = [v for v in at.weights if v.ndim == len(shape)]
     if not others or at.chance(0.3):
         return mixed(at, at.x, shape)
@@ -101,7 +101,7 @@ def mesh():
     return jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
 
-# Views: `view(at, w, d)` is another array, `d` one of the dimensions.
+# Views: `view(at, w, d)` returns another array; `d` is one of the dimensions.
 
 
 def reshape(at, w, d):
@@ -149,7 +149,7 @@ def layer(at, w, d):
 def pad(at, w, d):
     config = [(0, 0, 0)] * w.ndim
     config[d] = (1 - at.below(min(w.shape[d], 3)), at.below(2), at.below(2))
-    return lax.pad(w, lax.stop_gradient(number(at)), config)
+    return lax.pad(w, lax.stop_gradient(scalar(at)), config)
 
 
 def split(at, w, d):
@@ -164,19 +164,19 @@ def concatenate(at, w, d):
 
 
 def scale(at, w, d):
-    forms = [w * 0.7, number(at) * w, w / number(at), -w, 0.1 / (2 + w * w)]
-    return at.choose(forms)
+    variants = [w * 0.7, scalar(at) * w, w / scalar(at), -w, 0.1 / (2 + w * w)]
+    return at.choose(variants)
 
 
 def shift(at, w, d):
     v = other(at, w, w.shape)
-    v = jnp.broadcast_to(number(at), w.shape) if at.chance(0.3) else v
+    v = jnp.broadcast_to(scalar(at), w.shape) if at.chance(0.3) else v
     return at.choose([lambda: w + v, lambda: w - v, lambda: v - w])()
 
 
-def whole(at, w, d):
-    """What no factors can follow."""
-    forms = {
+def materialized(at, w, d):
+    """Applies an operation that materializes the weight."""
+    variants = {
         "tanh": jnp.tanh,
         "square": lambda w: w * w,
         "times": lambda w: w * other(at, w, w.shape),
@@ -186,11 +186,11 @@ def whole(at, w, d):
         "scatter": lambda w: w.at[0].add(1.0),
         "gram": lambda w: jnp.tensordot(w, w, (d, d)) / w.size,
     }
-    return at.pick(forms)(w)
+    return at.pick(variants)(w)
 
 
 def called(at, w, d):
-    """A view inside a call, which hands it out again."""
+    """Applies a view inside a call that returns it."""
     seed, view = at.below(2**31), at.pick(VIEWS)
 
     def f(w, x):
@@ -214,7 +214,7 @@ def called(at, w, d):
 
 
 def straight_through(at, w, d):
-    """A custom rule that hands a weight out, with a derivative that is not its own."""
+    """Applies a custom rule that returns a weight, with another derivative."""
     view = at.choose([lambda w: w, lambda w: -w, jnp.tanh, lambda w: lax.rev(w, [d])])
     jvp, vjp = jax.custom_jvp(view), jax.custom_vjp(view)
     jvp.defjvp(lambda xs, dots: (view(*xs), dots[0] / 2))
@@ -235,7 +235,7 @@ VIEWS = {
     "concatenate": concatenate,
     "scale": scale,
     "shift": shift,
-    "whole": whole,
+    "materialized": materialized,
     "called": called,
     "transpose": lambda at, w, d: jnp.transpose(w, at.rng.permutation(w.ndim)),
     "expand": lambda at, w, d: jnp.expand_dims(w, d),
@@ -255,10 +255,10 @@ VIEWS = {
 }
 
 
-# Roundings: `q(w)` is the nearest of few numbers. They are coarse, and come last: in
-# front of a jump a sum that differs in its last bit may fall on either side, and the
-# odds of that are those of two bits among the ones that are cut off. bfloat16 keeps too
-# many of them: see `test_random_halves`.
+# Roundings: `q(w)` is the nearest value on a coarse grid. They come last: two sums that
+# differ in their last bit can round differently, and the probability of that is the
+# ratio of this bit to the step of the grid. The step of bfloat16 is too small for this
+# test: see `test_lora_on_random_halves`.
 
 
 def cast(dtype):
@@ -280,14 +280,14 @@ ROUNDINGS = {
 
 def rounded(at, w):
     cast = at.pick(ROUNDINGS)
-    # JAX rounds derivatives as well, and these are never the same to the last digit.
+    # JAX rounds derivatives as well, and these never agree in their last digit.
     q = lambda w: lax.stop_gradient(cast(w))
-    forms = {
+    variants = {
         "rounded": q,
         "rounded_through": lambda w: w + q(w) - lax.stop_gradient(w),
         "rounding_error": lambda w: w - q(w),
     }
-    return at.pick(forms)(w)
+    return at.pick(variants)(w)
 
 
 def viewed(at):
@@ -300,14 +300,14 @@ def viewed(at):
     return rounded(at, w) if at.chance(0.12) else w
 
 
-# Uses: `use(at, w)` is an array of any shape.
+# Uses: `use(at, w)` returns an array of any shape.
 
 
 def product(at, w, dtype=None):
-    """Any `dot_general`, perhaps with given features of a shorter dtype."""
-    roles = at.rng.integers(3, size=w.ndim)  # 0: free, 1: summed, 2: batch
+    """Draws any `dot_general`; with `dtype`, of constant features of that dtype."""
+    roles = at.rng.integers(3, size=w.ndim)  # 0: free, 1: contracted, 2: batch
     groups = [at.rng.permutation(np.flatnonzero(roles == n)).tolist() for n in (1, 2)]
-    dims = [*groups[0], *groups[1], *[-1] * at.below(3)]  # -1: a free one of x
+    dims = [*groups[0], *groups[1], *[-1] * at.below(3)]  # -1: a free dimension of x
     at.rng.shuffle(dims)
     shape = tuple(w.shape[d] if d >= 0 else 2 for d in dims)
     x = features(at, shape, dtype) if dtype else mixed(at, at.x, shape)
@@ -331,7 +331,7 @@ def einsum(at, w):
 
 
 def pair(at, w):
-    """A product of two weights."""
+    """Multiplies two weights."""
     w, v = (z if z.ndim else z[None] for z in (w, viewed(at)))
     v = lax.slice(v, [0] * v.ndim, [min(3, n) for n in v.shape])
     n = v.shape[0]
@@ -340,18 +340,18 @@ def pair(at, w):
 
 
 def filled(w, rows, masked):
-    """Rows, some out of bounds: there is a number, or none, and it is masked."""
+    """Looks up rows, some out of bounds, with a fill value or with a mask."""
     if not masked:
         return w.at[rows].get(mode="fill", fill_value=0.5)
-    there = lax.expand_dims(rows < w.shape[0], range(rows.ndim, rows.ndim + w.ndim - 1))
-    return jnp.where(there, jnp.sin(jnp.take(w, rows, axis=0)), 0.5)
+    valid = lax.expand_dims(rows < w.shape[0], range(rows.ndim, rows.ndim + w.ndim - 1))
+    return jnp.where(valid, jnp.sin(jnp.take(w, rows, axis=0)), 0.5)
 
 
 def lookup(at, w):
     d, shape = at.below(w.ndim), at.choose([(2,), (2, 2), (1,)])
     first = jnp.moveaxis(w, d, 0)
     i, far = (indices(at, shape, n) for n in (w.shape[d], w.shape[d] + 3))
-    forms = [
+    variants = [
         lambda: jnp.take(w, i, axis=d),
         lambda: jnp.take(w, far - 1, axis=d, mode="clip"),
         lambda: jnp.take(w, far, axis=d, mode="wrap"),
@@ -360,7 +360,7 @@ def lookup(at, w):
         lambda: first[i, ..., i % first.shape[-1]] if w.ndim > 1 else w[i],
         lambda: first[at.rng.integers(w.shape[d], size=shape)],
     ]
-    return at.choose(forms)()
+    return at.choose(variants)()
 
 
 def along_axis(at, w):
@@ -370,16 +370,16 @@ def along_axis(at, w):
 
 
 def windows(at, w):
-    """The general lookup: a window of the weight at each index."""
+    """Gathers a window of the weight at each index."""
     w = jnp.atleast_1d(w)
-    place = [d for d in range(w.ndim) if at.chance()] or [0]
-    gone = [d for d in place if at.chance()]
-    at.rng.shuffle(place)
-    sizes = [1 if d in gone else 1 + at.below(n) for d, n in enumerate(w.shape)]
-    kept = w.ndim - len(gone)
+    indexed = [d for d in range(w.ndim) if at.chance()] or [0]
+    collapsed = [d for d in indexed if at.chance()]
+    at.rng.shuffle(indexed)
+    sizes = [1 if d in collapsed else 1 + at.below(n) for d, n in enumerate(w.shape)]
+    kept = w.ndim - len(collapsed)
     offsets = sorted(at.rng.choice(kept + 1, kept, replace=False).tolist())
-    dims = lax.GatherDimensionNumbers(tuple(offsets), tuple(gone), tuple(place))
-    return lax.gather(w, indices(at, (2, len(place)), 4), dims, sizes, mode="clip")
+    dims = lax.GatherDimensionNumbers(tuple(offsets), tuple(collapsed), tuple(indexed))
+    return lax.gather(w, indices(at, (2, len(indexed)), 4), dims, sizes, mode="clip")
 
 
 def convolution(at, w):
@@ -391,17 +391,17 @@ def convolution(at, w):
     features, batches = (divisor, 1) if at.chance() else (1, divisor)
     strides, lhs, rhs = at.rng.integers(1, 3, size=(3, len(window))).tolist()
     low = at.rng.integers(-1, 3, size=len(window)).tolist()
-    room = [(n - 1) * k for n, k in zip(window, rhs, strict=True)]  # for one window
+    most = [(n - 1) * k for n, k in zip(window, rhs, strict=True)]
     if jax.__version_info__ < (0, 10):
-        # More at the low end makes padding of the slope by x that is negative there
-        # and, at the high end, positive: XLA then read memory that was not its own.
-        low = [*map(min, low, room)]
+        # With more low padding, the gradient by x is a convolution with negative low
+        # and positive high padding, in which XLA read memory out of bounds.
+        low = [*map(min, low, most)]
     sizes = [2 * batches, in_ * features, *[3] * len(window)]
     return lax.conv_general_dilated(
         mixed(at, at.x, tuple(sizes[specs[0].index(d)] for d in range(w.ndim))),
         w,
         strides,
-        [(i, max(0, n - i)) for i, n in zip(low, room, strict=True)],
+        [(i, max(0, n - i)) for i, n in zip(low, most, strict=True)],
         lhs,
         rhs,
         lax.ConvDimensionNumbers(*specs),
@@ -424,7 +424,7 @@ def callback(at, w):
 
 
 def noise(at, w):
-    """Random bits and a range, which depend on whether x64 is on."""
+    """Uses random bits and a range, which depend on whether x64 is enabled."""
     bits = jax.random.bernoulli(jax.random.key(at.below(9)), 0.7, w.shape)
     return jnp.where(bits, w, 0.5) * (1 + jnp.arange(w.size).size / w.size) / 2
 
@@ -446,7 +446,7 @@ USES = {
 }
 
 
-# Calls: `call(at, f)` uses `f(weights, x)`, a shorter program.
+# Calls: `call(at, f)` calls `f(weights, x)`, a shorter program.
 
 
 def flat(*arrays):
@@ -464,7 +464,7 @@ def remat(at, f):
 
 
 def swap(weights):
-    """Those of one shape change places."""
+    """Permutes the weights of equal shapes."""
     shapes = {}
     for w in weights:
         shapes.setdefault(w.shape, []).append(w)
@@ -472,7 +472,7 @@ def swap(weights):
 
 
 def carried(at):
-    """Constant weights, carried ones, and how these change from turn to turn."""
+    """Returns constant weights, carried ones, and a function that changes these."""
     ways = [
         lambda weights: weights,
         lambda weights: [0.9 * w for w in weights],
@@ -537,7 +537,7 @@ def switch(at, f):
 
 
 def again(at, f):
-    """One jitted function, called again and again, on operands of which others move."""
+    """Calls one jitted function several times, with varying perturbed operands."""
     g, still, given = jax.jit(f), lax.stop_gradient, features(at, at.x.shape)
     first = {w.shape: w for w in at.weights[::-1]}
     calls = {
@@ -555,7 +555,8 @@ def again(at, f):
     return flat(ys)
 
 
-# Custom rules halve the derivative, as no other rule would, and see an integer.
+# Custom rules halve the derivative, so that no other rule can replace them, and take an
+# integer operand.
 
 
 def with_jvp(at, f):
@@ -571,7 +572,7 @@ def with_jvp(at, f):
 
 def with_vjp(at, f):
     g = jax.custom_vjp(lambda weights, n, x: f(weights, x) * n.astype(x.dtype))
-    if at.chance():  # the backward rule computes all over again, or from residuals
+    if at.chance():  # the backward rule recomputes everything, or uses residuals
         forward = lambda weights, n, x: (g(weights, n, x), (weights, x))
         pull = lambda saved, ct: jax.vjp(f, *saved)[1](ct / 2)
     else:
@@ -586,11 +587,11 @@ def with_vjp(at, f):
     return lambda weights, x: g(weights, jnp.arange(3)[1], x)
 
 
-# Others read the weights in one direction only.
+# Custom rules that read the weights in one direction only.
 
 
 def only_forward(at, f):
-    """The backward rule knows nothing but the weights' shapes."""
+    """Returns a function whose backward rule uses only the weights' shapes."""
     types = jax.tree.map(jax.typeof, at.weights)
     g = jax.custom_vjp(f)
 
@@ -602,7 +603,7 @@ def only_forward(at, f):
 
 
 def only_backward(at, f):
-    """Synthetic gradients: the weights act, and learn, in the backward pass alone."""
+    """Returns a function that uses the weights in its backward rule only."""
     g = jax.custom_vjp(lambda weights, x: jnp.sin(x))
     g.defvjp(
         lambda weights, x: (jnp.sin(x), (weights, x)),
@@ -611,11 +612,11 @@ def only_backward(at, f):
     return g
 
 
-# Others close over an argument of the program: features, or labels.
+# Custom rules that close over an argument of the program: features, or labels.
 
 
 def closing(at, f):
-    """A function that closes over an argument, and what it is called on."""
+    """Returns a function that closes over an argument, and its operands."""
     if at.chance():
         return lambda weights: f(weights, at.given), at.weights
     return lambda y: jnp.sin(y - at.given), f(at.weights, at.x)
@@ -647,7 +648,7 @@ def grad_weights(at, f):
 
 
 def shard_map(at, f):
-    """Halves of the activations, and perhaps of one weight, on two devices."""
+    """Splits the activations, and perhaps one weight, over two devices."""
     specs = [P()] * len(at.weights)
     i = at.below(len(specs))
     even = [d for d, n in enumerate(at.weights[i].shape) if n % 2 == 0]
@@ -691,8 +692,8 @@ CALLS = {
     "grad": lambda at, f: jax.grad(lambda x: f(at.weights, x).sum())(at.x),
     "jvp": lambda at, f: jax.jvp(f, (at.weights, at.x), (at.weights, at.x))[1],
 }
-# What JAX does not do inside these: other derivatives of custom rules, derivatives of
-# other modes, and rules that a transformation calls when what they close over is gone.
+# JAX does not support inside these calls: the other mode of a custom rule, derivatives
+# in the other mode, and rules that close over values of a finished trace.
 FORWARD = {"custom_vjp", "again_vjp", "only_forward", "only_backward", "closing_vjp"}
 REVERSE = {"while_loop", "ragged"}
 CLOSING = {"closing_jvp", "closing_vjp"}
@@ -709,13 +710,13 @@ WITHOUT = {
     "again_vjp": REVERSE,
     "vmap": {"ragged"},
     "vmap_over": {"ragged"},
-    # Devices that take different branches wait for each other's gradients for ever.
+    # Devices that take different branches wait for each other's gradients forever.
     "shard_map": {"shard_map", "constraint", "cond", "switch", "while_loop"},
 }
 
 
 def steps(seed, depth, without, first, given, weights, x):
-    """The program of this seed, the same at every trace; `first` is its first call."""
+    """Runs the program of a seed; `first` is the name of its first call."""
     rng = np.random.default_rng(seed)
     for _ in range(rng.choice([1, 1, 1, 2])):
         at = At(rng, without, weights, x, given)
@@ -726,39 +727,39 @@ def steps(seed, depth, without, first, given, weights, x):
             y = CALLS[name](at, functools.partial(steps, *shorter))
         else:
             y = at.pick(USES)(at, viewed(at))
-        # All numbers stay of the order of one, and so do their derivatives.
+        # Keeps all values and their derivatives near one.
         x, first = jnp.sin(x / 2 + mixed(at, y, x.shape)), None
     return x
 
 
 class Program(NamedTuple):
-    """A function of parameters, of activations, and perhaps of something given."""
+    """A function of parameters and activations, and the derivatives to take."""
 
     fn: Any
     params: dict[str, jax.Array]
     inputs: list[jax.Array]
     how: str = "grad"
-    moving: Any = (("adapters", "x"),)
+    perturbed: Any = (("adapters", "x"),)
 
 
-def program(seed, dora=False, but=frozenset()):
-    """The program of a seed, and which of its derivatives to take.
+def program(seed, dora=False, excluded=frozenset()):
+    """Returns the program of a seed, and the derivatives to take.
 
     Args:
-      seed: Of the program.
+      seed: The seed of the program.
       dora: Whether its weights have magnitudes.
-      but: Calls that it may not make.
+      excluded: Calls that the program must not make.
     """
     rng = np.random.default_rng([seed, 1])
     base, ranks, axes, shape, like = {}, {}, {}, (), None
     for name in ("w", "v", "u")[: rng.integers(1, 4)]:
-        if not shape or rng.random() < 0.6:  # else like the last one
+        if not shape or rng.random() < 0.6:  # otherwise the shape of the last weight
             ndim = int(rng.choice([2, 2, 3, 3, 4]))
             least = 1 if rng.random() < 0.2 else 2
             shape = tuple(rng.integers(least, 5 if ndim < 4 else 4, ndim).tolist())
             like = None
         base[name] = jax.ShapeDtypeStruct(shape, np.float32)
-        if like in ranks and rng.random() < 0.6:  # in every respect
+        if like in ranks and rng.random() < 0.6:  # equal axes and rank too
             axes[name], ranks[name] = axes[like], ranks[like]
             continue
         roles = rng.permutation([1, 2, *rng.integers(3, size=len(shape) - 2)])
@@ -768,22 +769,22 @@ def program(seed, dora=False, but=frozenset()):
             full = min(math.prod(shape[d] for d in dims) for dims in axes[name][1:])
             ranks[name] = int(rng.integers(1, min(3, full) + 1))
         like = name
-    # Of shapes alone, and filled here: a tenth of the time of compiling each.
+    # `lorafy` on shapes, with values from NumPy, takes a tenth of the time.
     params = {
         name: jnp.asarray(rng.standard_normal(leaf.shape) / 2, np.float32)
         for name, leaf in lj.lorafy(base, ranks, axes=axes, dora=dora).items()
     }
     for name in base:
-        if np.random.default_rng([seed, 3]).random() < 0.1:  # as NumPy makes them
+        if np.random.default_rng([seed, 3]).random() < 0.1:  # NumPy's default dtype
             params[name] = np.asarray(params[name], np.float64)
-    # Every other program is straight, the others begin with one call after another.
-    calls = [name for name in CALLS if name not in but]
+    # Odd seeds make no calls; even seeds begin with each call in turn.
+    calls = [name for name in CALLS if name not in excluded]
     first = None if seed % 2 else calls[seed // 2 % len(calls)]
     forward = first == "while_loop" or (seed % 5 == 0 and first not in FORWARD)
     twice = rng.random() < 0.25 and first not in CLOSING
     depth = int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])) if first else 0
-    without = (FORWARD if forward else {"while_loop"}) | but
-    # A rule that closes over an argument cannot leave the function's own `jit`.
+    without = (FORWARD if forward else {"while_loop"}) | excluded
+    # A rule that closes over an argument cannot be differentiated outside of its `jit`.
     without = frozenset(without | CLOSING if twice else without)
 
     def fn(params, x, given):
@@ -792,12 +793,12 @@ def program(seed, dora=False, but=frozenset()):
 
     inputs = [*jnp.asarray(rng.standard_normal((2, BATCH, D)), np.float32)]
     how = ("linearize" if twice else "jvp") if forward else "vjp" if twice else "grad"
-    moving = [MOVING[i] for i in rng.permutation(len(MOVING))]
-    return Program(fn, params, inputs, how, moving)
+    perturbed = [PERTURBED[i] for i in rng.permutation(len(PERTURBED))]
+    return Program(fn, params, inputs, how, perturbed)
 
 
-# What is differentiated: what moves is what custom rules see.
-MOVING = [
+# The perturbed arguments of a derivative, which custom rules can observe.
+PERTURBED = [
     ("adapters",),
     ("x",),
     ("adapters", "x"),
@@ -806,8 +807,9 @@ MOVING = [
 ]
 
 
-# Derivatives of `f(arguments)`, a dict, by those of some names, and its values: once,
-# or twice, of a function jitted once, where both are made before either is used.
+# Derivatives of `f(arguments)`, a dict, in the arguments of some names, and its values.
+# `vjp` and `linearize` take two derivatives of one jitted function, and make both
+# before they use either.
 
 
 def along(f, arguments, names):
@@ -815,26 +817,26 @@ def along(f, arguments, names):
     return lambda some: f(arguments | some), some
 
 
-def grad(f, arguments, moving):
-    f, some = along(f, arguments, moving[0])
+def grad(f, arguments, perturbed):
+    f, some = along(f, arguments, perturbed[0])
     loss = lambda some: (jnp.cos(y := f(some)).sum(), y)
     return [jax.grad(loss, has_aux=True)(some)]
 
 
-def vjp(f, arguments, moving):
+def vjp(f, arguments, perturbed):
     f = jax.jit(f)
-    made = [jax.vjp(*along(f, arguments, names)) for names in moving[:2]]
+    made = [jax.vjp(*along(f, arguments, names)) for names in perturbed[:2]]
     return [(*pullback(-jnp.sin(y)), y) for y, pullback in made]
 
 
-def jvp(f, arguments, moving):
-    f, some = along(f, arguments, moving[0])
+def jvp(f, arguments, perturbed):
+    f, some = along(f, arguments, perturbed[0])
     return [jax.jvp(f, [some], [jax.tree.map(jnp.ones_like, some)])]
 
 
-def linearize(f, arguments, moving):
+def linearize(f, arguments, perturbed):
     f = jax.jit(f)
-    sides = [along(f, arguments, names) for names in moving[:2]]
+    sides = [along(f, arguments, names) for names in perturbed[:2]]
     made = [jax.linearize(*side) for side in sides]
     ones = [jax.tree.map(jnp.ones_like, some) for _, some in sides]
     return [(y, dot(dots)) for (y, dot), dots in zip(made, ones, strict=True)]
@@ -843,10 +845,10 @@ def linearize(f, arguments, moving):
 DERIVATIVES = {"grad": grad, "vjp": vjp, "jvp": jvp, "linearize": linearize}
 
 
-def in_few_bits(seed):
-    """The program of a seed on quantised weights, a format and blocks for each.
+def quantized_program(seed):
+    """Returns the program of a seed on quantized weights of drawn formats and blocks.
 
-    Every other one has DoRA's magnitudes too.
+    Programs of odd seeds have DoRA's magnitudes too.
     """
     plain, rng = program(seed, seed % 2 == 1), np.random.default_rng([seed, 2])
     params = dict(plain.params)
@@ -863,23 +865,26 @@ def adapted(fn, unused="ignore"):
     return lj.lora(fn, unused=unused, materialize="allow")
 
 
-def worst_gap(fn, params, inputs, how="grad", moving=(("adapters", "x"),)):
-    """Between the values, and the derivatives, of `lora(fn)` and of the merged `fn`."""
+def worst_gap(fn, params, inputs, how="grad", perturbed=(("adapters", "x"),)):
+    """Returns the largest difference of `lora(fn)` and the merged `fn`, relatively.
+
+    Compares values and derivatives.
+    """
     adapters, base = lj.split(params)
     x, *given = inputs
-    # Of weights in few bits only the scales can move: the numbers are whole.
+    # The codes of quantized weights are integers, so only the scales are perturbed.
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     floats = jax.tree.map(lambda x: x if floating(x) else None, base)
     arguments = {"adapters": adapters, "weights": floats, "x": x}
 
     def derivatives(f):
-        def whole(p):
+        def combined(p):
             other = lambda x, y: y if x is None else x
             is_leaf = lambda x: x is None
             weights = jax.tree.map(other, p["weights"], base, is_leaf=is_leaf)
             return f(lj.combine(p["adapters"], weights), p["x"], *given)
 
-        return DERIVATIVES[how](whole, arguments, moving)
+        return DERIVATIVES[how](combined, arguments, perturbed)
 
     def both(unused):
         merged = lambda params, *inputs: fn(lj.merge(params), *inputs)
@@ -907,8 +912,8 @@ def worst_gap(fn, params, inputs, how="grad", moving=(("adapters", "x"),)):
 
 
 @contextlib.contextmanager
-def arrays_where_cheaper(yes):
-    """Products as cheap as those of real shapes: W + scale * A B where that pays."""
+def materialize_if_cheaper(yes):
+    """Removes the size limits below which W + scale * A B is never materialized."""
     with pytest.MonkeyPatch.context() as patch:
         if yes:
             patch.setattr(ops, "WORTHWHILE", 0)
@@ -917,52 +922,52 @@ def arrays_where_cheaper(yes):
 
 
 @pytest.mark.parametrize("seed", range(PROGRAMS))
-def test_random_program(seed):
-    with arrays_where_cheaper(seed % 3 == 2):
+def test_lora_on_a_random_program(seed):
+    with materialize_if_cheaper(seed % 3 == 2):
         assert worst_gap(*program(seed)) < 1e-4
     if seed % 50 == 49:  # thousands of compiled programs would fill the memory
         jax.clear_caches()
 
 
-# Two JAX refuses on the merged weights too: what `shard_map` hands to a rule of another
-# makes its gradient vary over devices; and, from 0.12, a rule under `vmap` of which one
-# output is the same for all.
-OF_DORA = [seed for seed in range(-(-PROGRAMS // 4)) if seed not in (74, 382)]
+# JAX refuses two programs on the merged weights too. In one, the gradient of a custom
+# rule's operand varies over the devices of a `shard_map`. In the other, from 0.12 on,
+# an output of a rule under `vmap` is not batched.
+DORA_SEEDS = [seed for seed in range(-(-PROGRAMS // 4)) if seed not in (74, 382)]
 
 
-@pytest.mark.parametrize("seed", OF_DORA)
-def test_random_program_of_dora(seed):
+@pytest.mark.parametrize("seed", DORA_SEEDS)
+def test_lora_on_a_random_program_with_dora(seed):
     assert worst_gap(*program(2 * 10**6 + seed, dora=True)) < 1e-4
     if seed % 50 == 49:
         jax.clear_caches()
 
 
-# Up to 0.9 XLA for CPU rounds to float8 by way of float16, in some programs under jit
-# alone: 0.14843 is then a tie, and the merged function is not the eager one either.
+# Up to JAX 0.9, XLA for CPU rounds to float8 through float16 in some programs under
+# `jit`: 0.14843 is then a tie, and the merged function differs from the eager one too.
 OLD = jax.__version_info__ < (0, 10)
-OF_FEW_BITS = [s for s in range(-(-PROGRAMS // 2)) if not (OLD and s == 376)]
+QUANTIZED_SEEDS = [s for s in range(-(-PROGRAMS // 2)) if not (OLD and s == 376)]
 
 
-@pytest.mark.parametrize("seed", OF_FEW_BITS)
-def test_random_program_on_weights_in_few_bits(seed):
-    assert worst_gap(*in_few_bits(10**6 + seed)) < 1e-4
+@pytest.mark.parametrize("seed", QUANTIZED_SEEDS)
+def test_lora_on_a_random_program_with_quantized_weights(seed):
+    assert worst_gap(*quantized_program(10**6 + seed)) < 1e-4
     if seed % 50 == 49:
         jax.clear_caches()
 
 
 @pytest.mark.parametrize("seed", [370])
-def test_a_program_that_once_failed(seed):
-    """A linearised rule, cut over devices, of which one operand does not move."""
+def test_lora_on_a_program_that_once_failed(seed):
+    """Linearizes a rule on several devices, with one operand that is not perturbed."""
     assert worst_gap(*program(seed)) < 1e-4
 
 
-# Of halves no two functions agree to more than two or three digits. So that of `lora`
-# has to come as near to float64 as the merged one does: where that rounds nothing but
-# the numbers that all are given, to all digits of float32.
+# In half precision two functions agree only to two or three digits. So `lora(fn)` has
+# to be about as close to float64 as the merged function: to all digits of float32 if
+# the function rounds only its inputs.
 
 
 @pytest.mark.parametrize("seed", range(1 + PROGRAMS // 20))
-def test_random_halves(seed):
+def test_lora_on_random_halves(seed):
     draw = At(np.random.default_rng([seed, 2]), frozenset(), [], None, None)
     half, stored = draw.choose([jnp.bfloat16, jnp.float16]), jnp.float32
     stored = half if draw.chance(0.3) else stored
@@ -975,18 +980,18 @@ def test_random_halves(seed):
     order = draw.rng.permutation(params["w"].ndim)
     n = params["w"].shape[order[0]]
     rows, x = draw.rng.integers(n, size=BATCH), draw.rng.integers(-8, 9, (BATCH, n)) / 4
-    form, use, swap = draw.below(4), draw.chance(0.8), draw.chance()
+    variant, use, swap = draw.below(4), draw.chance(0.8), draw.chance()
 
     def fn(params, x, half, full):
         w = jnp.transpose(params["w"], order)
         q = lambda w: w.astype(half).astype(w.dtype)
-        forms = [
+        variants = [
             lambda: w,
             lambda: w.astype(half),
             lambda: w + lax.stop_gradient(q(w) - w),
             lambda: w - q(w),
         ]
-        w = forms[form]()
+        w = variants[variant]()
         if not use:
             return w[rows].astype(full)
         pair, dims = (x.astype(half), w), ([1], [0])
@@ -1006,7 +1011,7 @@ def test_random_halves(seed):
         wide = jax.tree.map(lambda x: x.astype(np.float64), (params, x))
         want = derivatives(merged, *wide, np.float64, np.float64)
 
-    exact = form == 0 and stored == jnp.float32
+    exact = variant == 0 and stored == jnp.float32
     slack = 1e-5 if exact else float(jnp.finfo(half).eps)
 
     def check(got, near, want):
@@ -1019,8 +1024,8 @@ def test_random_halves(seed):
     jax.tree.map(check, got, near, jax.tree.map(np.asarray, want))
 
 
-# Sums of few binary digits are exact in float32, in whatever order. So both functions
-# round the very same numbers, and even a difference of roundings has to be equal.
+# Sums of values with few binary digits are exact in float32, in any order. So both
+# functions round the same values, and even differences of roundings must be equal.
 
 
 def of_few_digits(rng, *shape):
@@ -1028,7 +1033,7 @@ def of_few_digits(rng, *shape):
 
 
 def meeting(at, q, w):
-    """A rounded weight and the weight itself, in one expression."""
+    """Returns an expression of a rounded weight and the weight itself."""
 
     def ruled(w):
         rule = jax.custom_vjp(q)
@@ -1040,7 +1045,7 @@ def meeting(at, q, w):
 
     constant = of_few_digits(at.rng, *w.shape)
     rows = at.rng.integers(w.shape[0], size=BATCH)
-    forms = {
+    variants = {
         "difference": lambda: w - q(w),
         "where": lambda: jnp.where(q(w) == w, w, 0.0),
         "greater": lambda: jnp.where(q(w) > w, w, 0.5),
@@ -1055,15 +1060,15 @@ def meeting(at, q, w):
         "rule": lambda: ruled(w),
         "of_a_view": lambda: jnp.flip(q(w.T), 0) - jnp.flip(w.T, 0),
     }
-    return at.pick(forms)()
+    return at.pick(variants)()
 
 
 @pytest.mark.parametrize("seed", range(1 + PROGRAMS // 8))
-def test_random_meeting_of_a_weight_and_its_rounding(seed):
+def test_lora_on_a_random_expression_of_a_weight_and_its_rounding(seed):
     rng = np.random.default_rng([seed, 4])
     at = At(rng, frozenset(), [], None, None)
     half = at.choose([jnp.bfloat16, jnp.float16])
-    n = 64 if half == jnp.float16 else 8  # more digits than half has
+    n = 64 if half == jnp.float16 else 8  # more digits than the half type has
     params = lj.lorafy({"w": of_few_digits(rng, 4, 4)}, 2, targets="*")
     params |= {"w_lora_a": of_few_digits(rng, 4, 2) + 1 / n}
     params |= {"w_lora_b": of_few_digits(rng, 2, 4) + 1 / (4 * n)}
@@ -1089,13 +1094,13 @@ def test_random_meeting_of_a_weight_and_its_rounding(seed):
 
 # One adapter for each device, next to one weight for all.
 
-# Other devices wait for a collective that one of them does not reach.
+# If one device does not reach a collective, the others wait for it forever.
 ON_DEVICES = frozenset(WITHOUT["shard_map"])
 
 
 @pytest.mark.parametrize("seed", range(1 + PROGRAMS // 10))
-def test_random_program_with_an_adapter_on_each_device(seed):
-    fn, params, (x, given), *_ = program(3 * 10**6 + 2 * seed + 1, but=ON_DEVICES)
+def test_lora_on_a_random_program_with_an_adapter_on_each_device(seed):
+    fn, params, (x, given), *_ = program(3 * 10**6 + 2 * seed + 1, excluded=ON_DEVICES)
     adapters, base = lj.split(params)
     rng = np.random.default_rng([seed, 5])
     draw = lambda x: jnp.asarray(rng.standard_normal((2, *x.shape)) / 2, x.dtype)
@@ -1120,7 +1125,8 @@ def test_random_program_with_an_adapter_on_each_device(seed):
             np.testing.assert_allclose(y, z, atol=1e-4 * max(1, np.abs(z).max()))
 
 
-# What once failed, in a few lines. Seeds change their meaning with the generator.
+# Programs that once failed, in a few lines: a change of the generator changes the
+# programs of all seeds.
 
 
 def custom_rule(w, x):
@@ -1160,16 +1166,16 @@ def filled_where_a_weight_repeats(p, x):
     return x @ stack.at[jnp.array([0, 5])].get(mode="fill", fill_value=0.5)
 
 
-def masked_where_nothing_is(p, x):
+def masked_out_of_bounds(p, x):
     rows = jnp.array([1, D + 2])
     found = jnp.sin(jnp.take(p["w"], rows, axis=0, mode="fill"))
     return jnp.where((rows < D)[:, None], found, 0.0) + x.sum()
 
 
-def moved_beside_a_constraint(p, x):
+def device_put_next_to_a_constraint(p, x):
     moved = jax.device_put(p["w"])
-    place = NamedSharding(mesh(), P("data"))
-    return lax.with_sharding_constraint(x, place) @ moved
+    sharding = NamedSharding(mesh(), P("data"))
+    return lax.with_sharding_constraint(x, sharding) @ moved
 
 
 def mapped_over_devices(p, x):
@@ -1186,13 +1192,13 @@ REGRESSIONS = [
     custom_rule_with_a_loop,
     loops_of_different_lengths,
     filled_where_a_weight_repeats,
-    masked_where_nothing_is,
+    masked_out_of_bounds,
     mapped_over_devices,
 ]
 
 
 @pytest.mark.parametrize("fn", REGRESSIONS, ids=lambda fn: fn.__name__)
-def test_regression(fn):
+def test_lora_regression(fn):
     rng = np.random.default_rng(0)
     w, a, b, x = jnp.asarray(rng.standard_normal((4, D + 1, D)), np.float32)
     params = lj.lorafy({"w": w[:D]}, D, targets="*")
@@ -1205,26 +1211,26 @@ def test_regression(fn):
     )
 
 
-def test_a_stored_weight_goes_nowhere_beside_a_constraint():
-    """Where its scales move alone: of numbers closed over JAX says where they are."""
+def test_lora_device_put_of_a_quantized_weight_next_to_a_constraint():
+    """Only the scales are perturbed; JAX commits closed-over codes to a device."""
     rng = np.random.default_rng(0)
     w, x = jnp.asarray(rng.standard_normal((2, D, D)), np.float32)
     params = lj.lorafy({"w": quantize_array(w, "nf4", (1, D))}, 1, targets="*")
-    moving = [("weights", "x")]
-    assert worst_gap(moved_beside_a_constraint, params, [x], moving=moving) < 1e-4
+    fn, perturbed = device_put_next_to_a_constraint, [("weights", "x")]
+    assert worst_gap(fn, params, [x], perturbed=perturbed) < 1e-4
 
 
-def test_effects_keep_their_order_and_number():
+def test_lora_keeps_the_order_and_number_of_effects():
     seen = []
 
     def fn(p, x):
-        note = lambda n, w: jax.debug.callback(
+        log = lambda n, w: jax.debug.callback(
             lambda n, w: seen.append((int(n), float(w))), n, w[0, 0], ordered=True
         )
-        note(0, p["w"])
-        jax.jit(lambda w: note(1, w))(p["w"])
-        lax.cond(x[0, 0] > 0, lambda w: note(2, w), lambda w: note(3, -w), p["w"])
-        body = lambda i, w: (note(i, w), w)[1]
+        log(0, p["w"])
+        jax.jit(lambda w: log(1, w))(p["w"])
+        lax.cond(x[0, 0] > 0, lambda w: log(2, w), lambda w: log(3, -w), p["w"])
+        body = lambda i, w: (log(i, w), w)[1]
         lax.fori_loop(4, 7, body, p["w"])
         return x @ p["w"]
 
@@ -1241,7 +1247,7 @@ def test_effects_keep_their_order_and_number():
     np.testing.assert_allclose(got, seen, rtol=1e-6)
 
 
-# Reached by other tests: of explicit meshes, of some JAX alone.
+# Other tests cover these, on explicit meshes or on some versions of JAX only.
 ELSEWHERE = {"reshard", "pvary", "unstack"}
 ELSEWHERE |= {"stack", "closed_call", "eval_jaxpr"}
 
@@ -1262,7 +1268,7 @@ def test_programs_cover_every_construct_and_rule(monkeypatch):
 
     monkeypatch.setattr(At, "pick", recorded)
     monkeypatch.setattr(evaluate, "RULES", Recorded(evaluate.RULES))
-    # Straight programs trace fast, and bring most rules to bear.
+    # Programs without calls trace fast, and cover most rules.
     for seed in [*range(0, 2 * len(CALLS), 2), *range(1, 240, 2)]:
         fn, params, inputs, *_ = program(seed)
         jax.eval_shape(adapted(fn), params, *inputs)

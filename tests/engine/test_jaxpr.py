@@ -1,4 +1,4 @@
-"""What is read from jaxprs, on whichever JAX is installed."""
+"""The functions that read jaxprs work on every supported version of JAX."""
 
 import weakref
 
@@ -16,7 +16,7 @@ def jaxpr_of(fn, *args):
     return jax.make_jaxpr(fn)(*args)
 
 
-def test_evaluate_is_the_function():
+def test_evaluate_computes_the_function():
     table = jnp.arange(4.0)  # a constant of the jaxpr
 
     def fn(x, y):
@@ -39,7 +39,7 @@ def test_evaluate_visits_each_equation_in_order():
     assert seen == [(0, "cos"), (1, "add"), (2, "sin")]
 
 
-def test_evaluate_lets_go_of_what_is_done():
+def test_evaluate_frees_intermediate_results():
     made = []
 
     def apply(i, eqn, operands):
@@ -53,7 +53,7 @@ def test_evaluate_lets_go_of_what_is_done():
     assert len(made) == 4 and made[-1]() is out
 
 
-def test_trace_keeps_what_is_no_array():
+def test_trace_restores_results_that_are_no_arrays():
     traced = trace(
         lambda x: {"y": 2 * x, "n": 3, "name": "a", "host": X}, jnp.asarray(X)
     )

@@ -1,4 +1,4 @@
-"""The thin products, and how they are added to what a plain one made."""
+"""The low-rank products, and their sum with a plain product."""
 
 import re
 import string
@@ -28,7 +28,7 @@ def check(got, want):
 
 
 def test_einsum_against_numpy():
-    """Labels in random orders: kept, summed, shared, and in neither operand."""
+    """Draws labels in random orders: free, contracted, batch, and broadcast ones."""
     sizes = dict(zip(range(6), (2, 3, 4, 5, 2, 3), strict=True))
     labels_of, operands, wanted = [], [], []
     for _ in range(40):
@@ -48,7 +48,7 @@ def test_einsum_against_numpy():
             operands.append((x, y))
             wanted.append(value)
 
-    @jax.jit  # all of them: one program, and not eighty
+    @jax.jit  # compiles one program instead of eighty
     def products(operands):
         pairs = zip(operands, labels_of, strict=True)
         return [
@@ -65,7 +65,7 @@ ROWS_AND_COLUMNS = [((3,), (5,)), ((2, 3), (5,)), ((3,), (2, 5)), ((2, 3), (4, 5
 
 @pytest.mark.parametrize("r", [1, 3, low_rank.COLUMNS, low_rank.COLUMNS + 1])
 @pytest.mark.parametrize(("rows", "columns"), ROWS_AND_COLUMNS)
-def test_a_sum_of_any_dimensions(rows, columns, r):
+def test_add_of_any_dimensions(rows, columns, r):
     y, h, b = normal(*rows, *columns), normal(*rows, r), normal(*columns, r)
     want = y + np.tensordot(h, b, ([-1], [-1]))
     add = lambda *args: low_rank.add(*args, None)
@@ -90,7 +90,7 @@ def temporaries(fn, *args):
 
 @FUSED_LAST
 @pytest.mark.parametrize("shape", [(24, 64), (2, 12, 64), (2, 3, 4, 64)])
-def test_a_product_becomes_the_sum_in_place(shape):
+def test_lora_adds_to_a_product_in_place(shape):
     x, plain = jnp.ones(shape), {"kernel": jnp.ones((64, 512))}
     before = temporaries(FN, plain, x)
     assert temporaries(lj.lora(FN), lj.lorafy(plain, 4), x) - before < 24 * 512 * 4 / 2
@@ -98,7 +98,7 @@ def test_a_product_becomes_the_sum_in_place(shape):
 
 @FUSED_LAST
 @pytest.mark.parametrize("shape", [(8, 64), (1, 8, 64), (2, 4, 64)])
-def test_so_does_that_of_a_mixed_batch(shape):
+def test_lora_adds_to_a_product_in_place_in_a_mixed_batch(shape):
     plain = {"kernel": jnp.ones((64, 512))}
     params = lj.stack([lj.lorafy(plain, 4)] * 3)
     mixed = jax.vmap(lj.lora(FN), (lj.in_axes(params), 0))
@@ -107,8 +107,8 @@ def test_so_does_that_of_a_mixed_batch(shape):
     assert after - before < 24 * 512 * 4 / 2
 
 
-def test_a_step_sums_once():
-    """The magnitudes of DoRA are derived from the sum, which is kept for that."""
+def test_lora_sums_once_in_a_step_with_dora():
+    """The gradients of DoRA's magnitudes need the sum, so it is kept."""
     rows, k, n, r = 128, 64, 512, 4
     x, plain = jnp.ones((4, 32, k)), {"kernel": jnp.ones((k, n))}
     loss = lambda params, x: jnp.tanh(lj.lora(FN)(params, x)).sum()
@@ -123,8 +123,8 @@ def test_a_step_sums_once():
 
 
 @FUSED_LAST
-def test_what_a_mixed_batch_multiplies_is_made_once():
-    """Its two products read it in shapes of their own, and XLA would make each."""
+def test_lora_computes_the_input_of_a_mixed_batch_once():
+    """Its two products read it in different shapes, which XLA would compute twice."""
     fn = lambda p, x: jax.nn.gelu(x + p["bias"][None, None]) @ p["kernel"]
     base = {"kernel": jnp.ones((64, 512)), "bias": jnp.ones(64)}
     params = lj.stack([lj.lorafy(base, 4, targets="kernel")] * 3)

@@ -1,4 +1,4 @@
-"""The factored products equal the products with the materialised weight."""
+"""The factored products equal the products with the materialized weight."""
 
 import re
 
@@ -27,7 +27,7 @@ MATRIX = factors((4, 5), (4, 2), (2, 5))
 HEADS = factors((4, 2, 3), (4, 2), (2, 2, 3))
 STACK = factors((2, 4, 5), (2, 4, 3), (2, 3, 5), (2,))
 ROW = factors((1, 5), (1, 1), (1, 5))
-# x's shape, the factors, and (contracted of x, of w), (batch of x, of w).
+# The shape of x, the factors, and ((contracted of x, of w), (batch of x, of w)).
 PRODUCTS = {
     "rows": ((3, 4), MATRIX, (((1,), (0,)), ((), ()))),
     "columns": ((3, 5), MATRIX, (((1,), (1,)), ((), ()))),
@@ -60,7 +60,7 @@ def check(got, want, atol=1e-5):
     np.testing.assert_allclose(got, want, atol=atol, rtol=1e-5)
 
 
-def test_dot_general(product):
+def test_dot_general_of_a_weight_on_the_right(product):
     x, f, dims = product
     check(ops.dot_general(x, f, dims), lax.dot_general(x, materialize(f), dims))
 
@@ -74,7 +74,7 @@ def test_dot_general_swapped(product):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("preferred", [None, "float32"])
-def test_the_result_has_the_plain_dtype(dtype, preferred):
+def test_dot_general_has_the_plain_dtype(dtype, preferred):
     w, a, b = normal(4, 5), normal(4, 2), normal(2, 5)
     f = align(jnp.asarray(w, dtype), jnp.asarray(a), jnp.asarray(b), jnp.float32(0.5))
     x, dims = jnp.asarray(normal(3, 4), dtype), (((1,), (0,)), ((), ()))
@@ -86,7 +86,7 @@ def test_the_result_has_the_plain_dtype(dtype, preferred):
 
 
 @pytest.mark.parametrize("rank", [2, 17])
-def test_factors_of_few_digits_are_scaled_in_more(rank):
+def test_dot_general_scales_low_precision_factors_in_float32(rank):
     w, a, b = normal(4, 5), normal(4, rank), normal(rank, 5)
     low = [jnp.asarray(z, jnp.bfloat16) for z in (a, b)]
     f, x = align(jnp.asarray(w), *low, jnp.float32(1 / 3)), normal(3, 4)
@@ -130,7 +130,7 @@ APART = {
 
 
 def convolve(shapes, options):
-    """The plain convolution of the merged weight, and ours with the same parameters."""
+    """Returns the factored convolution, and the plain one of the merged weight."""
     f = factors(*shapes)
     groups = options.get("feature_group_count", 1)
     x = jnp.asarray(normal(2, 7, 7, shapes[0][2] * groups))
@@ -143,19 +143,19 @@ def convolve(shapes, options):
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution(name):
+def test_conv_general_dilated(name):
     got, want = convolve(*CONVOLUTIONS[name])
     check(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", APART)
-def test_a_convolution_without_factors_is_left_to_the_caller(name):
+def test_conv_general_dilated_returns_none_if_it_cannot_be_factored(name):
     got, _ = convolve(*APART[name])
     assert got is None
 
 
 def dot_ranks(fn, platform, r):
-    """The operands' dimensions of each product, in a platform's program."""
+    """Returns the ranks of the operands of each product in a platform's program."""
     f, dims = factors((4, 5, 6), (4, r), (r, 5, 6)), (((2,), (0,)), ((), ()))
     product = lambda x, w, a, b: ops.dot_general(x, Factors(w, a, b, f.scale), dims)
     args = jnp.ones((2, 3, 4)), f.w, f.a, f.b
@@ -166,23 +166,23 @@ def dot_ranks(fn, platform, r):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_thin_products_keep_their_dimensions(platform):
-    """In fewer dimensions XLA for TPU moves more bytes."""
+def test_dot_general_keeps_the_dimensions_of_low_rank_products(platform):
+    """With merged dimensions XLA for TPU moves more bytes."""
     assert dot_ranks(lambda fn: fn, platform, 17) == [[3, 3], [3, 2], [3, 3]]
-    # On a CPU a few columns are added one by one.
-    thin = [] if platform == "cpu" else [[3, 3]]
-    assert dot_ranks(lambda fn: fn, platform, 2) == [[3, 3], [3, 2], *thin]
+    # On a CPU the columns of a small rank are added one by one.
+    second = [] if platform == "cpu" else [[3, 3]]
+    assert dot_ranks(lambda fn: fn, platform, 2) == [[3, 3], [3, 2], *second]
 
 
-def test_the_gradient_of_b_is_a_product_of_matrices():
-    """In more dimensions XLA for CPU makes a transposed copy of the cotangent."""
+def test_dot_general_computes_the_gradient_of_b_from_matrices():
+    """With more dimensions XLA for CPU makes a transposed copy of the cotangent."""
     grad = lambda fn: jax.grad(lambda *args: jnp.sum(jnp.sin(fn(*args))), 3)
     *_, by_b = dot_ranks(grad, "cpu", 2)
     assert by_b == [2, 2]
 
 
-def test_added_columns_have_the_derivatives_of_a_product():
-    """Forward, backward, and of the second order."""
+def test_dot_general_has_derivatives_of_every_mode_with_added_columns():
+    """Compares forward, backward and second derivatives."""
     x, (f, dims) = jnp.asarray(normal(2, 3, 4)), (HEADS, (((2,), (0,)), ((), ())))
     both = [
         lambda x, a, b: jnp.sin(ops.dot_general(x, Factors(f.w, a, b, f.scale), dims)),
@@ -199,8 +199,8 @@ def test_added_columns_have_the_derivatives_of_a_product():
     jax.tree.map(lambda got, want: check(got, want, atol=2e-4), got, want)
 
 
-def test_no_copy_of_the_weight_is_made():
-    """Neither transposed nor with the adapter in it, forward or back."""
+def test_lora_copies_no_weight():
+    """The program has no transposed and no merged copy, forward or backward."""
     fn = lambda p, x: jnp.sum(jnp.sin(jnp.sin(x @ p["w"]) @ p["w"].T))
     params = lj.lorafy({"w": jnp.ones((96, 160))}, 4, targets="w")
     adapters, base = lj.split(params)

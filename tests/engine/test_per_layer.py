@@ -1,4 +1,4 @@
-"""One layer of a stack at a time: the values, the meshes and the memory."""
+"""`per_layer` maps a function over stacked layers: values, meshes and memory."""
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def normal(*shape):
         ((4, 3), {}),
     ],
 )
-def test_per_layer_is_the_function_of_each_layer(shape, layers):
-    """An array of size 1 along the layers is the same for each, as in broadcasting."""
+def test_per_layer_computes_the_function_of_each_layer(shape, layers):
+    """An array of size 1 along the layers is broadcast to all of them."""
     x, shared = (
         normal(*shape),
         normal(*(1 if d in layers else n for d, n in enumerate(shape))),

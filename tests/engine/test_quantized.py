@@ -1,4 +1,4 @@
-"""Quantized arrays: their values and errors, and views that act on both parts."""
+"""Quantized arrays: their values, their errors, and views of codes and scales."""
 
 import dataclasses
 import pickle
@@ -41,7 +41,7 @@ def normal(*shape, dtype=np.float32):
 
 
 def drawn(how, shape, sizes, dtypes=("float32",)):
-    """A quantised array with every number there is, and scales of few digits."""
+    """Returns a quantized array with codes of the full range, and bfloat16 scales."""
     n = 128 if how == "int8" else 8
     values = jax.device_put(np.asarray(RNG.integers(-n, n, shape), jnp.int32))
     scale = jax.device_put(np.asarray(RNG.uniform(0.5, 2, sizes), jnp.bfloat16))
@@ -49,16 +49,16 @@ def drawn(how, shape, sizes, dtypes=("float32",)):
 
 
 def in_numpy(q):
-    """What `dequantize` says, written out: each number times the scale of its block."""
+    """Dequantizes in NumPy: each code's value times the scale of its block."""
     first, *rest = q.dtypes
     wide = np.float32 if first == np.float16 else first
     values = np.asarray(q.values).astype(int)
     table = np.array(NF4, np.float64).astype(wide)
-    numbers = table[values + 8] if q.format == "nf4" else values.astype(wide)
+    elements = table[values + 8] if q.format == "nf4" else values.astype(wide)
     scale = np.asarray(q.scale)
     for d, (n, m) in enumerate(zip(q.shape, q.scale.shape, strict=True)):
         scale = np.repeat(scale, n // m, d)
-    w = (numbers * scale.astype(wide)).astype(first)
+    w = (elements * scale.astype(wide)).astype(first)
     for dtype in rest:
         w = w.astype(dtype)
     return w
@@ -69,14 +69,14 @@ def same(got, want):
     assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
-# The numbers
+# Values
 
 
 @each_format
 @pytest.mark.parametrize(
     "sizes", [(1, 1), (4, 1), (2, 6), (8, 1), (8, 6), (1, 3), (4, 2)]
 )
-def test_numbers_of_blocks_along_any_dimensions(how, sizes):
+def test_dequantize_blocks_along_any_dimensions(how, sizes):
     q = drawn(how, (8, 6), sizes)
     same(dequantize(q), in_numpy(q))
     assert (q.shape, q.ndim, q.size, q.dtype) == ((8, 6), 2, 48, jnp.float32)
@@ -94,59 +94,59 @@ def test_numbers_of_blocks_along_any_dimensions(how, sizes):
         ("float8_e4m3fn", "bfloat16"),
     ],
 )
-def test_numbers_of_each_dtype_and_of_several_in_turn(how, dtypes):
+def test_dequantize_to_one_dtype_or_several_in_sequence(how, dtypes):
     q = drawn(how, (4, 2, 6), (4, 1, 3), dtypes)
-    if dtypes[0] == "float8_e4m3fn":  # as a cast of what float32 makes of it
-        whole = dataclasses.replace(q, dtypes=("float32", *dtypes))
-        same(dequantize(q), in_numpy(whole))
+    if dtypes[0] == "float8_e4m3fn":  # dequantizes to float32, and casts the result
+        from_float32 = dataclasses.replace(q, dtypes=("float32", *dtypes))
+        same(dequantize(q), in_numpy(from_float32))
     else:
         same(dequantize(q), in_numpy(q))
     assert q.dtype == jnp.dtype(dtypes[-1]) == like(q).dtype
     assert like(q).shape == q.shape
 
 
-def test_small_scales_of_half_precision_keep_their_digits():
+def test_dequantize_keeps_the_digits_of_small_scales_in_half_precision():
     q = Quantized(jnp.full((4, 2), 127, jnp.int8), jnp.full((1, 2), 1e-7), ("float16",))
     np.testing.assert_allclose(dequantize(q), np.float16(1.27e-5))
 
 
-def test_what_is_plain_stays_as_it_is():
+def test_dequantize_returns_a_plain_array_unchanged():
     w = normal(3)
     assert dequantize(w) is w and like(w) is w
     assert nbytes(w) == 12 and not is_quantized(w)
 
 
-def test_numbers_of_no_array_and_of_a_scalar():
+def test_dequantize_a_scalar():
     q = drawn("nf4", (), ())
     same(dequantize(q), in_numpy(q))
 
 
 @each_format
-def test_every_number_of_a_format_comes_back(how):
-    """What a block holds exactly is stored exactly: the scale, times each number."""
-    numbers = np.array(NF4) if how == "nf4" else np.arange(-128, 128.0)
+def test_quantize_array_is_exact_on_the_values_of_a_format(how):
+    """Multiples of the scale by a format's values are stored exactly."""
+    levels = np.array(NF4) if how == "nf4" else np.arange(-128, 128.0)
     if how == "int4":
-        numbers = np.arange(-8, 8.0)
+        levels = np.arange(-8, 8.0)
     most = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}[how]
-    w = jnp.asarray([[*numbers[1:], most]], jnp.float32) / 4
+    w = jnp.asarray([[*levels[1:], most]], jnp.float32) / 4
     q = quantize_array(w, how, (1, 1))
     np.testing.assert_array_equal(q.scale, [[0.25]])
     np.testing.assert_array_equal(dequantize(q)[0, :-1], w[0, :-1])
 
 
 @each_format
-def test_each_number_goes_to_the_nearest(how):
+def test_quantize_array_rounds_to_the_nearest_value(how):
     w = normal(64, 5)
     q = quantize_array(w, how, (4, 5))
     scale = np.repeat(np.asarray(q.scale, np.float32), 16, 0)
-    numbers = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8), "nf4": NF4}[how]
-    choices = scale[..., None] * np.asarray(numbers, np.float32)
+    levels = {"int8": np.arange(-128, 128), "int4": np.arange(-8, 8), "nf4": NF4}[how]
+    choices = scale[..., None] * np.asarray(levels, np.float32)
     nearest = np.abs(choices - np.asarray(w)[..., None]).min(-1)
     np.testing.assert_allclose(np.abs(dequantize(q) - w), nearest, atol=1e-6)
 
 
 @each_format
-def test_a_block_of_zeros_has_a_scale_and_one_not_finite_has_none(how):
+def test_quantize_array_of_zeros_and_of_nonfinite_blocks(how):
     w = jnp.zeros((8, 3)).at[4, 1].set(jnp.inf).at[5, 2].set(jnp.nan)
     q = quantize_array(w, how, (2, 3))
     np.testing.assert_array_equal(dequantize(q)[:4], 0)
@@ -154,8 +154,8 @@ def test_a_block_of_zeros_has_a_scale_and_one_not_finite_has_none(how):
     np.testing.assert_array_equal(finite, [[True] * 3, [True, False, False]])
 
 
-def test_values_of_nf4_are_quantiles_of_a_normal_distribution():
-    """As bitsandbytes computes them, with its rounded offset."""
+def test_nf4_values_are_quantiles_of_a_normal_distribution():
+    """Computes them like bitsandbytes, with its rounded offset."""
     draw, offset = NormalDist().inv_cdf, 0.9677083
     quantiles = [draw(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
     quantiles += [0.0, *(-draw(p) for p in np.linspace(offset, 0.5, 8)[:-1])]
@@ -163,7 +163,7 @@ def test_values_of_nf4_are_quantiles_of_a_normal_distribution():
 
 
 def expected(w, how, sizes):
-    """Codes and scales, in NumPy: blocks, the largest magnitude, the nearest value."""
+    """Quantizes in NumPy: returns codes, scales, and the scaled elements."""
     split = [n for n, m in zip(w.shape, sizes, strict=True) for n in (m, n // m)]
     blocks = np.asarray(w, np.float32).reshape(split)
     most = np.abs(blocks).max(tuple(range(1, 2 * w.ndim, 2)), keepdims=True)
@@ -182,8 +182,8 @@ def expected(w, how, sizes):
 @each_format
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_quantize_array_is_that_of_numpy(how, jit, seed):
-    """Of any shape, blocks, dtype and stack, compiled or not."""
+def test_quantize_array_agrees_with_numpy(how, jit, seed):
+    """Draws shapes, blocks, dtypes and stacks; runs compiled and eagerly."""
     rng = np.random.default_rng(seed)
     shape = rng.choice([1, 2, 4, 6, 8], rng.integers(1, 5))
     sizes = [int(rng.choice([m for m in (1, 2, n) if n % m == 0])) for n in shape]
@@ -197,21 +197,21 @@ def test_quantize_array_is_that_of_numpy(how, jit, seed):
     codes, scale, x = expected(w, how, tuple(sizes))
     assert (q.format, q.dtypes) == (how, (jnp.dtype(dtype),))
     np.testing.assert_array_equal(q.scale, scale)
-    # XLA multiplies by the reciprocal of a scale: what is half-way may go either way.
+    # XLA multiplies by the reciprocal of a scale, so ties may round either way.
     tie = np.abs(x - np.round(x)) > 0.499 if how != "nf4" else False
     assert np.all((np.asarray(q.values, int) == codes) | tie)
 
 
 @pytest.mark.parametrize("jit", [False, True])
 @each_format
-def test_codes_belong_to_the_scale_as_it_is_stored(how, jit):
-    """Large enough for fusions in which XLA drops a cast to bfloat16 and back."""
+def test_quantize_array_computes_codes_for_the_stored_scale(how, jit):
+    """In large enough fusions XLA removes a cast to bfloat16 and back."""
     w = 0.02 * np.random.default_rng(1).standard_normal((4096, 64), np.float32)
     make = lambda w: quantize_array(w, how, (64, 64))
     q = (jax.jit(make) if jit else make)(w)
     codes, scale, _ = expected(w, how, (64, 64))
     np.testing.assert_array_equal(q.scale, scale)
-    assert np.mean(np.asarray(q.values, int) != codes) < 1e-4  # half-way
+    assert np.mean(np.asarray(q.values, int) != codes) < 1e-4  # ties
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_codes_belong_to_the_scale_as_it_is_stored(how, jit):
         (("float32",), True),
     ],
 )
-def test_compiled_sums_are_of_values_that_are_rounded(dtypes, kept):
-    """`widened` of any, and `dequantize` where the array itself has the digits."""
+def test_widened_rounds_values_under_jit(dtypes, kept):
+    """So does `dequantize`, if the dtype of the array is wide enough to show it."""
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.integers(-127, 128, (1024, 64)), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, (16, 64)), jnp.float32)
@@ -244,7 +244,7 @@ def test_compiled_sums_are_of_values_that_are_rounded(dtypes, kept):
 
 
 def floats(layers, how, dtype=jnp.bfloat16):
-    """The bytes of temporaries that a stack takes."""
+    """Returns the bytes of temporaries for quantizing a stack."""
     make = lambda w: quantize_array(
         w, how, (layers, 8 if how != "int8" else 1, 64), [0]
     )
@@ -263,7 +263,7 @@ def test_quantize_array_of_a_stack_makes_floats_of_one_layer(how):
     ("spec", "reduced"),
     [
         (P("x", None, "y"), False),
-        (P("y", "x"), True),  # a scale for inputs of several devices
+        (P("y", "x"), True),  # one scale for inputs on several devices
         (P(("x", "y")), False),
         (P(None, "x", "y"), True),
     ],
@@ -297,7 +297,7 @@ def test_quantize_array_gathers_no_stack(kind, spec, reduced, how):
 # Formats
 
 
-def test_formats_of_equal_codes_are_different_trees():
+def test_quantized_formats_of_equal_codes_are_different_trees():
     codes, scale = jnp.ones((4, 6), jnp.int4), jnp.ones((2, 6))
     four, nf4 = (Quantized(codes, scale, ("float32",), *f) for f in ([], ["nf4"]))
     assert (four.format, nf4.format) == ("int4", "nf4")
@@ -318,7 +318,7 @@ def test_formats_of_equal_codes_are_different_trees():
 
 
 @each_format
-def test_a_quantized_array_is_a_pytree_and_pickles(how):
+def test_quantized_array_is_a_pytree_and_pickles(how):
     q = drawn(how, (4, 6), (2, 6), ("bfloat16", "float32"))
     again = jax.tree.map(lambda x: x, q)
     for x in (again, pickle.loads(pickle.dumps(q))):
@@ -329,8 +329,8 @@ def test_a_quantized_array_is_a_pytree_and_pickles(how):
 
 
 @pytest.mark.parametrize("shape", [(128, 6), (2, 64, 3)])
-def test_codes_of_bitsandbytes_are_those_of_nf4_plus_eight(shape):
-    """Bytes of two codes, the high bits first, and a scale for each 64 elements."""
+def test_quantized_from_bitsandbytes_codes(shape):
+    """A byte holds two codes plus 8, the first one in the high bits."""
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, np.prod(shape) // 2).astype(np.uint8)
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(shape)
@@ -343,7 +343,7 @@ def test_codes_of_bitsandbytes_are_those_of_nf4_plus_eight(shape):
     np.testing.assert_array_equal(dequantize(q), want)
 
 
-# The errors, as others measured them
+# Errors, compared with published ones
 
 ERRORS = {  # by format and block: relative Frobenius errors of N(0, 0.02^2)
     ("int8", 1024): 0.0086,
@@ -361,14 +361,14 @@ def gap(w, v):
 
 
 @pytest.mark.parametrize(("how", "block"), ERRORS)
-def test_errors_are_the_known_ones(how, block):
+def test_quantize_array_has_the_published_errors(how, block):
     w = 0.02 * np.random.default_rng(1).standard_normal((4096, 64), np.float32)
     n = 4096 if block == 1024 else block
     q = quantize_array(w, how, (4096 // n, 64))
     assert gap(w, dequantize(q)) == pytest.approx(ERRORS[how, block], rel=0.02)
 
 
-def test_the_error_of_nf4_that_bitsandbytes_publishes():
+def test_quantize_array_has_the_nf4_error_of_bitsandbytes():
     w = np.random.default_rng(0).standard_normal((1024, 512), np.float32)
     q = quantize_array(w, "nf4", (16, 512))
     assert np.abs(np.asarray(dequantize(q)) - w).mean() == pytest.approx(
@@ -379,7 +379,7 @@ def test_the_error_of_nf4_that_bitsandbytes_publishes():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", [64, 256])
 @each_format
-def test_errors_are_those_of_qwix(how, block, third_party):
+def test_quantize_array_has_the_errors_of_qwix(how, block, third_party):
     qwix = pytest.importorskip("qwix")
     w = 0.02 * np.random.default_rng(1).standard_normal((256, 128), np.float32)
     theirs = qwix.quantize(
@@ -389,13 +389,13 @@ def test_errors_are_those_of_qwix(how, block, third_party):
     want = gap(w, qwix.dequantize(theirs))
     assert gap(w, dequantize(q)) == pytest.approx(want, rel=5e-3)
     values = theirs.qvalue
-    if how == "nf4":  # from 0 to 15
+    if how == "nf4":  # qwix's codes are 0 to 15
         values = (values.astype(jnp.int8) - 8).astype(jnp.int4)
     taken = Quantized(values, theirs.scale, (jnp.float32,), how)
     np.testing.assert_allclose(dequantize(taken), qwix.dequantize(theirs), rtol=1e-6)
 
 
-# What says how it is stored
+# Names and sizes
 
 
 @pytest.mark.parametrize(
@@ -407,19 +407,19 @@ def test_errors_are_those_of_qwix(how, block, third_party):
         (drawn("int4", (3, 3), (3, 3)), "int4/1", 5 + 18),  # 4.5 bytes
     ],
 )
-def test_names_and_bytes(q, name, size):
+def test_format_name_and_nbytes(q, name, size):
     assert format_name(q) == name and nbytes(q) == size
     abstract = jax.eval_shape(lambda: q)
     assert format_name(abstract) == name and nbytes(abstract) == size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4", "uint8", "bool"])
-def test_bytes_of_plain_arrays(dtype):
+def test_nbytes_of_plain_arrays(dtype):
     bits = {"float32": 32, "bfloat16": 16, "int4": 4, "uint8": 8, "bool": 8}[dtype]
     assert nbytes(jax.ShapeDtypeStruct((3, 5), dtype)) == -(-15 * bits // 8)
 
 
-def test_bytes_of_keys():
+def test_nbytes_of_keys():
     assert nbytes(jax.random.key(0)) == 8
 
 
@@ -444,7 +444,7 @@ def test_bytes_of_keys():
         ({"dtypes": ()}, "it names no dtype"),
     ],
 )
-def test_what_is_wrong_with_it(changes, why):
+def test_wrong_names_the_problem(changes, why):
     good = drawn("int8", (4, 6), (2, 6))
     assert wrong(good) is None
     assert re.search(why, wrong(dataclasses.replace(good, **changes)))
@@ -454,7 +454,7 @@ def test_what_is_wrong_with_it(changes, why):
 
 
 def on(fn, *args):
-    """A function, equation by equation, on arrays of which some are quantised."""
+    """Evaluates a function by equations, on arguments that can be quantized."""
     traced = trace(fn, *args)
     leaves = jax.tree.leaves(args, is_leaf=is_quantized)
 
@@ -463,7 +463,7 @@ def on(fn, *args):
             return evaluate(call_jaxpr(eqn), operands, apply)
         return bind(eqn, operands)
 
-    # Not `traced.restore`, whose results are arrays: these may be in few bits.
+    # `traced.restore` takes arrays only, and these results may be quantized.
     zeros = [np.zeros(t.shape, t.dtype) for t in traced.jaxpr.out_avals]
     treedef = jax.tree.structure(traced.restore(zeros))
     return jax.tree.unflatten(treedef, evaluate(traced.jaxpr, leaves, apply))
@@ -471,7 +471,7 @@ def on(fn, *args):
 
 IDS = np.array([[0, 3], [1, 1]])
 M, BLOCKS = (32, 6), (4, 6)  # rows in blocks of 8
-KEPT = {  # function, shape, blocks: it stays in few bits
+KEPT = {  # (function, shape, blocks) of views that stay quantized
     "transpose": (lambda w: w.T, M, BLOCKS),
     "copy": (lambda w: jnp.copy(w), M, BLOCKS),
     "cast": (lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), M, BLOCKS),
@@ -522,12 +522,12 @@ KEPT = {  # function, shape, blocks: it stays in few bits
     "negation": (lambda w: -w, M, BLOCKS),
     "twice": (lambda w: 2 * w, M, BLOCKS),
     "a half": (lambda w: w / 2, M, BLOCKS),
-    "columns times numbers": (lambda w: w * jnp.exp2(jnp.arange(6.0))[None], M, BLOCKS),
+    "columns times vectors": (lambda w: w * jnp.exp2(jnp.arange(6.0))[None], M, BLOCKS),
     "lookup within columns": (lambda w: w[IDS], (5, 16), (1, 16)),
 }
 if hasattr(jnp, "unstack"):
     KEPT["stack"] = (lambda w: jnp.stack([w, -w], axis=1), M, BLOCKS)
-WHOLE = {  # what blocks cannot follow
+DEQUANTIZED = {  # views that blocks cannot follow
     "blocks merged": (lambda w: w.reshape(-1), M, BLOCKS),
     "slice across blocks": (lambda w: w[3:20], M, BLOCKS),
     "blocks strided": (lambda w: w[::2], M, BLOCKS),
@@ -549,7 +549,7 @@ WHOLE = {  # what blocks cannot follow
         BLOCKS,
     ),
     "with an array": (lambda w: jnp.concatenate([w, jnp.ones((2, 6))]), M, BLOCKS),
-    "rows times numbers": (lambda w: w * jnp.arange(32.0)[:, None], M, BLOCKS),
+    "rows times a vector": (lambda w: w * jnp.arange(32.0)[:, None], M, BLOCKS),
     "times itself": (lambda w: w * w, M, BLOCKS),
     "one over it": (lambda w: 2 / (w + 100), M, BLOCKS),
     "padded": (lambda w: jnp.pad(w, 1), M, BLOCKS),
@@ -561,12 +561,12 @@ WHOLE = {  # what blocks cannot follow
         M,
         BLOCKS,
     ),
-    "whole numbers of it": (lambda w: w.astype(jnp.int32), M, BLOCKS),
+    "cast to integers": (lambda w: w.astype(jnp.int32), M, BLOCKS),
     "complex": (lambda w: lax.mul(w.astype(jnp.complex64), jnp.full(M, 1j)), M, BLOCKS),
 }
 
 
-def test_a_number_of_64_bits_keeps_them():
+def test_mul_by_a_float64_scalar_keeps_its_precision():
     with jax.enable_x64(True):
         q = drawn("int8", M, BLOCKS, ("float64",))
         got = on(lambda w: w * np.pi, q)
@@ -583,7 +583,7 @@ def viewed(how, case):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_views_of_both_parts(name):
+def test_views_of_codes_and_scales(name):
     how = list(FORMATS)[len(name) % 3]
     got, want = viewed(how, KEPT[name])
     for x, y in zip(
@@ -593,9 +593,9 @@ def test_views_of_both_parts(name):
         same(in_numpy(x), y)
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_what_blocks_cannot_follow_is_whole(name):
-    got, want = viewed("int4", WHOLE[name])
+@pytest.mark.parametrize("name", DEQUANTIZED)
+def test_views_that_blocks_cannot_follow_are_dequantized(name):
+    got, want = viewed("int4", DEQUANTIZED[name])
     for x, y in zip(
         *(jax.tree.leaves(t, is_leaf=is_quantized) for t in (got, want)), strict=True
     ):
@@ -603,13 +603,13 @@ def test_what_blocks_cannot_follow_is_whole(name):
         same(x, y)
 
 
-# Lookups never make the whole table
+# Lookups never dequantize the entire table
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", "wrap", None])
 @each_format
-def test_a_lookup_reads_rows_alone(how, mode):
-    """Out of bounds too, and whatever is filled in: the scale carries it."""
+def test_take_dequantizes_only_rows(how, mode):
+    """Out-of-bounds rows too: the fill value is stored in the scale."""
     q, ids = drawn(how, (500, 16), (500, 2)), np.array([0, 499, 500, -501, -1])
     fn = lambda w, ids: jnp.take(w, ids, axis=0, mode=mode)
     got = on(fn, q, ids)
@@ -619,7 +619,7 @@ def test_a_lookup_reads_rows_alone(how, mode):
     assert "f32[500,16]" not in program and "bf16[500,16]" not in program
 
 
-def test_a_lookup_fills_in_zeros_and_makes_it_whole_for_other_numbers():
+def test_take_stays_quantized_for_a_fill_value_of_zero_only():
     q = drawn("int8", (50, 16), (50, 1))
     for fill, kept in ((0, True), (7, False)):
         fn = lambda w, fill=fill: w.at[np.array([1, 99])].get(
@@ -634,14 +634,14 @@ def test_a_lookup_fills_in_zeros_and_makes_it_whole_for_other_numbers():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_both_parts_are_where_the_array_is(kind):
+def test_quantize_array_shards_codes_and_scales_like_the_array(kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
     at = lambda *spec: NamedSharding(mesh, P(*spec))
     w = jax.device_put(normal(32, 16), at("x", "y"))
     q = quantize_array(w, "nf4", (4, 16))
     assert q.values.sharding.spec == q.scale.sharding.spec == P("x", "y")
-    whole = quantize_array(w, "int8", (1, 16))
-    assert whole.scale.sharding.spec == P(None, "y")
+    by_column = quantize_array(w, "int8", (1, 16))
+    assert by_column.scale.sharding.spec == P(None, "y")
     abstract = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)
     shapes = quantize_array(abstract, "nf4", (4, 16))
     assert shapes.values.sharding == q.values.sharding
@@ -660,21 +660,21 @@ def test_both_parts_are_where_the_array_is(kind):
     assert put.values.sharding.spec == put.scale.sharding.spec == P(None, "x")
 
 
-def test_blocks_are_cut_by_a_mesh_where_they_end():
+def test_part_specs_split_blocks_only_at_their_ends():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     q = drawn("int8", (32, 8), (2, 8))
     assert part_specs(q, P("x", "y"), mesh) == (P("x", "y"), P("x", "y"))
     assert part_specs(q, P("y"), mesh) is None  # two blocks over four devices
     assert part_specs(q, P(("x", "y")), mesh) is None
-    whole = drawn("int8", (32, 8), (1, 8))
-    assert part_specs(whole, P("y"), mesh) == (P("y"), P(None, None))
+    by_column = drawn("int8", (32, 8), (1, 8))
+    assert part_specs(by_column, P("y"), mesh) == (P("y"), P(None, None))
 
 
 # Products
 
 
 @pytest.mark.parametrize("looped", [False, True])
-def test_a_product_keeps_no_plain_weight(looped):
+def test_through_saves_no_dequantized_weight(looped):
     q, x = drawn("nf4", (64, 32), (2, 32)), normal(3, 64)
 
     def loss(x):

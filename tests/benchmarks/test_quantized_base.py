@@ -1,13 +1,13 @@
-"""Each base trains on a tiny Llama, and the table says what it takes and gives."""
+"""quantized_base.py trains on each base of a tiny Llama, and prints a table."""
 
 import json
 import re
 
-import few_bits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized_base
 import to_peft
 from models import smollm2
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("third_party")
 
 @pytest.fixture
 def given(tiny_smollm2, tmp_path, monkeypatch):
-    """The command line of a short run; the tiny model stands for a file's contents."""
+    """Returns the command line of a short run, with a tiny model instead of a file."""
     monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny_smollm2)
     monkeypatch.setattr(to_peft, "missing", lambda check: [])
     lines = [f"the other film {i},{i % 2}" for i in range(60)]
@@ -32,15 +32,15 @@ def given(tiny_smollm2, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_job_end_to_end(given, tmp_path, capsys):
-    few_bits.main([*given, "--bases", "float32", "int8", "nf4"])
-    results = json.loads((tmp_path / "output" / "few_bits.json").read_text())
+def test_main_end_to_end(given, tmp_path, capsys):
+    quantized_base.main([*given, "--bases", "float32", "int8", "nf4"])
+    results = json.loads((tmp_path / "output" / "quantized_base.json").read_text())
     found = results["bases"]
     sizes = [x["base_bytes"] for x in found.values()]
     assert [*found] == ["float32", "int8", "nf4"] and sizes == sorted(sizes)[::-1]
     for x in found.values():
         assert x["after"]["loss"] < x["before"]["loss"] and len(x["losses"]) == 4
-    # The same adapters and rows, on all but the same base
+    # The same adapters and rows, on almost the same base
     assert found["int8"]["losses"] == pytest.approx(found["float32"]["losses"], abs=0.1)
     assert found["int8"]["losses"] != found["float32"]["losses"]
     shown = capsys.readouterr().out
@@ -49,18 +49,18 @@ def test_the_job_end_to_end(given, tmp_path, capsys):
             rf"^{name} +\d+\.\d( +\d\.\d{{3}}){{2}} +\d+ +\d+$", shown, re.M
         )
         assert f"\n{name}: the film" in shown
-    assert (tmp_path / "output" / "few_bits.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        (tmp_path / "output" / "quantized_base.png").read_bytes().startswith(b"\x89PNG")
+    )
 
 
 @pytest.mark.parametrize("scanned", [True, False])
-def test_a_base_has_its_kernels_in_the_format_and_its_table_in_int8(
-    tiny_smollm2, scanned
-):
+def test_base_quantizes_kernels_and_embedding(tiny_smollm2, scanned):
     arch = smollm2.measure(tiny_smollm2.fields)
     params = smollm2.convert(tiny_smollm2.tensors, arch, scanned=scanned)
     apply = to_peft.function(smollm2.build(arch, scanned))
-    assert few_bits.base(apply, params, "float32") is params
-    made = few_bits.base(apply, jax.eval_shape(lambda: params), "nf4")
+    assert quantized_base.base(apply, params, "float32") is params
+    made = quantized_base.base(apply, jax.eval_shape(lambda: params), "nf4")
     kernel = made["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]
     assert kernel.format == "nf4" and kernel.values.dtype == jnp.int4
     assert kernel.scale.shape == ((2, 1, 32) if scanned else (1, 32))
@@ -69,13 +69,13 @@ def test_a_base_has_its_kernels_in_the_format_and_its_table_in_int8(
     assert np.shape(made["norm"]["scale"]) == (32,)
 
 
-def test_bad_options_are_refused_before_work(given, capsys, monkeypatch):
-    monkeypatch.setattr(few_bits, "run", lambda *_: pytest.fail("work"))
+def test_main_refuses_bad_options_before_any_work(given, capsys, monkeypatch):
+    monkeypatch.setattr(quantized_base, "run", lambda *_: pytest.fail("work"))
     for more, message in (
         (["--bases", "fp4"], "invalid choice: 'fp4'"),
         (["--targets", "heads"], "--targets heads: No weight matches 'heads'"),
     ):
         with pytest.raises(SystemExit) as error:
-            few_bits.main([*given, *more])
+            quantized_base.main([*given, *more])
         assert error.value.code == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -1,23 +1,24 @@
-"""Compares the orders in which layers that read one x can be multiplied and adapted.
+"""Compares contraction orders for adapted layers that read the same input.
 
-    python benchmarks/orders.py                      # times, on the device that is here
-    python benchmarks/orders.py --device tpu-v5e     # bytes and bounds, compiled only
+    python benchmarks/contraction_orders.py                   # times on this machine
+    python benchmarks/contraction_orders.py --device tpu-v5e  # bytes and bounds only
 
-Query, key and value of one block: y = x W + s (x A) B for each, forward, and a step's
-backward pass to x, A and B. The engine's order is first, and what it could be instead:
+Query, key and value of one block: y = x W + s (x A) B for each, in the forward pass,
+and in a step's backward pass to x, A and B. The engine's order comes first. The
+alternatives:
 
-- formed: x (W + s A B), with JAX's own derivative, which computes that of W + s A B;
-- formed, thin: the same with thin derivatives; the sum is made when x is there, and
-  again in the backward pass, and is not kept;
-- one x A: the layers' first products as one, x [A A A];
-- [x h] [W; B]: the second products within those with W, h = x A beside x;
-- [x h] [W; B], thin: the same with thin derivatives, dx = [dy dh] [W A]^T;
+- x (W + A B): with JAX's own derivative, which computes that of W + s A B;
+- x (W + A B), low-rank derivatives: the sum is computed when x is available, computed
+  again in the backward pass, and not kept;
+- one x A for all: the layers' first products as one, x [A A A];
+- [x h] [W; B]: the second products within those with W; h = x A is concatenated to x;
+- [x h] [W; B], low-rank derivatives: dx = [dy dh] [W A]^T;
 - x [W A]: the first product within that with W.
 
-Each is checked against NumPy in float64. What W + s A B in bfloat16 hides of a small
-update is printed too, and with --curve the losses of a transformer in bfloat16 that
-trains by the first two. Writes the numbers into benchmarks/results. Takes about two
-minutes on two CPU cores.
+Each order is checked against NumPy in float64. Prints too how much of a small update
+the rounding of W + s A B to bfloat16 loses, and with --curve the losses of a
+transformer in bfloat16 that is trained with the first two orders. Writes the results
+into benchmarks/results. Takes about two minutes on two CPU cores.
 """
 
 import argparse
@@ -26,7 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import files
 import hlo
 import jax
 import jax.numpy as jnp
@@ -35,19 +35,20 @@ import numpy as np
 import optax
 import report
 import roofline
+import script
 import speed
 import training
-from readers import Defaults, folder, whole
+from option_types import DefaultsFormatter, folder, integer_from
 from tqdm import tqdm
 
 import lora_jax as lj
 
-LAYERS = 3  # that read the same x
-UPDATE = 1e-3  # how large s A B is beside W
+LAYERS = 3  # all of them read the same x
+UPDATE = 1e-3  # the size of s A B relative to W
 
 
 class Shape(NamedTuple):
-    """What is multiplied."""
+    """The sizes and the dtype of one product."""
 
     tokens: int
     width: int
@@ -62,13 +63,13 @@ class Shape(NamedTuple):
         )
 
 
-HERE = [
+CPU_SHAPES = [
     Shape(1024, 512, 512, 8),
     Shape(1024, 512, 2048, 8),
     Shape(4096, 512, 512, 8),
     Shape(1024, 512, 512, 64),
 ]
-THERE = [
+ACCELERATOR_SHAPES = [
     Shape(tokens, 2048, out, rank, "bfloat16")
     for tokens in (4096, 16384)
     for out in (2048, 8192)
@@ -77,7 +78,7 @@ THERE = [
 
 
 class Layer(NamedTuple):
-    """A frozen weight and its adapter, scaled already."""
+    """A frozen weight and its adapter; the scale is already part of B."""
 
     w: jax.Array  # (width, out)
     a: jax.Array  # (width, r), float32
@@ -85,60 +86,65 @@ class Layer(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what the command line asks for."""
+    """Runs the comparison with the options of the command line."""
     parser = options()
     args = parser.parse_args(argv)
-    with files.stoppable(parser, args.output):
-        with files.refusing(parser, RuntimeError):
-            place = memory.devices(args.device)[0] if args.device else None
-        here = args.device is None and jax.default_backend() == "cpu"
-        shapes, results = HERE if here else THERE, []
+    with script.exit_on_interrupt(parser, args.output):
+        with script.exit_on_error(parser, RuntimeError):
+            device = memory.devices(args.device)[0] if args.device else None
+        on_cpu = args.device is None and jax.default_backend() == "cpu"
+        shapes, results = CPU_SHAPES if on_cpu else ACCELERATOR_SHAPES, []
         for shape in tqdm(shapes[: args.shapes], unit="shape", disable=None):
-            found = planned(shape, place) if place else timed(shape, args.repeats)
+            found = planned(shape, device) if device else timed(shape, args.repeats)
             results.append({"shape": shape._asdict(), "orders": found})
             print(f"\n{shape}, {LAYERS} layers\n\n{table(found)}", flush=True)
-        hidden = {str(s): hides(s) for s in shapes[: args.shapes]}
+        lost = {str(s): rounding_loss(s) for s in shapes[: args.shapes]}
         curves = losses(args.curve) if args.curve else {}
-        print(f"\n{words(hidden, curves)}")
+        print(f"\n{summary(lost, curves)}")
         found = {"versions": training.versions(), "results": results}
-        found |= {"hidden": hidden, "losses": curves}
-        with files.written(args.output) as new:
-            files.write_json(new / "orders.json", found)
+        found |= {"rounding_loss": lost, "losses": curves}
+        with script.staged(args.output) as new:
+            script.write_json(new / "contraction_orders.json", found)
     print(f"{found['versions']}\nThe file is in {args.output}")
 
 
 def options() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
-        description="Compares the orders of an adapted product.",
-        formatter_class=Defaults,
+        description="Compares contraction orders of adapted layers.",
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
-    add("--repeats", type=whole(1), default=20, help="of each order")
-    add("--shapes", type=whole(1), help="how many of them; default: all")
-    add("--curve", type=whole(2), metavar="STEPS", help="of training, in both orders")
-    # The bounds are of this chip.
+    add("--repeats", type=integer_from(1), default=20, help="runs of each order")
+    add("--shapes", type=integer_from(1), help="how many shapes; default: all")
+    add(
+        "--curve",
+        type=integer_from(2),
+        metavar="STEPS",
+        help="training steps with each of the first two orders",
+    )
+    # The bounds of roofline.py are those of this chip.
     add(
         "--device",
         type=memory.device,
         choices=["tpu-v5e"],
-        help="time nothing, and compile for it",
+        help="compile for this device instead of timing",
     )
-    place = Path(__file__).parent / "results"
-    add("--output", type=folder, default=place, help="where the file is written")
+    output = Path(__file__).parent / "results"
+    add("--output", type=folder, default=output, help="where the file is written")
     return parser
 
 
-# The orders: each gives the outputs of all layers for one x.
+# The orders. Each function returns the outputs of all layers for one x.
 
 
 def plain(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
-    """No adapter."""
+    """Computes x W, without adapters."""
     return [x @ w for w, _, _ in layers]
 
 
 def engine(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
-    """What `lora` makes of it."""
+    """Computes x W + (x A) B with `lora`."""
     products = lj.lora(lambda params, x: [x @ p["kernel"] for p in params])
     one = jnp.ones((), x.dtype)
     trees = [
@@ -147,26 +153,30 @@ def engine(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
     return products(trees, x)
 
 
-def formed(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+def materialized(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes x (W + A B)."""
     return [x @ total(layer) for layer in layers]
 
 
-def formed_thin(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
-    return [_formed_thin(x, *layer) for layer in layers]
+def materialized_low_rank(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes x (W + A B) with low-rank derivatives."""
+    return [_materialized_low_rank(x, *layer) for layer in layers]
 
 
 @jax.custom_vjp
-def _formed_thin(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    # Else XLA would make the sums of all layers at once, and keep them.
+def _materialized_low_rank(
+    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    # Without the barrier XLA would compute the sums of all layers first, and keep them.
     x, a, b = jax.lax.optimization_barrier((x, a, b))
     return x @ total(Layer(w, a, b))
 
 
-def _formed_thin_forward(x, w, a, b):
-    return _formed_thin(x, w, a, b), (x, w, a, b)
+def _materialized_low_rank_forward(x, w, a, b):
+    return _materialized_low_rank(x, w, a, b), (x, w, a, b)
 
 
-def _formed_thin_backward(kept, dy):
+def _materialized_low_rank_backward(kept, dy):
     x, w, a, b = kept
     own, dy = jax.lax.optimization_barrier((Layer(w, a, b), dy))
     da = x.T @ (dy @ b.astype(x.dtype).T)
@@ -174,25 +184,29 @@ def _formed_thin_backward(kept, dy):
     return dy @ total(own).T, None, da.astype(a.dtype), db.astype(b.dtype)
 
 
-_formed_thin.defvjp(_formed_thin_forward, _formed_thin_backward)
+_materialized_low_rank.defvjp(
+    _materialized_low_rank_forward, _materialized_low_rank_backward
+)
 
 
 def total(layer: Layer) -> jax.Array:
-    """W + A B, added in float32 and rounded to W's dtype."""
+    """Returns W + A B, added in float32 and rounded to W's dtype."""
     w, a, b = layer
     return (w.astype(jnp.float32) + a @ b).astype(w.dtype)
 
 
-def one_first(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+def shared_first(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes x [A A A] for all layers in one product."""
     ranks = [layer.a.shape[1] for layer in layers]
     h = x @ jnp.concatenate([layer.a for layer in layers], 1).astype(x.dtype)
-    thin = jnp.split(h, np.cumsum(ranks)[:-1], 1)
+    hs = jnp.split(h, np.cumsum(ranks)[:-1], 1)
     return [
-        x @ w + h @ b.astype(x.dtype) for h, (w, _, b) in zip(thin, layers, strict=True)
+        x @ w + h @ b.astype(x.dtype) for h, (w, _, b) in zip(hs, layers, strict=True)
     ]
 
 
-def beside(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+def joined_second(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes [x h] [W; B], h = x A."""
     ys = []
     for w, a, b in layers:
         wide = jnp.concatenate([x, x @ a.astype(x.dtype)], 1)
@@ -200,22 +214,25 @@ def beside(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
     return ys
 
 
-def beside_thin(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
-    return [_beside_thin(x, *layer) for layer in layers]
+def joined_second_low_rank(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes [x h] [W; B] with low-rank derivatives."""
+    return [_joined_second_low_rank(x, *layer) for layer in layers]
 
 
 @jax.custom_vjp
-def _beside_thin(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _beside_thin_forward(x, w, a, b)[0]
+def _joined_second_low_rank(
+    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    return _joined_second_low_rank_forward(x, w, a, b)[0]
 
 
-def _beside_thin_forward(x, w, a, b):
+def _joined_second_low_rank_forward(x, w, a, b):
     h = x @ a.astype(x.dtype)
     wide = jnp.concatenate([x, h], 1)
     return wide @ jnp.concatenate([w, b.astype(w.dtype)], 0), (x, w, a, b, h)
 
 
-def _beside_thin_backward(kept, dy):
+def _joined_second_low_rank_backward(kept, dy):
     x, w, a, b, h = kept
     dh = dy @ b.astype(dy.dtype).T
     wide = jnp.concatenate([dy, dh], 1)
@@ -223,10 +240,13 @@ def _beside_thin_backward(kept, dy):
     return dx, None, (x.T @ dh).astype(a.dtype), (h.T @ dy).astype(b.dtype)
 
 
-_beside_thin.defvjp(_beside_thin_forward, _beside_thin_backward)
+_joined_second_low_rank.defvjp(
+    _joined_second_low_rank_forward, _joined_second_low_rank_backward
+)
 
 
-def within(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+def joined_first(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
+    """Computes x [W A]."""
     ys = []
     for w, a, b in layers:
         both = x @ jnp.concatenate([w, a.astype(w.dtype)], 1)
@@ -238,17 +258,17 @@ def within(x: jax.Array, layers: list[Layer]) -> list[jax.Array]:
 ORDERS: dict[str, Callable[..., list[jax.Array]]] = {
     "no adapter": plain,
     "x W + (x A) B": engine,
-    "formed": formed,
-    "formed, thin": formed_thin,
-    "one x A": one_first,
-    "[x h] [W; B]": beside,
-    "[x h] [W; B], thin": beside_thin,
-    "x [W A]": within,
+    "x (W + A B)": materialized,
+    "x (W + A B), low-rank derivatives": materialized_low_rank,
+    "one x A for all": shared_first,
+    "[x h] [W; B]": joined_second,
+    "[x h] [W; B], low-rank derivatives": joined_second_low_rank,
+    "x [W A]": joined_first,
 }
 
 
 def backward(order: Callable[..., list[jax.Array]]) -> Callable[..., Any]:
-    """Returns the forward and backward pass: the outputs, and the gradients."""
+    """Returns the forward and backward pass of an order: outputs and gradients."""
 
     def step(x, layers, dys):
         def run(x, factors):
@@ -261,11 +281,11 @@ def backward(order: Callable[..., list[jax.Array]]) -> Callable[..., Any]:
     return step
 
 
-# What is known of each.
+# Measurements.
 
 
 def timed(shape: Shape, repeats: int) -> dict[str, dict[str, Any]]:
-    """Returns the milliseconds of every order, taken in turns, and XLA's counts."""
+    """Returns the milliseconds of every order, timed in turns, and XLA's counts."""
     given = arrays(shape)
     found: dict[str, Any] = {name: {} for name in ORDERS}
     for kind, wrap, args in kinds(given):
@@ -281,16 +301,16 @@ def timed(shape: Shape, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 def go(made: Callable[..., Any], args: Any) -> None:
-    """Runs it often enough to be timed; what is launched goes on in the meantime."""
+    """Runs a compiled order, on an accelerator 20 times, and waits for the end."""
     for _ in range(1 if jax.default_backend() == "cpu" else 20):
         results = made(*args)
     jax.block_until_ready(results)
 
 
-def planned(shape: Shape, place: Any) -> dict[str, dict[str, Any]]:
+def planned(shape: Shape, device: Any) -> dict[str, dict[str, Any]]:
     """Returns XLA's counts of every order, and the bound of the operations' time."""
-    here = jax.sharding.SingleDeviceSharding(place)
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     given = jax.tree.map(put, jax.eval_shape(functools.partial(arrays, shape)))
     found: dict[str, Any] = {name: {} for name in ORDERS}
     for kind, wrap, args in kinds(given):
@@ -306,12 +326,12 @@ def planned(shape: Shape, place: Any) -> dict[str, dict[str, Any]]:
 
 
 def kinds(given: Any) -> list[tuple[str, Callable[..., Any], Any]]:
-    """Returns the passes: name, what makes one of an order, and its arguments."""
+    """Returns for each pass its name, its transform of an order, and its arguments."""
     return [("forward", lambda order: order, given[:2]), ("step", backward, given)]
 
 
 def counts(made: Any) -> dict[str, Any]:
-    """Returns what XLA counts in a compiled function."""
+    """Returns XLA's FLOPs and bytes of a compiled function."""
     cost = made.cost_analysis()
     return {
         "flops": cost["flops"],
@@ -329,7 +349,7 @@ def arrays(shape: Shape) -> tuple[jax.Array, list[Layer], list[jax.Array]]:
     layers, dys = [], []
     for _ in range(LAYERS):
         w = (normal(width, out) * width**-0.5).astype(dtype)
-        # A B has a thousandth of W's size.
+        # The size of A B is a thousandth of W's.
         a, b = normal(width, rank) * width**-0.5, normal(rank, out)
         layers.append(Layer(w, a, b * (UPDATE * rank**-0.5)))
         dys.append(normal(tokens, out).astype(dtype))
@@ -337,7 +357,7 @@ def arrays(shape: Shape) -> tuple[jax.Array, list[Layer], list[jax.Array]]:
 
 
 def check(got: Any, x: Any, layers: Any, dys: Any, kind: str, name: str) -> None:
-    """Compares some rows with NumPy in float64.
+    """Compares some rows of the results with NumPy in float64.
 
     Raises:
       RuntimeError: If they differ.
@@ -347,12 +367,12 @@ def check(got: Any, x: Any, layers: Any, dys: Any, kind: str, name: str) -> None
     rows = double(x[:4])
     eps = float(jnp.finfo(x.dtype).eps)
     if jax.default_backend() != "cpu":
-        eps = max(eps, 2.0**-10)  # what a GPU's products of float32 have by default
+        eps = max(eps, 2.0**-10)  # the default precision of float32 products on a GPU
     for y, (w, a, b) in zip(ys, layers, strict=True):
         own = 0 if name == "no adapter" else double(a) @ double(b)
         want = rows @ (double(w) + own)
         if not np.allclose(double(y[:4]), want, atol=20 * eps * np.abs(want).max()):
-            raise RuntimeError(f"{name} computes something else.")
+            raise RuntimeError(f"{name}: the outputs differ from NumPy's.")
     if kind == "forward" or name == "no adapter":
         return
     dx, factors = got[1]
@@ -361,20 +381,21 @@ def check(got: Any, x: Any, layers: Any, dys: Any, kind: str, name: str) -> None
         for dy, (w, a, b) in zip(dys, layers, strict=True)
     )
     if not np.allclose(double(dx[:4]), want, atol=40 * eps * np.abs(want).max()):
-        raise RuntimeError(f"{name}: the gradient of x is something else.")
+        raise RuntimeError(f"{name}: the gradient of x differs from NumPy's.")
     for (da, _), dy, (_, _, b) in zip(factors, dys, layers, strict=True):
         want = double(x).T @ (double(dy) @ double(b).T)
         if not np.allclose(double(da), want, atol=40 * eps * np.abs(want).max()):
-            raise RuntimeError(f"{name}: the gradient of A is something else.")
+            raise RuntimeError(f"{name}: the gradient of A differs from NumPy's.")
 
 
-def hides(shape: Shape) -> float:
-    """Returns how much of an update is lost in W + s A B, rounded to W's dtype.
+def rounding_loss(shape: Shape) -> float:
+    """Returns how much of an update is lost when W + s A B is rounded to W's dtype.
 
-    The norm of what is lost over that of s A B; a thousandth of W is what training
-    moves a weight by. x W + s (x A) B loses none of it in this way.
+    The result is the norm of the error over the norm of s A B. Training moves a weight
+    by about a thousandth of its size. x W + s (x A) B does not round the sum, and so
+    loses nothing.
     """
-    # Under `jit`, since nothing else of what is drawn is then made.
+    # Under `jit` XLA computes only the first layer of all the arrays.
     w, a, b = jax.jit(lambda: arrays(shape)[1][0])()
     double = lambda z: np.asarray(z, np.float64)
     update = double(a) @ double(b)
@@ -383,13 +404,14 @@ def hides(shape: Shape) -> float:
 
 
 def losses(steps: int) -> dict[str, list[float]]:
-    """Returns the loss of every step of speed.py's job in bfloat16, in two orders."""
+    """Trains speed.py's job in bfloat16 with two orders, and returns their losses."""
     job, tx = speed.JOBS["bfloat16"], optax.adamw(1e-4)
     task = speed.task(job)
     params = lj.lorafy(task.plain, job.rank, targets=task.targets)
     found = {}
-    for name, fn in {"x W + (x A) B": lj.lora, "formed": speed.materialised}.items():
-        run, adapters, frozen = speed.halves(fn(task.apply), params)
+    orders = {"x W + (x A) B": lj.lora, "x (W + A B)": speed.materialized}
+    for name, fn in orders.items():
+        run, adapters, frozen = speed.split(fn(task.apply), params)
         step = jax.jit(training.step(run, tx))
         state, found[name] = (adapters, tx.init(adapters)), []
         for _ in range(steps):
@@ -398,11 +420,11 @@ def losses(steps: int) -> dict[str, list[float]]:
     return found
 
 
-# What came of it.
+# Results.
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Returns the orders, one below the other, beside the engine's."""
+    """Returns a table with a row for each order, relative to the engine's."""
     now = found["x W + (x A) B"]
     is_timed = "ms" in now["step"]
     lines = [["", *(f"{kind}, {what}" for kind in now for what in heads(is_timed))]]
@@ -425,21 +447,25 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def heads(is_timed: bool) -> list[str]:
-    first = ["/ now", "ms"] if is_timed else ["bound / now", "XLA's / now", "HBM MB"]
-    return [*first, "GFLOP", "MB held"]
+    first = ["/ engine", "ms"]
+    if not is_timed:
+        first = ["bound / engine", "XLA's / engine", "HBM MB"]
+    return [*first, "GFLOP", "MB"]
 
 
-def words(hidden: dict[str, float], curves: dict[str, list[float]]) -> str:
-    """Says what the rounding of a formed sum hides, and what training makes of it."""
-    lines = [f"  {lost:.2g}: {name}" for name, lost in hidden.items()]
-    title = f"Of an update of {UPDATE:.1%} of the weight W + s A B loses, relatively,"
+def summary(lost: dict[str, float], curves: dict[str, list[float]]) -> str:
+    """Returns sentences on the rounding of W + s A B, and on its effect in training."""
+    lines = [f"  {part:.2g}: {name}" for name, part in lost.items()]
+    title = (
+        f"Part of an update, {UPDATE:.1%} of the weight, that rounding W + s A B loses:"
+    )
     if curves:
         one, other = curves.values()
         off = np.abs(np.subtract(one, other))
         lines.append(
             f"In {len(one)} steps in bfloat16 the loss falls from {one[0]:.3f} to "
-            f"{one[-1]:.4f}, formed to {other[-1]:.4f}; the two differ most in step "
-            f"{np.argmax(off) + 1}, by {max(off):.4f}."
+            f"{one[-1]:.4f}, and with x (W + A B) to {other[-1]:.4f}; the two differ "
+            f"most in step {np.argmax(off) + 1}, by {max(off):.4f}."
         )
     return "\n".join([title, *lines])
 

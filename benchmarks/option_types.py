@@ -1,4 +1,4 @@
-"""Readers of the command line's options: what is wrong is said before any work."""
+"""Types and help of command-line options; wrong values are errors before any work."""
 
 import argparse
 import math
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that says each default once, and none of an option that has none."""
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to the help of each option, except to options without one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return (
@@ -16,8 +16,8 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
         )
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Returns the reader of an option: a whole number of at least `least`."""
+def integer_from(least: int) -> Callable[[str], int]:
+    """Returns a parser of integers of at least `least`."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**31):
@@ -30,7 +30,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def positive(text: str) -> float:
-    """Reads an option: a finite number above zero."""
+    """Parses a finite number above zero."""
     try:
         value = float(text)
     except ValueError:
@@ -40,28 +40,30 @@ def positive(text: str) -> float:
     return value
 
 
-def existing(text: str) -> Path:
-    """Reads an option: a file that is there."""
+def existing_file(text: str) -> Path:
+    """Parses the path of an existing file."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return Path(text)
 
 
 def folder(text: str) -> Path:
-    """Reads an option: a folder, or a place where there is nothing yet."""
+    """Parses the path of a folder, which need not exist yet."""
     if Path(text).exists() and not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a folder")
     return Path(text)
 
 
-def targets(args: argparse.Namespace, error: ValueError, example: str) -> ValueError:
-    """Returns what `lorafy` says of the targets in terms of the option.
+def targets_error(
+    args: argparse.Namespace, error: ValueError, example: str
+) -> ValueError:
+    """Returns an error of `lorafy` about its targets in terms of the option --targets.
 
-    Nothing else of the command line can be wrong there: ranks and alphas are checked as
-    they are read.
+    No other option can cause an error of `lorafy`: ranks and alphas are checked when
+    they are parsed.
     """
-    said = re.split(r" Write ", str(error))[0].replace(" of targets", "")
+    cause = re.split(r" Write ", str(error))[0].replace(" of targets", "")
     return ValueError(
-        f"--targets {' '.join(args.targets)}: {said} Write patterns of what to adapt, "
+        f"--targets {' '.join(args.targets)}: {cause} Write patterns of what to adapt, "
         f"for example --targets {example}"
     )
