@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -130,11 +131,24 @@ def test_a_wing_has_its_map():
 
 
 def test_init_is_a_table_of_contents():
-    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
-    assert all(isinstance(node, ast.ImportFrom) for node in body[1:])
-    order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in body[1:]]
+    _, *imports, version = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    assert isinstance(version, ast.Assign)
+    assert all(isinstance(node, ast.ImportFrom) for node in imports)
+    order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in imports]
     # Quantized and Axes stand first as the types that the rest speaks of.
     assert order == sorted(order)
+
+
+def test_version_is_that_of_the_citation():
+    """pyproject.toml reads it from `__init__`, so it needs no installed package."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lj.__version__)
+    root = PACKAGE.parent
+    citation = (root / "CITATION.cff").read_text()
+    assert f"\nversion: {lj.__version__}\n" in citation
+    with open(root / "pyproject.toml", "rb") as file:
+        config = tomllib.load(file)
+    assert config["project"]["dynamic"] == ["version"]
+    assert config["tool"]["hatch"]["version"]["path"] == "lora_jax/__init__.py"
 
 
 def test_tests_stand_in_the_same_tree():
