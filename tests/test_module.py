@@ -792,7 +792,7 @@ def test_functions_of_trees_take_modules(tmp_path):
         assert type(new) is lj.LoRA and type(new.model) is Net
         new.eval()
         same(new(IDS), want)
-    with pytest.raises(ValueError, match=r"adapter in base already.*strip"):
+    with pytest.raises(ValueError, match=r"already has an adapter in base.*strip"):
         lj.load(path, module)
     assert type(lj.load(path, lj.strip(module))) is lj.LoRA
 
