@@ -71,8 +71,8 @@ def attach(adapters: Any, base: Any) -> Any:
             )
         if x is None and path not in leaves:
             raise ValueError(
-                f"base has no leaf {path_name(path)!r}, but the tree of the adapters "
-                "has one. Pass the parameters that they were trained for."
+                f"base lacks {path_name(path)!r}, which the tree of the adapters has. "
+                "Pass the parameters that they were trained for."
             )
         if x is not None and not is_adapter(path):
             raise ValueError(
@@ -81,7 +81,7 @@ def attach(adapters: Any, base: Any) -> Any:
             )
     if len(new) < len(given) and (lost := [p for p in leaves if p not in given]):
         raise ValueError(
-            f"base has {listed(lost)}, but the tree of the adapters does not. Pass all "
+            f"base has {listed(lost)}, which the tree of the adapters lacks. Pass all "
             "of detach(params), and the parameters that the adapters were trained for."
         )
     return attached(base, leaves, new)

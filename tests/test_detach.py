@@ -110,7 +110,7 @@ def without(tree, *names):
         (
             lj.detach,
             lambda p: without(lj.strip(p), "kernel"),
-            "base has no leaf 'm/kernel', but the tree of the adapters has one",
+            "base lacks 'm/kernel', which the tree of the adapters has",
         ),
         (
             lambda p: without(lj.detach(p), "kernel"),
@@ -142,7 +142,7 @@ def without(tree, *names):
         (
             lambda p: {"m": lj.detach(p)["m"]},
             lj.strip,
-            r"base has 'head', but the tree of the adapters does not.*all of detach",
+            r"base has 'head', which the tree of the adapters lacks.*all of detach",
         ),
     ],
 )
