@@ -8,7 +8,7 @@ copy; a sample of each adapted weight; and SHA-256 digests. Safetensors holds no
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,18 +18,17 @@ import safetensors
 import safetensors.numpy
 
 from lora_jax._adapters import (
-    Copy,
-    Ranked,
+    Adapters,
+    LowRank,
     adapter_of,
     adapters_if_any,
-    axes_of_shapes,
     check_copy,
     copy_of,
-    dora_of,
     find_adapters,
     fits,
     of_copies,
     of_rank,
+    with_axes,
 )
 from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
@@ -107,7 +106,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
 def _header(
     leaves: dict[Path, Any],
-    adapters: dict[Path, Ranked | Copy],
+    adapters: Adapters,
     tensors: dict[str, np.ndarray],
     samples: dict[str, np.ndarray | None],
 ) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         header, tensors = _read(path)
         leaves = flatten(base)
         weights, copies = _matched(path, header, tensors, leaves)
-        plain = {name: unbox(leaves[weight]) for name, (weight, *_) in weights.items()}
+        plain = {name: unbox(leaves[weight]) for name, (weight, _) in weights.items()}
         same["file"] = header
         same["base"] = {name: outline(w) for name, w in plain.items()}
     samples = {name: sample(w) for name, w in plain.items()} if same_base else {}
@@ -182,10 +181,8 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         for name, found in samples.items():
             _check_base(path, name, found, header["samples"].get(name))
     new: dict[Path, Any] = {}
-    for weight, parts, values in weights.values():
-        shapes = [value.shape for value in values]
-        axes = axes_of_shapes(unbox(leaves[weight]).shape, *shapes)
-        new |= beside(leaves[weight], parts, values, axes)
+    for weight, values in weights.values():
+        new |= beside(weight, leaves[weight], values)
     for leaf, copy in copies.items():
         new[copy_of(leaf).w] = trained_copy(leaves[leaf], copy)
     return attached(base, leaves, new)
@@ -196,12 +193,11 @@ def _matched(
     header: dict[str, Any],
     tensors: dict[str, np.ndarray],
     leaves: dict[Path, Any],
-) -> tuple[dict[str, tuple[Path, Ranked, list[np.ndarray]]], dict[Path, np.ndarray]]:
+) -> tuple[dict[str, tuple[Path, LowRank[np.ndarray]]], dict[Path, np.ndarray]]:
     """Finds the leaf of base for each adapter and each trained copy of a file.
 
     Returns:
-      `{name of weight: (its path, the adapter's paths, the adapter's values)}`, and
-      `{path of leaf: trained copy}`.
+      `{name of weight: (its path, its adapter)}`, and `{path of leaf: trained copy}`.
 
     Raises:
       ValueError: If a leaf is missing, or an adapter or copy does not fit it.
@@ -209,19 +205,22 @@ def _matched(
     weights, copies = {}, {}
     paths = {path_name(path): path for path in leaves}
     for name, entry in header["adapters"].items():
-        parts_of = adapter_of if len(entry["tensors"]) == 3 else dora_of
-        weight = _leaf_of(file, name, entry, parts_of, paths, leaves)
-        values = [tensors[part] for part in entry["tensors"]]
-        shape, shapes = unbox(leaves[weight]).shape, [value.shape for value in values]
+        names = LowRank(*entry["tensors"])
+        weight = _leaf_of(file, name, entry, paths, leaves)
+        own = adapter_of(weight, magnitude=names.magnitude is not None)
+        _check_names(file, name, entry, own)
+        values = names.map(tensors.__getitem__)
+        shape, shapes = unbox(leaves[weight]).shape, values.map(np.shape)
         if not fits(shape, *shapes):
             raise ValueError(
-                f"{file} is corrupt: factors of shapes {shapes} do not fit the weight "
-                f"{name!r} of shape {shape}."
+                f"{file} is corrupt: factors of shapes {[*shapes]} do not fit the "
+                f"weight {name!r} of shape {shape}."
             )
-        weights[name] = weight, parts_of(weight), values
+        weights[name] = weight, with_axes(values, shape, shapes)
     for name, entry in header["copies"].items():
+        leaf = _leaf_of(file, name, entry, paths, leaves)
+        _check_names(file, name, entry, copy_of(leaf))
         (part,) = entry["tensors"]
-        leaf = _leaf_of(file, name, entry, copy_of, paths, leaves)
         check_copy(f"{file}: {part}", tensors[part], leaves[leaf])
         copies[leaf] = tensors[part]
     return weights, copies
@@ -231,7 +230,6 @@ def _leaf_of(
     file: Any,
     name: str,
     entry: dict[str, Any],
-    parts_of: Callable[[Path], tuple[Path, ...]],
     paths: dict[str, Path],
     leaves: dict[Path, Any],
 ) -> Path:
@@ -247,17 +245,22 @@ def _leaf_of(
             f"{file}: {name!r} was saved for the shape {tuple(entry['shape'])}, and "
             f"base has {w.shape}. Pass the parameters that the adapter was trained for."
         )
-    if entry["tensors"] != [path_name(part) for part in parts_of(path)]:
-        raise ValueError(
-            f"{file} is corrupt: {entry['tensors']} are not the adapter leaves of "
-            f"{name!r}."
-        )
-    if any(part in leaves for part in (*dora_of(path), *copy_of(path))):
+    if any(p in leaves for p in (*adapter_of(path, magnitude=True), *copy_of(path))):
         raise ValueError(
             f"{file}: {name!r} already has an adapter in base. Pass the plain "
             "parameters: load(path, strip(params))."
         )
     return path
+
+
+def _check_names(
+    file: Any, name: str, entry: dict[str, Any], parts: Iterable[Path]
+) -> None:
+    if entry["tensors"] != [path_name(part) for part in parts]:
+        raise ValueError(
+            f"{file} is corrupt: {entry['tensors']} are not the adapter leaves of "
+            f"{name!r}."
+        )
 
 
 def _check_base(
@@ -306,8 +309,8 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 "Write jax.config.update('jax_enable_x64', True)."
             )
     for name, entry in header["adapters"].items():
-        a, _, scale = (tensors[part] for part in entry["tensors"][:3])
-        if a.shape[-1:] != (entry["rank"],) or scale.tolist() != entry["scale"]:
+        own = LowRank(*entry["tensors"]).map(tensors.__getitem__)
+        if own.a.shape[-1:] != (entry["rank"],) or own.scale.tolist() != entry["scale"]:
             raise ValueError(
                 f"{path} is corrupt: its header and its tensors differ in the rank or "
                 f"scale of {name!r}."
