@@ -558,7 +558,7 @@ def test_lora_refuses_bad_input():
         lj.LoRA(nnx.Linear, 2)
     wrong = [(None, "NoneType"), (0, "int"), (nnx.Rngs(params=0), r"\['params'\]")]
     for rngs, found in wrong:
-        with pytest.raises(ValueError, match=rf"found {found}: .*rngs=nnx\.Rngs\(0\)"):
+        with pytest.raises(ValueError, match=rf"found {found}\. .*rngs=nnx\.Rngs\(0\)"):
             lj.LoRA(net(), 2, dropout=0.1, rngs=rngs)
     with pytest.raises(ValueError, match=r"one adapter, found stack=3.*jax\.vmap"):
         lj.LoRA(net(), 2, stack=3)
