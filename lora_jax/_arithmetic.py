@@ -1,4 +1,4 @@
-"""Sums and multiples of adapters over one base, exactly."""
+"""Adds adapters over one base (`add`) and multiplies them (`rescale`), exactly."""
 
 import dataclasses
 import math
@@ -38,32 +38,34 @@ from lora_jax._tree import (
 )
 
 Number = float | jax.Array
-# What a tree adds to a sum: a number, and an adapter's arrays or a trained copy.
+# One term of a sum: its coefficient, and an adapter's arrays or a trained copy.
 Term = tuple[Number, LowRank[Any] | jax.Array]
 
 
 def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     """Adds the updates of several adapters over one base, exactly.
 
-    The result computes W + sum_i c_i s_i A_i B_i: ranks add up, since the average of
-    factors is not that of their products. Adapters of different weights are united.
-    Trained copies become W + sum_i c_i (w_i - W), with the updates of others in them.
+    The result computes W + sum_i c_i s_i A_i B_i. The ranks add up, because averaging
+    factors does not average their products. The result adapts each weight that any of
+    the trees adapts. Trained copies become W + sum_i c_i (w_i - W), which includes the
+    low-rank updates that other trees have there.
 
     Args:
       *params: Trees from `lorafy`, trained or not, over one base: their other leaves
-        are the same arrays, or equal ones. (Of tracers only shapes are compared.)
-      weights: A number c_i for each, which may be traced. Default: 1 for each.
+        are the same arrays or equal ones. (Tracers are compared by shape and dtype.)
+      weights: A number c_i for each tree, which may be traced. Default: 1 for each.
 
     Returns:
-      A tree with the containers and the base of the first. Where one tree alone adapts
-      a weight, its factors are shared and its scale is multiplied; where several do,
-      `lora_a` is all of theirs, `lora_b` all of theirs times c_i s_i, in float32 or
-      wider, and the scale is 1.
+      A tree with the containers and the base of the first. Where only one tree adapts a
+      weight, its factors are shared and its scale is multiplied. Where several do,
+      `lora_a` is the concatenation of theirs, `lora_b` that of theirs times c_i s_i, in
+      float32 or wider, and the scale is 1.
 
     Raises:
-      ValueError: If there is no tree, or a number of weights other than theirs; if the
-        bases differ, or a weight has adapters whose inputs and outputs differ; if an
-        adapter is broken, or not finite. The message names the path.
+      ValueError: If there is no tree, or not one weight for each tree; if the bases
+        differ; if a weight has adapters with different inputs and outputs; or if an
+        adapter is broken, not finite, or has DoRA's magnitudes. The message names the
+        path.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -78,8 +80,8 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     weights = [1.0] * len(params) if weights is None else [*weights]
     if len(weights) != len(params):
         raise ValueError(
-            f"add takes a weight for each of its {len(params)} trees, found "
-            f"{len(weights)}. Write weights=[...] with one for each."
+            f"add needs one weight for each of its {len(params)} trees, found "
+            f"{len(weights)}. Write weights=[...] with {len(params)} numbers."
         )
     weights = [_number(c, "weights") for c in weights]
     trees = [flatten(tree) for tree in params]
@@ -99,7 +101,7 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
         ]
         w = unbox(base[path])
         factored = [(c, x) for c, x in terms if isinstance(x, LowRank)]
-        if len(factored) < len(terms):  # a copy: whole already
+        if len(factored) < len(terms):  # a trained copy includes the updates
             total = _copies(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
@@ -110,8 +112,8 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
 def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     """Multiplies the updates of adapters by a number.
 
-    A negative one unlearns what was learned, 0 switches it off. The scales change, and
-    nothing else does; a trained copy w becomes W + factor (w - W).
+    A negative number subtracts the updates, and 0 turns them off. Only scales change,
+    and trained copies: w becomes W + factor (w - W).
 
     Args:
       params: A tree from `lorafy`.
@@ -121,7 +123,8 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
       A tree that shares all other leaves.
 
     Raises:
-      ValueError: If a factor is no finite number, or a pattern matches no adapter.
+      ValueError: If a factor is no finite number, if a pattern matches no adapter, or
+        if an adapter is broken, not finite, or has DoRA's magnitudes.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -134,10 +137,11 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     check_values(leaves, adapters)
     _check_linear(adapters, "rescale")
     if isinstance(factor, Mapping):
-        factors = {name: _number(x, "factor") for name, x in factor.items()}
-        factors = by_pattern(factors, [*adapters], "factor")
+        given = {name: _number(x, "factor") for name, x in factor.items()}
+        factors = by_pattern(given, [*adapters], "factor")
     else:
-        factors = dict.fromkeys(adapters, _number(factor, "factor"))
+        number = _number(factor, "factor")
+        factors = {path: number for path in adapters}
     new = {}
     for path, c in factors.items():
         own = adapters[path]
@@ -157,35 +161,35 @@ def check_values(
     *,
     finite: bool = True,
 ) -> None:
-    """Raises if a leaf of an adapter has no values, or one that is not finite."""
+    """Raises if a leaf of an adapter has no values, or values that are not finite."""
     for own in adapters.values():
         for path in own:
             x = unbox(leaves[path])
             if is_abstract(x):
                 raise ValueError(
-                    f"{path_name(path)!r} has no values: it is a shape. Pass arrays, "
-                    "or take the shapes of the whole, jax.eval_shape(...)."
+                    f"{path_name(path)!r} has no values: it is a ShapeDtypeStruct. "
+                    "Pass arrays, or call the function within jax.eval_shape."
                 )
             if finite and not (is_traced(x) or jnp.isfinite(x).all()):
                 raise ValueError(
-                    f"{path_name(path)!r} is not finite: training has diverged before "
-                    "it. Restore an earlier one."
+                    f"{path_name(path)!r} is not finite: the training had diverged. "
+                    "Restore an earlier adapter."
                 )
 
 
 def _check_linear(adapters: Adapters, verb: str) -> None:
-    """Raises for DoRA: of weights with norms neither sums nor multiples are such."""
+    """Raises for DoRA: a sum or multiple of its updates is no update of DoRA."""
     for path, own in adapters.items():
         if isinstance(own, LowRank) and own.magnitude is not None:
             raise ValueError(
                 f"{verb} cannot be exact for {path_name(path)!r}, which has DoRA's "
-                "magnitudes: no adapter is that. Take extract(merge(params), base, "
-                "rank) for the nearest one without them."
+                "magnitudes. For the nearest adapter without them, write "
+                "extract(merge(params), base, rank)."
             )
 
 
 def _number(x: Any, name: str) -> Any:
-    """A number of a caller: finite, or traced."""
+    """Returns a number of the caller, after checking that it is finite or traced."""
     kind = getattr(x, "dtype", None) or np.result_type(type(x))
     real = any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating))
     if not real or np.shape(x) != () or not (is_traced(x) or math.isfinite(x)):
@@ -198,20 +202,20 @@ def _times(x: jax.Array, c: Number) -> jax.Array:
 
 
 def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
-    """Raises if another tree's plain leaves are not those of the first."""
+    """Raises if the plain leaves of tree `i` differ from those of the first tree."""
     for path in base | other:
         first, second = (unbox(leaves.get(path)) for leaves in (base, other))
         if is_counter(base.get(path)) or first is second or _equal(first, second):
             continue
         raise ValueError(
-            f"The trees stand over different bases: {path_name(path)!r} of tree {i} is "
-            "not that of tree 0. Put them over one base first: "
+            f"The trees have different bases: {path_name(path)!r} of tree {i} differs "
+            "from that of tree 0. Put them over one base first: "
             "attach(detach(params), base)."
         )
 
 
 def _equal(x: Any, y: Any) -> bool:
-    """Whether two leaves are equal, as far as can be known."""
+    """Whether two leaves are equal; in shape and dtype if values are unknown."""
     if is_quantized(x) and is_quantized(y):
         parts = (x.values, y.values), (x.scale, y.scale)
         same = (x.dtypes, x.format) == (y.dtypes, y.format)
@@ -232,25 +236,24 @@ def _values(leaves: dict[Path, Any], own: LowRank[Path] | FullCopy) -> Any:
 
 
 def _copies(w: Any, terms: Sequence[Term]) -> jax.Array:
-    """W + sum c_i (w_i - W), and the updates of adapters beside it, in full."""
+    """Returns W + sum c_i (w_i - W), where w_i is a copy or the sum of an adapter."""
     w = dequantize(w)
     firsts = (x.a if isinstance(x, LowRank) else x for _, x in terms)
     wide = wider(w.dtype, *(x.dtype for x in firsts))
     w = total = jnp.asarray(w, wide)
     for c, x in terms:
-        moved = (
-            delta(align(w, *x)).astype(wide)
-            if isinstance(x, LowRank)
-            else jnp.asarray(x, wide) - w
-        )
-        total = total + _times(moved, c)
+        if isinstance(x, LowRank):
+            update = delta(align(w, *x)).astype(wide)
+        else:
+            update = jnp.asarray(x, wide) - w
+        total = total + _times(update, c)
     return total
 
 
 def _ranks(
     path: Path, w: Any, terms: Sequence[tuple[Number, LowRank[Any]]]
 ) -> LowRank[jax.Array]:
-    """The leaves of the sum of several low-rank updates."""
+    """Returns the sum of several low-rank updates, with scales folded into B."""
     first = terms[0][1]
     axes, at = layout_of(path, [own for _, own in terms])
     if len(terms) == 1:
@@ -259,7 +262,7 @@ def _ranks(
     folded = []
     for c, own in terms:
         b, scale = own.b, own.scale
-        if own.aligned:  # of a batch, each dimension stands as in the weight
+        if own.aligned:  # the batch has the dimensions of the weight
             batch = {*axes.batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
@@ -272,16 +275,17 @@ def _ranks(
 
 
 def layout_of(path: Path, adapters: Sequence[LowRank[Any]]) -> tuple[Axes, int]:
-    """The dimensions that adapters say a weight has, and which of B is the rank.
+    """Returns the axes that the adapters of a weight share, and B's dimension of rank.
 
-    Of A it is the last. Of B too where the two are aligned, else that after the batch.
+    The rank is the last dimension of A. In B it is the last one too if the factors are
+    aligned, and otherwise the one after the batch.
     """
     found = dict.fromkeys((own.axes, own.aligned) for own in adapters)
     if len(found) > 1:
         raise ValueError(
-            f"The adapters of {path_name(path)!r} have different inputs and outputs, "
-            f"{listed([str(axes) for axes, _ in found])}, and make no adapter "
-            "together. Build them with the same axes."
+            f"The adapters of {path_name(path)!r} have different axes and cannot be "
+            f"combined: {listed([str(axes) for axes, _ in found])}. Build them with "
+            "the same axes."
         )
     ((axes, aligned),) = found
     return axes, sum(map(len, axes)) if aligned else len(axes.batch)

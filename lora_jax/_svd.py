@@ -189,8 +189,8 @@ def extract(
     ]
     if changed:
         raise ValueError(
-            f"{listed(changed)} differ between tuned and base, and get no adapter. Add "
-            "them to targets, or to also."
+            f"No adapter covers the changes of {listed(changed)}. Add them to targets, "
+            "or to also."
         )
     new: dict[Path, Any] = {}
     for path, own in adapters.items():

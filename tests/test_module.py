@@ -47,7 +47,7 @@ def net(seed=0):
     return Net(nnx.Rngs(seed))
 
 
-def moved(module, seed=1):
+def as_trained(module, seed=1):
     """Sets random factors, as after some training, and returns the module."""
     rng = np.random.default_rng(seed)
     state = nnx.state(module, nnx.LoRAParam)
@@ -58,7 +58,7 @@ def moved(module, seed=1):
 
 def adapted(rank=2, model=None, **options):
     options = {"targets": ["kernel", "embedding"], "alpha": 3.0} | options
-    return moved(lj.LoRA(net() if model is None else model, rank, **options))
+    return as_trained(lj.LoRA(net() if model is None else model, rank, **options))
 
 
 def by_hand(module, model):
@@ -262,7 +262,7 @@ def test_lora_creates_and_fills_caches():
         f"attention/{name}/kernel": lj.Axes((), (0,), (1, 2))
         for name in ("query", "key", "value")
     } | {"attention/out/kernel": lj.Axes((), (0, 1), (2,))}
-    module = moved(lj.LoRA(model, 2, axes=axes))
+    module = as_trained(lj.LoRA(model, 2, axes=axes))
     plain = module.merge()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 4)), jnp.float32)
     module.start((1, 3, 4)), plain.start((1, 3, 4))
@@ -282,7 +282,7 @@ class Noisy(nnx.Module):
 
 
 def test_lora_updates_live_arguments_and_passes_others_through():
-    module = moved(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
     plain, x = module.merge(), jnp.ones((2, 4))
     ours, theirs = nnx.Rngs(noise=1), nnx.Rngs(noise=1)
     with pytest.warns(UserWarning, match="return"):  # it is materialized
@@ -339,7 +339,7 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
 
 
 def test_lora_methods_of_every_kind():
-    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
     plain = module.merge()
     same(module.twice(X), plain.twice(X))
     same(module.jitted(X), plain.jitted(X))
@@ -359,7 +359,7 @@ def test_lora_methods_of_every_kind():
 
 @pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # materialized
 def test_lora_hides_the_adapters_from_the_model():
-    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
     merged = by_hand(module, Kinds(nnx.Rngs(0)))
     weights = merged.layer.kernel, merged.layer.bias
     want = sum(np.sum(np.square(w[...])) for w in weights)
@@ -385,7 +385,7 @@ CLOSURES = {
 @pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # materialized
 @pytest.mark.parametrize("how", CLOSURES)
 def test_lora_may_be_closed_over_by_jax_functions(how):
-    module = moved(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
     plain, key = by_hand(module, Noisy(nnx.Rngs(0))), jax.random.key(1)
     got, want = (CLOSURES[how](model)(X, key) for model in (module, plain))
     jax.tree.map(same, got, want)
@@ -403,7 +403,7 @@ class Sows(nnx.Module):
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 def test_lora_keeps_what_the_model_sows():
-    module = moved(lj.LoRA(Sows(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Sows(nnx.Rngs(0)), 2))
     y = module(X), module(X)
     (sown,) = nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))
     assert sown[0] == ("model", "y")
@@ -432,7 +432,7 @@ def test_lora_takes_axes_from_find_axes():
     call = lambda state, x: nnx.merge(graph, state)(x)
     axes = lj.find_axes(model, x)
     assert axes == lj.find_axes(call, state, x)
-    module = moved(lj.LoRA(model, 2, axes=axes))
+    module = as_trained(lj.LoRA(model, 2, axes=axes))
     assert lj.find_axes(module, x) == axes
     assert module.model.heads.lora_b[...].shape == (2, 2, 4)
     kernel = np.asarray(model.patches.kernel[...])
@@ -466,7 +466,7 @@ class Twice(nnx.Module):
 
 def test_lora_with_shared_layers_scans_and_remat():
     axes = {"stack/kernel": lj.Axes((0,), (1,), (2,))}
-    module = moved(lj.LoRA(Twice(nnx.Rngs(0)), 2, axes=axes))
+    module = as_trained(lj.LoRA(Twice(nnx.Rngs(0)), 2, axes=axes))
     plain, x = module.merge(), jnp.ones((2, 4))
     state = nnx.state(module.model)
     assert state["stack"]["lora_a"].shape == (3, 4, 2)
@@ -484,7 +484,7 @@ def test_lora_with_shared_layers_scans_and_remat():
 def test_lora_on_a_quantized_base(how):
     model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
     nnx.update(model, lj.quantize(nnx.state(model), how, block=4))
-    module = moved(lj.LoRA(model, 2))
+    module = as_trained(lj.LoRA(model, 2))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
     same(module(x), module.merge()(x), 1e-4)
     assert isinstance(module.model.layers[0].kernel.get_raw_value(), lj.Quantized)
@@ -496,7 +496,7 @@ def test_lora_on_a_quantized_base(how):
 
 
 def test_lora_with_dora():
-    module = moved(lj.LoRA(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, dora=True))
+    module = as_trained(lj.LoRA(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, dora=True))
     state = {k: np.asarray(x[...]) for k, x in nnx.state(module.model).items()}
     v = state["kernel"] + state["lora_a"] @ state["lora_b"]
     w = state["lora_magnitude"] * v / np.linalg.norm(v, axis=0)
@@ -538,7 +538,7 @@ def test_lora_with_parameters_in_a_dict():
         def __call__(self, x):
             return x @ self.w["kernel"]
 
-    module = moved(lj.LoRA(Named(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Named(nnx.Rngs(0)), 2))
     same(module(jnp.ones((2, 4))), module.merge()(jnp.ones((2, 4))))
 
 
@@ -649,7 +649,7 @@ class Signed(nnx.Module):
 
 
 def signed(**options):
-    return moved(lj.LoRA(Signed(nnx.Rngs(0)), 2, **options))
+    return as_trained(lj.LoRA(Signed(nnx.Rngs(0)), 2, **options))
 
 
 ROUTES = {
@@ -711,7 +711,7 @@ def test_lora_subclass_may_override_the_call():
 
     model = Signed(nnx.Rngs(0))
     model.factor = 3  # the subclass has an attribute of that name, too
-    module = moved(Twice(model, 2))
+    module = as_trained(Twice(model, 2))
     module.factor = 2
     assert module.model.factor == 3
     assert str(inspect.signature(module.__call__)) == "(x)"
@@ -725,7 +725,7 @@ def test_lora_call_without_a_signature():
             return self.layer(*args)
 
     Opaque.__call__.__signature__ = "none"  # so that inspect refuses
-    module = moved(lj.LoRA(Opaque(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Opaque(nnx.Rngs(0)), 2))
     kinds = [
         p.kind.name for p in inspect.signature(module.__call__).parameters.values()
     ]
@@ -735,7 +735,7 @@ def test_lora_call_without_a_signature():
 
 def test_lora_settings_are_those_of_the_model():
     given = Signed(nnx.Rngs(0))
-    module = moved(lj.LoRA(given, 2))
+    module = as_trained(lj.LoRA(given, 2))
     assert module.config is module.model.config
     assert (module.kind, module.num_embed, module.act) == ("decoder", 4, act)
     for name in ("layer", "table", "first", "weights", "_seed"):
@@ -812,7 +812,7 @@ def test_rebuild_functions_of_trees_take_modules(tmp_path):
 
 def test_rebuild_functions_of_trees_return_modules():
     model = net()
-    module, other = adapted(model=model), moved(adapted(model=model), seed=2)
+    module, other = adapted(model=model), as_trained(adapted(model=model), seed=2)
     for each in (model, module, other):
         each.eval()
     plain, want = model(IDS), module(IDS)
@@ -860,11 +860,11 @@ def test_rebuild_of_quantized_models():
     assert isinstance(model.layers[0].kernel[...], jax.Array)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
     floats = lj.dequantize(stored)
-    module = moved(lj.LoRA(stored, 2))
+    module = as_trained(lj.LoRA(stored, 2))
     kept = lj.strip(module).layers[0].kernel.get_raw_value()
     assert kept.values is stored.layers[0].kernel.get_raw_value().values
     same(module(x), lj.dequantize(module)(x))
-    after = lj.quantize(moved(lj.LoRA(model, 2)), "nf4", block=4)
+    after = lj.quantize(as_trained(lj.LoRA(model, 2)), "nf4", block=4)
     same(after(x), module(x))
     same(lj.merge(stored)(x), floats(x))
     assert "nf4" in str(lj.explain(stored, x))
@@ -886,7 +886,7 @@ def test_rebuild_returns_a_state_if_leaves_make_no_model():
     assert type(lj.take(both, 1)) is nnx.State
     kept = lj.detach(module)
     before = np.asarray(kept["head"]["lora_a"][...])
-    moved(module, seed=3)
+    as_trained(module, seed=3)
     np.testing.assert_array_equal(kept["head"]["lora_a"][...], before)
     for state in (*halves, both, kept):
         assert type(state) is nnx.State
