@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_jax._adapters import (
     Adapters,
-    Axes,
     FullCopy,
     LowRank,
     arrays_of,
@@ -19,6 +18,7 @@ from lora_jax._adapters import (
     find_adapters,
     without_adapters,
 )
+from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import align, delta, wider
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import beside, trained_copy
@@ -26,11 +26,7 @@ from lora_jax._targets import by_pattern
 from lora_jax._tree import (
     Path,
     flatten,
-    is_abstract,
-    is_counter,
-    is_quantized,
     is_traced,
-    listed,
     path_name,
     rebox,
     unbox,
@@ -102,10 +98,10 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
         w = unbox(base[path])
         factored = [(c, x) for c, x in terms if isinstance(x, LowRank)]
         if len(factored) < len(terms):  # a trained copy includes the updates
-            total = _copies(w, terms)
+            total = _full_sum(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
-            new |= beside(path, base[path], _ranks(path, w, factored))
+            new |= beside(path, base[path], _low_rank_sum(path, w, factored))
     return unflatten(params[0], base | new)
 
 
@@ -150,31 +146,9 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
             new[own.scale] = rebox(leaves[own.scale], _times(scale, c))
         else:
             copy = unbox(leaves[own.w])
-            total = _copies(unbox(leaves[path]), [(c, copy)]).astype(copy.dtype)
+            total = _full_sum(unbox(leaves[path]), [(c, copy)]).astype(copy.dtype)
             new[own.w] = rebox(leaves[own.w], total)
     return unflatten(params, leaves | new)
-
-
-def check_values(
-    leaves: dict[Path, Any],
-    adapters: Adapters,
-    *,
-    finite: bool = True,
-) -> None:
-    """Raises if a leaf of an adapter has no values, or values that are not finite."""
-    for own in adapters.values():
-        for path in own:
-            x = unbox(leaves[path])
-            if is_abstract(x):
-                raise ValueError(
-                    f"{path_name(path)!r} has no values: it is a ShapeDtypeStruct. "
-                    "Pass arrays, or call the function within jax.eval_shape."
-                )
-            if finite and not (is_traced(x) or jnp.isfinite(x).all()):
-                raise ValueError(
-                    f"{path_name(path)!r} is not finite: the training had diverged. "
-                    "Restore an earlier adapter."
-                )
 
 
 def _check_linear(adapters: Adapters, verb: str) -> None:
@@ -201,41 +175,11 @@ def _times(x: jax.Array, c: Number) -> jax.Array:
     return x * jnp.asarray(c, x.dtype)
 
 
-def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
-    """Raises if the plain leaves of tree `i` differ from those of the first tree."""
-    for path in base | other:
-        first, second = (unbox(leaves.get(path)) for leaves in (base, other))
-        if is_counter(base.get(path)) or first is second or _equal(first, second):
-            continue
-        raise ValueError(
-            f"The trees have different bases: {path_name(path)!r} of tree {i} differs "
-            "from that of tree 0. Put them over one base first: "
-            "attach(detach(params), base)."
-        )
-
-
-def _equal(x: Any, y: Any) -> bool:
-    """Whether two leaves are equal; in shape and dtype if values are unknown."""
-    if is_quantized(x) and is_quantized(y):
-        parts = (x.values, y.values), (x.scale, y.scale)
-        same = (x.dtypes, x.format) == (y.dtypes, y.format)
-        return same and all(_equal(a, b) for a, b in parts)
-    if is_quantized(x) or is_quantized(y):
-        return False
-    described = [(getattr(z, "shape", None), getattr(z, "dtype", None)) for z in (x, y)]
-    if described[0] != described[1]:
-        return False
-    if described[0] == (None, None):
-        return bool(x == y)
-    unknown = any(is_traced(z) or is_abstract(z) for z in (x, y))
-    return unknown or bool(jnp.array_equal(x, y))
-
-
 def _values(leaves: dict[Path, Any], own: LowRank[Path] | FullCopy) -> Any:
     return arrays_of(own, leaves) if isinstance(own, LowRank) else unbox(leaves[own.w])
 
 
-def _copies(w: Any, terms: Sequence[Term]) -> jax.Array:
+def _full_sum(w: Any, terms: Sequence[Term]) -> jax.Array:
     """Returns W + sum c_i (w_i - W), where w_i is a copy or the sum of an adapter."""
     w = dequantize(w)
     firsts = (x.a if isinstance(x, LowRank) else x for _, x in terms)
@@ -250,7 +194,7 @@ def _copies(w: Any, terms: Sequence[Term]) -> jax.Array:
     return total
 
 
-def _ranks(
+def _low_rank_sum(
     path: Path, w: Any, terms: Sequence[tuple[Number, LowRank[Any]]]
 ) -> LowRank[jax.Array]:
     """Returns the sum of several low-rank updates, with scales folded into B."""
@@ -272,20 +216,3 @@ def _ranks(
     a = jnp.concatenate([own.a.astype(dtype) for _, own in terms], -1)
     b, scale = jnp.concatenate(folded, at), jnp.ones_like(first.scale)
     return dataclasses.replace(first, a=a, b=b, scale=scale)
-
-
-def layout_of(path: Path, adapters: Sequence[LowRank[Any]]) -> tuple[Axes, int]:
-    """Returns the axes that the adapters of a weight share, and B's dimension of rank.
-
-    The rank is the last dimension of A. In B it is the last one too if the factors are
-    aligned, and otherwise the one after the batch.
-    """
-    found = dict.fromkeys((own.axes, own.aligned) for own in adapters)
-    if len(found) > 1:
-        raise ValueError(
-            f"The adapters of {path_name(path)!r} have different axes and cannot be "
-            f"combined: {listed([str(axes) for axes, _ in found])}. Build them with "
-            "the same axes."
-        )
-    ((axes, aligned),) = found
-    return axes, sum(map(len, axes)) if aligned else len(axes.batch)

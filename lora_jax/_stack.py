@@ -19,7 +19,7 @@ from lora_jax._adapters import (
     is_adapter,
     without_adapters,
 )
-from lora_jax._arithmetic import check_base, check_values, layout_of
+from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, norms, trained_copy
 from lora_jax._tree import (

@@ -15,7 +15,7 @@ from lora_jax._adapters import (
     of_rank,
     without_adapters,
 )
-from lora_jax._arithmetic import check_values
+from lora_jax._checks import check_values
 from lora_jax._engine.dora import weight
 from lora_jax._engine.factors import align, delta, materialize, wider
 from lora_jax._engine.quantized import dequantize
