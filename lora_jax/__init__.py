@@ -1,6 +1,6 @@
 """LoRA for JAX and Flax as pure functions on the parameters you already have.
 
-The names stand in the order of the data flow; each file imports from those above it.
+Imports follow the order of the data flow: each file imports only from those above it.
 """
 # ruff: noqa: I001
 
@@ -46,3 +46,5 @@ from lora_jax._peft.names import transformers_names as transformers_names
 from lora_jax._peft.export import export_peft as export_peft
 from lora_jax._peft.import_ import import_peft as import_peft
 from lora_jax._peft.find import find_names as find_names
+
+__version__ = "0.2.0"

@@ -1,5 +1,6 @@
-"""Sums and multiples of adapters over one base, exactly."""
+"""Adds adapters over one base (`add`) and multiplies them (`rescale`), exactly."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,28 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
-    Axes,
-    Copy,
-    Dora,
-    Ranked,
-    adapter_of,
-    axes_of_shapes,
+    Adapters,
+    FullCopy,
+    LowRank,
+    arrays_of,
     copy_of,
     find_adapters,
     without_adapters,
 )
+from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import align, delta, wider
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import beside, trained_copy
 from lora_jax._targets import by_pattern
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
-    is_abstract,
-    is_counter,
-    is_quantized,
     is_traced,
-    listed,
     path_name,
     rebox,
     unbox,
@@ -38,30 +35,34 @@ from lora_jax._tree import (
 )
 
 Number = float | jax.Array
+# One term of a sum: its coefficient, and an adapter's arrays or a trained copy.
+Term = tuple[Number, LowRank[Any] | jax.Array]
 
 
-def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
+def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
     """Adds the updates of several adapters over one base, exactly.
 
-    The result computes W + sum_i c_i s_i A_i B_i: ranks add up, since the average of
-    factors is not that of their products. Adapters of different weights are united.
-    Trained copies become W + sum_i c_i (w_i - W), with the updates of others in them.
+    The result computes W + sum_i c_i s_i A_i B_i. The ranks add up, because averaging
+    factors does not average their products. The result adapts each weight that any of
+    the trees adapts. Trained copies become W + sum_i c_i (w_i - W), which includes the
+    low-rank updates that other trees have there.
 
     Args:
       *params: Trees from `lorafy`, trained or not, over one base: their other leaves
-        are the same arrays, or equal ones. (Of tracers only shapes are compared.)
-      weights: A number c_i for each, which may be traced. Default: 1 for each.
+        are the same arrays or equal ones. (Tracers are compared by shape and dtype.)
+      weights: A number c_i for each tree, which may be traced. Default: 1 for each.
 
     Returns:
-      A tree with the containers and the base of the first. Where one tree alone adapts
-      a weight, its factors are shared and its scale is multiplied; where several do,
-      `lora_a` is all of theirs, `lora_b` all of theirs times c_i s_i, in float32 or
-      wider, and the scale is 1.
+      A tree with the containers and the base of the first. Where only one tree adapts a
+      weight, its factors are shared and its scale is multiplied. Where several do,
+      `lora_a` is the concatenation of theirs, `lora_b` that of theirs times c_i s_i, in
+      float32 or wider, and the scale is 1.
 
     Raises:
-      ValueError: If there is no tree, or a number of weights other than theirs; if the
-        bases differ, or a weight has adapters whose inputs and outputs differ; if an
-        adapter is broken, or not finite. The message names the path.
+      ValueError: If there is no tree, or not one weight for each tree; if the bases
+        differ; if a weight has adapters with different inputs and outputs; or if an
+        adapter is broken, not finite, or has DoRA's magnitudes. The message names the
+        path.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -76,8 +77,8 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     weights = [1.0] * len(params) if weights is None else [*weights]
     if len(weights) != len(params):
         raise ValueError(
-            f"add takes a weight for each of its {len(params)} trees, found "
-            f"{len(weights)}. Write weights=[...] with one for each."
+            f"add needs one weight for each of its {len(params)} trees, found "
+            f"{len(weights)}. Write weights=[...] with {len(params)} numbers."
         )
     weights = [_number(c, "weights") for c in weights]
     trees = [flatten(tree) for tree in params]
@@ -91,25 +92,25 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for own in adapters for path in own):
         terms = [
-            (c, [unbox(leaves[part]) for part in own[path]])
+            (c, _values(leaves, own[path]))
             for c, leaves, own in zip(weights, trees, adapters, strict=True)
             if path in own
         ]
         w = unbox(base[path])
-        if any(len(parts) == 1 for _, parts in terms):  # a copy: whole already
-            total = _copies(w, terms)
+        factored = [(c, x) for c, x in terms if isinstance(x, LowRank)]
+        if len(factored) < len(terms):  # a trained copy includes the updates
+            total = _full_sum(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
-            parts, axes = _ranks(path, w, terms)
-            new |= beside(base[path], adapter_of(path), parts, axes)
+            new |= beside(path, base[path], _low_rank_sum(path, w, factored))
     return unflatten(params[0], base | new)
 
 
-def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
+def rescale(params: PyTree, factor: Number | Mapping[str, Number]) -> PyTree:
     """Multiplies the updates of adapters by a number.
 
-    A negative one unlearns what was learned, 0 switches it off. The scales change, and
-    nothing else does; a trained copy w becomes W + factor (w - W).
+    A negative number subtracts the updates, and 0 turns them off. Only scales change,
+    and trained copies: w becomes W + factor (w - W).
 
     Args:
       params: A tree from `lorafy`.
@@ -119,7 +120,8 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
       A tree that shares all other leaves.
 
     Raises:
-      ValueError: If a factor is no finite number, or a pattern matches no adapter.
+      ValueError: If a factor is no finite number, if a pattern matches no adapter, or
+        if an adapter is broken, not finite, or has DoRA's magnitudes.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -132,58 +134,37 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     check_values(leaves, adapters)
     _check_linear(adapters, "rescale")
     if isinstance(factor, Mapping):
-        factors = {name: _number(x, "factor") for name, x in factor.items()}
-        factors = by_pattern(factors, [*adapters], "factor")
+        given = {name: _number(x, "factor") for name, x in factor.items()}
+        factors = by_pattern(given, [*adapters], "factor")
     else:
-        factors = dict.fromkeys(adapters, _number(factor, "factor"))
+        number = _number(factor, "factor")
+        factors = {path: number for path in adapters}
     new = {}
     for path, c in factors.items():
         own = adapters[path]
-        if isinstance(own, Ranked):
+        if isinstance(own, LowRank):
             scale = unbox(leaves[own.scale])
             new[own.scale] = rebox(leaves[own.scale], _times(scale, c))
         else:
             copy = unbox(leaves[own.w])
-            total = _copies(unbox(leaves[path]), [(c, [copy])]).astype(copy.dtype)
+            total = _full_sum(unbox(leaves[path]), [(c, copy)]).astype(copy.dtype)
             new[own.w] = rebox(leaves[own.w], total)
     return unflatten(params, leaves | new)
 
 
-def check_values(
-    leaves: dict[Path, Any],
-    adapters: dict[Path, Ranked | Copy],
-    *,
-    finite: bool = True,
-) -> None:
-    """Raises if a leaf of an adapter has no values, or one that is not finite."""
-    for own in adapters.values():
-        for path in own:
-            x = unbox(leaves[path])
-            if is_abstract(x):
-                raise ValueError(
-                    f"{path_name(path)!r} has no values: it is a shape. Pass arrays, "
-                    "or take the shapes of the whole, jax.eval_shape(...)."
-                )
-            if finite and not (is_traced(x) or jnp.isfinite(x).all()):
-                raise ValueError(
-                    f"{path_name(path)!r} is not finite: training has diverged before "
-                    "it. Restore an earlier one."
-                )
-
-
-def _check_linear(adapters: dict[Path, Ranked | Copy], verb: str) -> None:
-    """Raises for DoRA: of weights with norms neither sums nor multiples are such."""
+def _check_linear(adapters: Adapters, verb: str) -> None:
+    """Raises for DoRA: a sum or multiple of its updates is no update of DoRA."""
     for path, own in adapters.items():
-        if isinstance(own, Dora):
+        if isinstance(own, LowRank) and own.magnitude is not None:
             raise ValueError(
                 f"{verb} cannot be exact for {path_name(path)!r}, which has DoRA's "
-                "magnitudes: no adapter is that. Take extract(merge(params), base, "
-                "rank) for the nearest one without them."
+                "magnitudes. For the nearest adapter without them, write "
+                "extract(merge(params), base, rank)."
             )
 
 
 def _number(x: Any, name: str) -> Any:
-    """A number of a caller: finite, or traced."""
+    """Returns a number of the caller, after checking that it is finite or traced."""
     kind = getattr(x, "dtype", None) or np.result_type(type(x))
     real = any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating))
     if not real or np.shape(x) != () or not (is_traced(x) or math.isfinite(x)):
@@ -195,88 +176,44 @@ def _times(x: jax.Array, c: Number) -> jax.Array:
     return x * jnp.asarray(c, x.dtype)
 
 
-def check_base(base: dict[Path, Any], other: dict[Path, Any], i: int) -> None:
-    """Raises if another tree's plain leaves are not those of the first."""
-    for path in base | other:
-        first, second = (unbox(leaves.get(path)) for leaves in (base, other))
-        if is_counter(base.get(path)) or first is second or _equal(first, second):
-            continue
-        raise ValueError(
-            f"The trees stand over different bases: {path_name(path)!r} of tree {i} is "
-            "not that of tree 0. Put them over one base first: "
-            "attach(detach(params), base)."
-        )
+def _values(leaves: dict[Path, Any], own: LowRank[Path] | FullCopy) -> Any:
+    return arrays_of(own, leaves) if isinstance(own, LowRank) else unbox(leaves[own.w])
 
 
-def _equal(x: Any, y: Any) -> bool:
-    """Whether two leaves are equal, as far as can be known."""
-    if is_quantized(x) and is_quantized(y):
-        parts = (x.values, y.values), (x.scale, y.scale)
-        same = (x.dtypes, x.format) == (y.dtypes, y.format)
-        return same and all(_equal(a, b) for a, b in parts)
-    if is_quantized(x) or is_quantized(y):
-        return False
-    described = [(getattr(z, "shape", None), getattr(z, "dtype", None)) for z in (x, y)]
-    if described[0] != described[1]:
-        return False
-    if described[0] == (None, None):
-        return bool(x == y)
-    unknown = any(is_traced(z) or is_abstract(z) for z in (x, y))
-    return unknown or bool(jnp.array_equal(x, y))
-
-
-def _copies(w: Any, terms: Sequence[tuple[Number, Sequence[Any]]]) -> jax.Array:
-    """W + sum c_i (w_i - W), and the updates of adapters beside it, in full."""
+def _full_sum(w: Any, terms: Sequence[Term]) -> jax.Array:
+    """Returns W + sum c_i (w_i - W), where w_i is a copy or the sum of an adapter."""
     w = dequantize(w)
-    wide = wider(w.dtype, *(parts[0].dtype for _, parts in terms))
+    firsts = (x.a if isinstance(x, LowRank) else x for _, x in terms)
+    wide = wider(w.dtype, *(x.dtype for x in firsts))
     w = total = jnp.asarray(w, wide)
-    for c, parts in terms:
-        moved = (
-            jnp.asarray(parts[0], wide) - w
-            if len(parts) == 1
-            else delta(align(w, *parts)).astype(wide)
-        )
-        total = total + _times(moved, c)
+    for c, x in terms:
+        if isinstance(x, LowRank):
+            update = delta(align(w, *x)).astype(wide)
+        else:
+            update = jnp.asarray(x, wide) - w
+        total = total + _times(update, c)
     return total
 
 
-def _ranks(
-    path: Path, w: Any, terms: Sequence[tuple[Number, Sequence[Any]]]
-) -> tuple[list[jax.Array], Axes]:
-    """The leaves of the sum of several low-rank updates, and their dimensions."""
-    shapes = [[x.shape for x in parts] for _, parts in terms]
-    axes, at = layout_of(path, w, shapes)
+def _low_rank_sum(
+    path: Path, w: Any, terms: Sequence[tuple[Number, LowRank[Any]]]
+) -> LowRank[jax.Array]:
+    """Returns the sum of several low-rank updates, with scales folded into B."""
+    first = terms[0][1]
+    axes, at = layout_of(path, [own for _, own in terms])
     if len(terms) == 1:
-        ((c, (a, b, scale)),) = terms
-        return [a, b, _times(scale, c)], axes
-    dtype = wider(*(x.dtype for _, (a, b, _) in terms for x in (a, b)))
+        return dataclasses.replace(first, scale=_times(first.scale, terms[0][0]))
+    dtype = wider(*(x.dtype for _, own in terms for x in (own.a, own.b)))
     folded = []
-    for c, (_, b, scale) in terms:
-        if at == len(w.shape):  # of a batch, each dimension stands as in the weight
+    for c, own in terms:
+        b, scale = own.b, own.scale
+        if own.aligned:  # the batch has the dimensions of the weight
             batch = {*axes.batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
             sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
         scale = jnp.reshape(_times(scale, c).astype(dtype), sizes)
         folded.append(b.astype(dtype) * scale)
-    a = jnp.concatenate([a.astype(dtype) for _, (a, _, _) in terms], -1)
-    scale = jnp.ones_like(terms[0][1][2])
-    return [a, jnp.concatenate(folded, at), scale], axes
-
-
-def layout_of(
-    path: Path, w: Any, shapes: Sequence[Sequence[tuple]]
-) -> tuple[Axes, int]:
-    """The dimensions that adapters say a weight has, and which of B is the rank.
-
-    Of A it is the last. Of B too where the two are aligned, else that after the batch.
-    """
-    found = {(axes_of_shapes(w.shape, *own), len(own[0])): None for own in shapes}
-    if len(found) > 1:
-        raise ValueError(
-            f"The adapters of {path_name(path)!r} have different inputs and outputs, "
-            f"{listed([str(axes) for axes, _ in found])}, and make no adapter "
-            "together. Build them with the same axes."
-        )
-    ((axes, length),) = found
-    return axes, len(w.shape) if length == len(w.shape) + 1 else len(axes.batch)
+    a = jnp.concatenate([own.a.astype(dtype) for _, own in terms], -1)
+    b, scale = jnp.concatenate(folded, at), jnp.ones_like(first.scale)
+    return dataclasses.replace(first, a=a, b=b, scale=scale)

@@ -1,17 +1,18 @@
-"""The adapters without their base: a tree to keep, to send, to average, to swap."""
+"""Separates adapters from their base (`detach`) and joins them again (`attach`)."""
 
 from typing import Any
 
 from lora_jax._adapters import check_own, find_adapters, is_adapter
-from lora_jax._tree import Path, flatten, is_box, listed, path_name, unflatten
+from lora_jax._tree import Path, PyTree, flatten, is_box, listed, path_name, unflatten
 
 
-def detach(params: Any) -> Any:
-    """Takes the adapters off: all their leaves, scales too, and `None` elsewhere.
+def detach(params: PyTree) -> PyTree:
+    """Returns all leaves of the adapters, scales included, and `None` elsewhere.
 
-    What to keep, with Orbax or any other checkpointer of trees; to average over steps;
-    or to swap while a program runs, which compiles nothing anew. (`split` parts a tree
-    for training: there the scales, which never train, stay with the base.)
+    Use the result to checkpoint adapters with Orbax or any other checkpointer of trees,
+    to average them over steps, or to swap them while a program runs, which compiles
+    nothing again. (`split` divides a tree for training: its scales, which are never
+    trained, stay with the base.)
 
     Args:
       params: A tree from `lorafy`; arrays, tracers or `ShapeDtypeStruct`.
@@ -36,11 +37,11 @@ def detach(params: Any) -> Any:
     return unflatten(params, {p: x if p in parts else None for p, x in leaves.items()})
 
 
-def attach(adapters: Any, base: Any) -> Any:
-    """Puts adapters beside the weights of a plain tree: the inverse of `detach`.
+def attach(adapters: PyTree, base: PyTree) -> PyTree:
+    """Puts adapters next to the weights of a plain tree: the inverse of `detach`.
 
     Args:
-      adapters: A tree from `detach`, or one like it, as a checkpointer restores it.
+      adapters: A tree from `detach`, or one like it that a checkpointer restored.
       base: The plain parameters: the tree of `strip`, before `lorafy`; or a plain live
         `nnx.Module`.
 
@@ -48,10 +49,10 @@ def attach(adapters: Any, base: Any) -> Any:
       A new tree that shares the leaves of both. For a live module it is a `LoRA`.
 
     Raises:
-      ValueError: If a leaf of an adapter is missing or does not fit its weight, `base`
-        lacks a weight or has an adapter there already, or `adapters` has leaves that
-        are no adapters. Which base the adapters were trained on, only a file of `save`
-        knows.
+      ValueError: If a leaf of an adapter is missing or does not fit its weight; if
+        `base` lacks a weight or already has an adapter there; or if `adapters` has
+        leaves that are no adapters. Whether `base` is the one that they were trained on
+        is not checked: only files of `save` allow that.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -65,34 +66,34 @@ def attach(adapters: Any, base: Any) -> Any:
     for path, x in given.items():
         if x is None and is_adapter(path):
             raise ValueError(
-                f"{path_name(path)!r} of adapters is missing. Pass detach(params), "
-                "which keeps scales too, not a half of split(params)."
+                f"adapters lacks {path_name(path)!r}. Pass detach(params), which keeps "
+                "scales, not a half of split(params)."
             )
         if x is None and path not in leaves:
             raise ValueError(
-                f"base has no leaf {path_name(path)!r}, and the tree of the adapters "
-                "had. Pass the parameters that they were trained for."
+                f"base lacks {path_name(path)!r}, which the tree of the adapters has. "
+                "Pass the parameters that they were trained for."
             )
         if x is not None and not is_adapter(path):
             raise ValueError(
-                f"{path_name(path)!r} of adapters is no part of an adapter. Pass "
-                "detach(params)."
+                f"adapters contains {path_name(path)!r}, which is no leaf of an "
+                "adapter. Pass detach(params)."
             )
     if len(new) < len(given) and (lost := [p for p in leaves if p not in given]):
         raise ValueError(
-            f"base has {listed(lost)}, and the tree of the adapters had not. Pass the "
-            "whole of detach(params), and the parameters that it was taken off."
+            f"base has {listed(lost)}, which the tree of the adapters lacks. Pass all "
+            "of detach(params), and the parameters that the adapters were trained for."
         )
     return attached(base, leaves, new)
 
 
-def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
-    """The tree `base`, whose leaves are given, with those of adapters in it."""
+def attached(base: PyTree, leaves: dict[Path, Any], new: dict[Path, Any]) -> PyTree:
+    """Returns the tree `base`, with these leaves, and the new leaves of adapters."""
     for path in new:
         if path in leaves:
             raise ValueError(
-                f"base has {path_name(path)!r} already: adapters are attached once. "
-                "Pass the plain parameters, strip(params)."
+                f"base already has the adapter leaf {path_name(path)!r}. Pass the "
+                "plain parameters, strip(params)."
             )
     found = find_adapters(leaves | new, stacks=True)  # raises if one is broken
     for weight, own in found.items():
@@ -100,7 +101,7 @@ def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
             if is_box(leaves[weight]) and path in new and not is_box(new[path]):
                 raise ValueError(
                     f"{path_name(path)!r} is a plain array, and its weight is in a "
-                    f"{type(leaves[weight]).__name__}: no filter would know that it "
-                    "trains. Restore it into detach(lorafy(base, rank)), with boxes."
+                    f"{type(leaves[weight]).__name__}: no filter would select it. "
+                    "Restore it into detach(lorafy(base, rank)), with boxes."
                 )
     return unflatten(base, leaves | new)

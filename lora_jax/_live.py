@@ -1,5 +1,7 @@
-"""A call of a live `nnx.Module` as a pure function, and what it changed put back."""
+"""Runs methods of live `nnx.Module`s as pure functions, and replaces their leaves."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,65 +20,92 @@ def call(
     key: jax.Array | None,
     **options: Any,
 ) -> Any:
-    """Calls a method of a model that has adapters in it, with them.
+    """Calls a method of a model with the adapters that the model contains.
 
-    The live objects among model and arguments go into the function as their arrays, and
-    those arrays that the method changed, or made, come out and into the objects again,
-    as with nnx's own transformations. What it left alone is not written: a function
-    that JAX traces may close over the model, as over any. Weights that have adapters or
-    few bits stay what they were: what leaves the function is formed for it. The method
-    finds no adapters: the sum of squares of its parameters is that of merged ones.
+    Like nnx's own transformations, this splits the live objects among the model and the
+    arguments into arrays. A pure function rebuilds the objects from them, runs the
+    method, and returns the arrays that the method changed or created; those are then
+    written to the given objects. Three points differ:
+
+    1. Arrays that the method left alone are not written. So a function that JAX traces
+       may close over the model: nothing of the trace leaks into it.
+    2. Weights that are adapted or quantized are never written. As results of the pure
+       function they would be materialized.
+    3. The adapters are removed from the model while its method runs, so that the
+       method's own parameters, such as those of a penalty, are those of a merged model.
+
+    Args:
+      model: The model, with adapters next to its weights.
+      name: The name of the method.
+      args: Its positional arguments.
+      kwargs: Its keyword arguments.
+      key: The `dropout_key` of `lora`.
+      **options: Other options of `lora`.
     """
-    tag = object()  # by which nnx knows the objects again
+    tag = object()  # by which nnx recognizes the objects in and out of the function
     with nnx.update_context(tag):
-        whole = (model, args, kwargs)
-        given = nnx.to_tree(whole, ctxtag=tag)
-        variables = _variables(_live(given, whole))
+        outer = (model, args, kwargs)
+        given = nnx.to_tree(outer, ctxtag=tag)
+        variables = _variables(_live(given, outer))
         (state,) = given[0].states
         leaves, old = flatten(state), _by_path(given)
         weights = {id(unbox(leaves[path])) for path in adapters_if_any(leaves)}
-        # nnx's own transformations within the model give all variables new values.
+        # By identity or type, since nnx's transformations inside the model give every
+        # variable a new value, changed or not.
         is_fixed = lambda x: is_quantized(x) or id(x) in weights
-        fixed = {p for p, x in old.items() if is_fixed(x)}
-        still = {i for i, v in enumerate(variables) if is_fixed(v.get_raw_value())}
-        structures: list[Any] = []  # of what comes out, as the one trace finds them
+        fixed_paths = {p for p, x in old.items() if is_fixed(x)}
+        fixed = {i for i, v in enumerate(variables) if is_fixed(v.get_raw_value())}
+        # `method` sets this if objects gained or lost parts: the structure of the
+        # objects after the call, and the paths of their arrays.
+        changed_structure: list[Any] = []
 
         def method(plain: nnx.State) -> tuple[dict[Any, Any], Any]:
-            full = unflatten(state, leaves | flatten(plain))
-            inner = (given[0].replace(states=(full,)), *given[1:])
-            # New containers: what a variable holds may be changed in place.
+            everything = unflatten(state, leaves | flatten(plain))
+            inner = (given[0].replace(states=(everything,)), *given[1:])
+            # New containers, since the method may change the value of a variable in
+            # place.
             inner = jax.tree.map(lambda x: x, inner, is_leaf=is_quantized)
             objects = nnx.from_tree(inner, ctxtag=tag, is_inner=True)
             live = _live(given, objects)
-            values = [_parts(v) for v in _variables(live)]
+            before = [_parts(v) for v in _variables(live)]
             graph, arrays = nnx.graphdef(live), _arrays(live)
-            holders = [(_holder(objects[0], p), p[-1]) for p in leaves if is_adapter(p)]
-            taken = [holder.pop(key) for holder, key in holders]
-            called = getattr(type(objects[0]), name)
-            result = called(objects[0], *objects[1], **objects[2])
-            for (holder, key), adapter in zip(holders, taken, strict=True):
-                holder[key] = adapter
+            with _hidden(objects[0], filter(is_adapter, leaves)):
+                own = getattr(type(objects[0]), name)
+                result = own(objects[0], *objects[1], **objects[2])
             *held, result = nnx.to_tree((*objects, result), ctxtag=tag)
             same = graph == nnx.graphdef(live) and arrays == _arrays(live)
             if same and not any(map(_is_split, _nodes(result))):
-                pairs = enumerate(zip(values, _variables(live), strict=True))
-                moved = {i: v for i, (was, v) in pairs if _parts(v) != was}
-                new = {i: v.get_raw_value() for i, v in moved.items() if i not in still}
+                pairs = zip(before, _variables(live), strict=True)
+                moved = {i: v for i, (was, v) in enumerate(pairs) if _parts(v) != was}
+                new = {i: v.get_raw_value() for i, v in moved.items() if i not in fixed}
                 return new, result
-            before, after = _by_path(inner), _by_path(tuple(held))
-            new = {p: x for p, x in after.items() if before.get(p) is not x}
-            new = {p: x for p, x in new.items() if p not in fixed}
-            structures[:] = jax.tree.structure(tuple(held), is_leaf=is_quantized), after
+            start, end = _by_path(inner), _by_path(tuple(held))
+            new = {p: x for p, x in end.items() if start.get(p) is not x}
+            new = {p: x for p, x in new.items() if p not in fixed_paths}
+            structure = jax.tree.structure(tuple(held), is_leaf=is_quantized)
+            changed_structure[:] = structure, list(end)
             return new, result
 
         new, result = lora(method, **options)(state, dropout_key=key)
-        if not structures:  # the objects are made as they were
+        if not changed_structure:
             for i, value in new.items():
                 variables[i].set_raw_value(value)
             return result
-        structure, after = structures
-        held = structure.unflatten([new[p] if p in new else old[p] for p in after])
+        structure, paths = changed_structure
+        held = structure.unflatten([new[p] if p in new else old[p] for p in paths])
         return nnx.from_tree((*held, result), ctxtag=tag, is_inner=False)[3]
+
+
+@contextlib.contextmanager
+def _hidden(model: nnx.Module, paths: Iterable[Path]) -> Iterator[None]:
+    """Removes leaves from a model for the time of a block."""
+    # The dicts that hold the leaves: Flax's own `del` would also change copies.
+    parents = [(at(model, path[:-1]), path[-1]) for path in paths]
+    holders = [(x if isinstance(x, dict) else vars(x), key) for x, key in parents]
+    removed = [holder.pop(key) for holder, key in holders]
+    yield
+    for (holder, key), leaf in zip(holders, removed, strict=True):
+        holder[key] = leaf
 
 
 def _is_split(x: Any) -> bool:
@@ -87,9 +116,9 @@ def _nodes(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=_is_split)
 
 
-def _live(given: Any, whole: Any) -> list[Any]:
-    """The live objects of a tree, where `given` has what they were split into."""
-    parts = jax.tree.structure(given, is_leaf=_is_split).flatten_up_to(whole)
+def _live(given: Any, objects: Any) -> list[Any]:
+    """Returns the live objects in a tree, where `given` is its `nnx.to_tree`."""
+    parts = jax.tree.structure(given, is_leaf=_is_split).flatten_up_to(objects)
     pairs = zip(_nodes(given), parts, strict=True)
     return [part for node, part in pairs if _is_split(node)]
 
@@ -99,21 +128,15 @@ def _variables(live: list[Any]) -> list[nnx.Variable]:
 
 
 def _arrays(live: list[Any]) -> list[int]:
-    """Which arrays the objects hold themselves, in no variable."""
+    """Identifies the arrays that objects hold directly, in no variable."""
     return [id(x) for _, x in nnx.iter_graph(live) if isinstance(x, jax.Array)]
 
 
 def _parts(variable: nnx.Variable) -> tuple[Any, list[int]]:
-    """What tells whether a variable has another value: its structure and arrays."""
+    """Identifies the value of a variable: its structure, and which arrays it has."""
     value = variable.get_raw_value()
     parts, structure = jax.tree.flatten(value, is_leaf=is_quantized)
     return structure, [id(x) for x in parts]
-
-
-def _holder(model: nnx.Module, path: Path) -> dict[Any, Any]:
-    """The dict that holds what is at a path: Flax's own `del` also changes copies."""
-    parent = at(model, path[:-1])
-    return parent if isinstance(parent, dict) else vars(parent)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -122,8 +145,44 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 
 def at(node: Any, path: Path) -> Any:
-    """What stands at a path of a model's state."""
+    """Returns the part of a model at a path of its state."""
     for key in path:
-        keyed = isinstance(node, dict) or isinstance(key, int)
-        node = node[key] if keyed else getattr(node, key)
+        if isinstance(node, dict) or isinstance(key, int):
+            node = node[key]
+        else:
+            node = getattr(node, key)
     return node
+
+
+def fill(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
+    """Gives a model other leaves, in place, and returns it."""
+    old = flatten(model)
+    for path in [path for path in old if path not in leaves]:
+        parent = at(model, path[:-1])
+        if isinstance(parent, dict):
+            del parent[path[-1]]
+        else:
+            delattr(parent, path[-1])
+    for path in [path for path in leaves if path not in old]:
+        parent = at(model, path[:-1])
+        if isinstance(parent, dict):
+            parent[path[-1]] = copied(leaves[path])
+        else:
+            setattr(parent, path[-1], copied(leaves[path]))
+    # Only what changed, since a variable may have a hook that runs when it is set.
+    changed = [
+        (path, leaves[path])
+        for path, x in old.items()
+        if path in leaves and _raw(leaves[path]) is not _raw(x)
+    ]
+    nnx.update(model, nnx.from_flat_state(changed))
+    return model
+
+
+def copied(leaf: Any) -> Any:
+    """Returns a new variable with the value of the given one; another leaf as it is."""
+    return leaf.replace(_raw(leaf)) if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _raw(leaf: Any) -> Any:
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf

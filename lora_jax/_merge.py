@@ -1,4 +1,4 @@
-"""Plain parameters again: with the updates in the weights, or without them."""
+"""Returns plain parameters: with the updates (`merge`) or without them (`strip`)."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax._adapters import (
     adapters_if_any,
@@ -40,6 +41,7 @@ from lora_jax._lorafy import with_copies
 from lora_jax._targets import warn
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_abstract,
     is_traced,
@@ -50,33 +52,33 @@ from lora_jax._tree import (
     unflatten,
 )
 
-MOST = 0.5  # the share of an update whose loss to rounding is worth a warning
+MOST = 0.5  # the share of an update whose loss to rounding causes a warning
 
 
-def merge(params: Any, *, dtype: Any = None) -> Any:
+def merge(params: PyTree, *, dtype: DTypeLike | None = None) -> PyTree:
     """Returns the plain parameters with the updates in them: W + scale * A B.
 
-    Each sum is made in float32 (float64 for a float64 weight) and cast once; with
-    DoRA's magnitudes m it is m (W + scale * A B) / |W + scale * A B|, the norm over the
-    inputs. Trained copies take the places of their leaves. Quantized weights become
-    floats, also those without an adapter. The result has the tree, boxes and, without
-    `dtype`, the dtypes from before `lorafy` and `quantize`.
+    Each sum is computed in float32 (float64 for a float64 weight) and cast once. With
+    DoRA's magnitudes m it is m (W + scale * A B) / |W + scale * A B|, where the norm is
+    over the inputs. Trained copies replace their leaves. Quantized weights become
+    floats, also those without an adapter. The result has the structure, boxes and,
+    without `dtype`, the dtypes from before `lorafy` and `quantize`.
 
-    A weight's own dtype may have too few digits for its update: a bfloat16 weight stays
-    the same where the update is below 0.2 % of it. Where rounding loses most of an
-    update, a warning names the weights (outside of `jit`, where values are known).
+    A weight's own dtype may be too coarse for its update: a bfloat16 weight does not
+    change where the update is below 0.2 % of it. If rounding loses most of an update, a
+    warning names the weight (outside of `jit`, where values are known).
 
     Args:
       params: A tree from `lorafy`, or from `quantize`; or a live module.
       dtype: The dtype of adapted weights and trained copies in the result; other leaves
-        keep theirs. Default: each leaf's own.
+        keep theirs. Default: the dtype of each leaf.
 
     Returns:
-      A new tree; leaves without an adapter are shared. For a `LoRA` it is a plain
+      A new tree, which shares the leaves without an adapter. For a `LoRA` it is a plain
       model, as from `module.merge()`.
 
     Raises:
-      ValueError: If `params` has nothing to merge, or a broken adapter, or `dtype` is
+      ValueError: If `params` has nothing to merge or a broken adapter, or if `dtype` is
         not floating.
 
     Example:
@@ -120,13 +122,14 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 
 def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
-    """A weight with its update in it, and the squared norms of `_sum`, or `None`."""
+    """Returns a weight with its update, and the squared norms of `_sum` or `None`."""
     parts = (w, *adapter)
     options = {"dtype": jnp.dtype(dtype), "loops": (), "measured": False}
     if any(map(is_abstract, parts)):
         total, _ = jax.eval_shape(functools.partial(_sum, **options), *parts)
         return total.update(sharding=getattr(values_of(w), "sharding", None)), None
-    # A weight in the host's memory is summed on the device.
+    # The device cannot compute with arrays in the host's memory: move them, and move
+    # the sum back.
     near, *adapter = on_device(parts)
     stack = sorted(stacked(jax.eval_shape(align, near, *adapter[:3])))
     options["loops"] = tuple(loops_over(near, stack).items())
@@ -136,8 +139,8 @@ def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
         else:
             options["measured"] = jnp.finfo(dtype).nmant < jnp.finfo("float32").nmant
             sharding = getattr(values_of(near), "sharding", None)
-            place = sharding if isinstance(sharding, NamedSharding) else None
-            fn = jax.jit(_sum, static_argnames=[*options], out_shardings=(place, None))
+            out = sharding if isinstance(sharding, NamedSharding) else None
+            fn = jax.jit(_sum, static_argnames=[*options], out_shardings=(out, None))
             total, norms = fn(near, *adapter, **options)
     if is_quantized(w) or near is w:
         return total, norms
@@ -147,21 +150,26 @@ def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
 
 def _sum(
     w: Any,
-    *adapter: Any,
+    a: Any,
+    b: Any,
+    scale: Any,
+    magnitude: Any = None,
+    *,
     dtype: Any,
     loops: tuple[tuple[int, int], ...],
     measured: bool,
 ) -> tuple[Any, Any]:
-    """W + scale * A B in a dtype, one layer of a stack at a time.
+    """Returns W + scale * A B in a dtype, and squared norms if `measured`.
 
-    If measured, with the squared norms of what rounding the sum to the dtype changes,
-    and of the update. They cost one more pass over the weight.
+    The norms are those of the change by the final rounding and of the update. They cost
+    another pass over the weight. `loops` are the stacked dimensions, which are looped
+    over so that float32 intermediates exist for one layer only, and the number of parts
+    that a mesh cuts each into.
     """
-    a, b, scale, *magnitude = adapter
     f = align(w, a, b, scale)
-    if magnitude:  # with the dimensions of the weight, as the factors
+    if magnitude is not None:  # align it with the dimensions of the weight
         sizes = [n if f.b.shape[d] != 1 else 1 for d, n in enumerate(f.shape)]
-        magnitude = [jnp.reshape(*magnitude, sizes)]
+        magnitude = jnp.reshape(magnitude, sizes)
     for d, _ in loops:
         if is_quantized(f.w):
             f = dataclasses.replace(f, w=spread(f.w, d))
@@ -173,13 +181,12 @@ def _sum(
         f, magnitude = structure.unflatten(leaves)
         w = dequantize(f.w)
         if is_quantized(f.w):
-            # The floats of `dequantize`: XLA may join the product by the scales and the
-            # sum to one operation, which rounds once.
+            # The floats must be those of `dequantize`. Without the barrier XLA may fuse
+            # the product with the scales and the sum into one operation, which rounds
+            # only once.
             w = lax.optimization_barrier(w)
         w = w.astype(wider(w.dtype, to))
-        total = materialize(
-            with_magnitude(dataclasses.replace(f, w=w), *magnitude or [None])
-        )
+        total = materialize(with_magnitude(dataclasses.replace(f, w=w), magnitude))
         if not measured:
             return (total.astype(to),)
         result = rounded(total, to)
@@ -191,7 +198,7 @@ def _sum(
 
 
 def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
-    """Warns of the weights whose update is mostly lost to rounding, once for all."""
+    """Warns once, naming all weights whose update is mostly lost to rounding."""
     lost = []
     for path, (change, update) in norms.items():
         change, update = float(change), float(update)
@@ -202,20 +209,20 @@ def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
     if lost:
         warn(
             "Rounding the merged weights loses most of the updates of "
-            f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}: the merged "
-            "model is closer to the base than to the adapted model. Keep the updates: "
-            "merge(params, dtype=jnp.float32)."
+            f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}. To keep them, "
+            "write merge(params, dtype=jnp.float32)."
         )
 
 
-def strip(params: Any) -> Any:
+def strip(params: PyTree) -> PyTree:
     """Returns the plain parameters without the updates, bit for bit.
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      A new tree that shares every leaf except the adapters'; quantized ones stay so.
+      A new tree that shares all leaves except those of adapters. Quantized weights
+      stay quantized.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.

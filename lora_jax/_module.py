@@ -1,4 +1,9 @@
-"""A live `nnx.Module` with adapters, and live modules wherever a tree is taken."""
+"""`LoRA`, a live `nnx.Module` with adapters, and live modules in place of trees.
+
+`LoRA` wraps a model and forwards its methods and settings. The last part of this file
+registers with `_tree.py` how any live module, wrapped or not, is flattened to a tree of
+parameters and rebuilt from other leaves.
+"""
 
 import functools
 import inspect
@@ -9,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from lora_jax._adapters import check_adapter, find_adapters, is_adapter
-from lora_jax._live import at, call
+from lora_jax._live import call, copied, fill
 from lora_jax._lora import check_options
 from lora_jax._lorafy import lorafy
 from lora_jax._merge import merge
@@ -28,100 +34,104 @@ from lora_jax._tree import (
     unflatten,
 )
 
-# In place of a rank: the model has its adapters already.
+# Passed in place of a rank: the model already contains its adapters.
 PRESENT: Any = object()
 
 
 class _Call:
-    """The `__call__` of `LoRA`: on a module, with the signature of its model's call.
+    """Descriptor of `LoRA.__call__`, which presents the signature of the model's call.
 
-    Trainers ask `inspect.signature(module.__call__)` which arguments a model takes, and
-    a function has one signature for all modules; this descriptor returns one for each
-    class of model. A subclass of LoRA for each class of model, the alternative, would
-    be a class that no name leads to: neither pickle nor a second process finds it.
-    `nnx` builds a module by `object.__new__` and sets what it holds one by one, so
-    that everything here is computed when it is asked for, from `module.model`.
+    Trainers inspect `inspect.signature(module.__call__)` to see which arguments a model
+    takes. A plain method has one signature for all instances; this descriptor returns a
+    function for the class of `module.model`. The alternative, a subclass of LoRA per
+    class of model, has no importable name, so that it cannot be pickled. And since
+    `nnx` builds modules by `object.__new__`, setting attributes one by one, nothing is
+    prepared in `__init__`: everything is computed on access.
     """
 
     def __init__(self, fn: Callable[..., Any]):
         self.fn = fn
-        functools.update_wrapper(self, fn)
+        self.__doc__ = fn.__doc__
 
     def __get__(self, module: Any, owner: type | None = None) -> Callable[..., Any]:
         return self.fn if module is None else _bound(module, "__call__")
 
 
+def _presents_model(fn: Callable[..., Any]) -> Any:
+    return _Call(fn)  # `Any`, since the base class declares a plain method
+
+
 class _Signature:
-    """The `__signature__` of a module, for `inspect.signature(module)`."""
+    """Descriptor of `LoRA.__signature__`, for `inspect.signature(module)`."""
 
     def __get__(self, module: Any, owner: type | None = None) -> inspect.Signature:
-        if module is None:  # that of the class is the one of `__init__`
+        if module is None:  # the signature of the class is that of `__init__`
             raise AttributeError("__signature__")
         return inspect.signature(module.__call__)
 
 
 class LoRA(nnx.Module):
-    """A live model with adapters, for training and running it as any `nnx.Module`.
+    """Wraps a live model with adapters, to train and run it like any `nnx.Module`.
 
-    A call is the model's own call with x W + scale (x A) B for x W, and so is a call of
-    any other method of the model's class; each has the signature of the model's own.
-    What the model keeps as it runs (dropout counts, batch statistics, caches) is kept
-    in `module.model`, a copy of the given model, which is not changed. Adapters are
-    `nnx.LoRAParam`, next to their weights in there:
-    `nnx.Optimizer(module, tx, wrt=nnx.LoRAParam)` trains them, with gradients of
-    `nnx.DiffState(0, nnx.LoRAParam)`.
+    A call of the module is the model's own call with x W + scale (x A) B for x W, and
+    so is a call of any other method of the model's class. Each has the signature of the
+    model's method. State that changes as the model runs (dropout counts, batch
+    statistics, caches) is updated in `module.model`, a copy of the given model, which
+    does not change. The copy contains the adapters, `nnx.LoRAParam`, next to their
+    weights: `nnx.Optimizer(module, tx, wrt=nnx.LoRAParam)` trains them, with gradients
+    of `nnx.DiffState(0, nnx.LoRAParam)`.
 
-    Settings of the model, such as `module.config` and `module.num_layers`, are read and
-    set there: whatever holds no array, variable or module. Variables and sub-modules
-    raise an `AttributeError`, since by themselves they have no adapters; they are
-    `module.model.layers`, ...
+    Attributes of the model that hold no array, variable or module, such as
+    `module.config` and `module.num_layers`, can be read and set on the module. Others
+    raise an `AttributeError`, because a variable or a sub-module alone would run
+    without its adapters; they are `module.model.layers`, ...
 
-    A live module, with adapters or plain, may be passed to the functions of this
-    package that take a tree: `count(module)`, `save(path, module)`,
-    `find_axes(model, x)`, `explain(module, x)`, ... Paths are those of the model's
-    state, `nnx.state(module.model)`. Where the result is a tree, it is a module of the
-    same class, except that a plain model which gains adapters (`load(path, model)`,
-    `attach`, `import_peft`, `extract`) becomes a `LoRA`, and that a `LoRA` which loses
-    them (`merge`, `strip`) becomes a plain model. Where the result is no model
-    (`split`, `detach`, `mask`, `labels`, `stack`), it is an `nnx.State`. `lorafy` and
-    `lora` take no module: their counterpart is this class.
+    Functions of this package that take a tree also take a live module, with adapters or
+    plain: `count(module)`, `save(path, module)`, `find_axes(model, x)`,
+    `explain(module, x)`, ... Paths are those of the model's state,
+    `nnx.state(module.model)`. Where the result is a tree, it is a module of the same
+    class, except that a plain model that gains adapters (`load(path, model)`, `attach`,
+    `import_peft`, `extract`) becomes a `LoRA`, and that a `LoRA` that loses them
+    (`merge`, `strip`) becomes a plain model. Where the leaves make no model (`split`,
+    `detach`, `mask`, `labels`, `stack`), the result is an `nnx.State`. Only `lorafy`
+    and `lora` take no module: this class is their counterpart.
 
-    A call is traced, as by `jax.jit`: Python's `if` and `while` on what the model
-    computes, and `yield`, belong outside of it. Within it the model's own parameters
-    are all there are, so that a penalty on them is not one on the adapters.
+    Calls are traced, as by `jax.jit`: in the model, Python's `if` and `while` cannot
+    depend on computed values, and methods cannot `yield`. The model's methods find only
+    its own parameters, so that a penalty on those does not include the adapters.
 
     Note that `nnx.jit` writes a new copy of every variable of its arguments in each
     call, the frozen base included. The second step below passes the base as an argument
     only, which copies nothing. `nnx.jit(step, graph_updates=False)`, with Flax 0.12.6
-    or newer, copies nothing either. With `donate_argnums=(0, 1)` the copy takes the
-    place of the base, but the given model, which shares its arrays, is deleted too.
+    or newer, copies nothing either. With `donate_argnums=(0, 1)` the copy replaces the
+    base, but then the given model, which shares its arrays, is deleted too.
 
-    Not to be confused with `nnx.LoRA`, a layer that one writes around one product.
+    This class is unrelated to `nnx.LoRA`, a layer that replaces one linear layer.
 
     Attributes:
-      model: The copy, with the adapters in it.
+      model: The copy of the model, with the adapters in it.
       dropout, unused, materialize, rngs: As given. They can be set.
       deterministic: Whether the dropout of the adapters is off; `module.eval()` and
-        `module.train()` set it, as for the model's own.
+        `module.train()` set it, as they do in the model.
 
     Args:
-      model: Any `nnx.Module`, also an abstract one, as `nnx.eval_shape` makes it. Its
-        arrays are shared, not copied.
+      model: Any `nnx.Module`, also an abstract one from `nnx.eval_shape`. Its arrays
+        are shared, not copied.
       rank: Rank of the updates, or `{pattern: rank}`, as in `lorafy`.
-      dropout: Rate of the adapters' own dropout, as in `lora`.
+      dropout: Rate of the dropout of the adapters, as in `lora`.
       unused: What to do if the model's call does not use an adapter: "error", or
-        "ignore". Other methods may leave some out.
+        "ignore". Other methods may leave adapters unused.
       materialize: As in `lora`.
-      rngs: Where dropout keys come from: `rngs.dropout()`; needed with `dropout`.
+      rngs: The source of dropout keys, `rngs.dropout()`; required with `dropout`.
       **options: Those of `lorafy`: `alpha`, `targets`, `exclude`, `also`, `axes`,
         `init`, `rslora`, `dora`, `dtype`, `key`. Paths are those of the model's state.
         For `axes`: `find_axes(model, x)`.
 
     Raises:
-      TypeError: If `model` is no live `nnx.Module`. When called, if it has no such
-        method, or one that goes on after it returned (`yield`, `async`).
-      ValueError: If it has no parameters, or adapters already, if `dropout` has no
-        keys, or for `stack`; and what `lorafy` and, when called, `lora` raise.
+      TypeError: If `model` is no live `nnx.Module`. When called: if the model has no
+        such method, or one that is a generator or a coroutine.
+      ValueError: If `model` has no parameters, or already has adapters; if `dropout`
+        has no keys; if `stack` is given; and as `lorafy` and, when called, `lora`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
@@ -139,7 +149,7 @@ class LoRA(nnx.Module):
       >>> module.merge()(jnp.ones((5, 4))).shape
       (5, 3)
 
-      The same step with the frozen base apart, for a base that is large:
+      The same step for a large base, which is passed separately and not copied:
 
       >>> frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
       >>> graph, base, state = nnx.split((module, optimizer), frozen, ...)
@@ -172,8 +182,8 @@ class LoRA(nnx.Module):
         if dropout and not (isinstance(rngs, nnx.Rngs) and hasattr(rngs, "dropout")):
             found = list(rngs) if isinstance(rngs, nnx.Rngs) else type(rngs).__name__
             raise ValueError(
-                f"dropout needs keys, rngs with a stream of that name, found {found}: "
-                "write LoRA(model, rank, dropout=..., rngs=nnx.Rngs(0))."
+                f"dropout needs rngs with a stream 'dropout', found {found}. Write "
+                "LoRA(model, rank, dropout=..., rngs=nnx.Rngs(0))."
             )
         if options.get("stack") is not None:
             raise ValueError(
@@ -185,18 +195,19 @@ class LoRA(nnx.Module):
         self.model = model if rank is PRESENT else _adapted(model, rank, options)
         self.dropout, self.unused, self.materialize = dropout, unused, materialize
         self.deterministic = False
-        self.rngs = nnx.data(rngs)  # data also as None, so that it can be set later
+        # As data even if it is None, so that it can be set later.
+        self.rngs: Any = nnx.data(rngs)
 
     __signature__ = _Signature()
 
-    @_Call
+    @_presents_model
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Calls the model with its adapters."""
         return self._run("__call__", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # Python calls this only for what it does not find, also while nnx builds a
-        # module anew, when there is no model yet.
+        # Python calls this only for names that it does not find, which includes names
+        # that nnx reads while it rebuilds a module, before `model` is set.
         model = vars(self).get("model")
         if model is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
@@ -210,16 +221,16 @@ class LoRA(nnx.Module):
             ) from error
         if name.startswith("_") or _leads_to_model(value):
             raise AttributeError(
-                f"{type(self).__name__} has no attribute {name!r}: of the model, "
-                f"{type(model).__name__}, it passes on methods and settings, not what "
-                f"holds weights or is private. Write module.model.{name}, without "
-                "adapters."
+                f"{type(self).__name__} has no attribute {name!r}: it forwards the "
+                f"methods and settings of {type(model).__name__}, not its private "
+                "attributes or those that hold weights. Write "
+                f"module.model.{name}, which ignores the adapters."
             )
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A setting of the model is set there: as an attribute of this module it would
-        # hide the model's, which the model would still go by.
+        # A setting of the model is set on the model: as an attribute of this module it
+        # would only hide the one that the model reads.
         model = vars(self).get("model")
         own = name in OWN or name in vars(self) or hasattr(type(self), name)
         if own or name.startswith("_") or model is None or not hasattr(model, name):
@@ -232,15 +243,15 @@ class LoRA(nnx.Module):
         return setattr(model, name, value)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """For `nnx.view`: switches the dropout of the adapters off or on."""
+        """Switches the dropout of the adapters off or on, for `nnx.view`."""
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def merge(self, *, dtype: Any = None) -> nnx.Module:
+    def merge(self, *, dtype: DTypeLike | None = None) -> nnx.Module:
         """Returns a plain model of the given class, with W + scale A B for each W.
 
-        Its variables are its own; what is not adapted shares its arrays with `model`.
-        `dtype` is that of the adapted weights, as in the function `merge`.
+        Its variables are new; those without an adapter share their arrays with `model`.
+        `dtype` is the dtype of the adapted weights, as in the function `merge`.
         """
         return merge(self, dtype=dtype)
 
@@ -260,28 +271,32 @@ OWN = {"model", "dropout", "unused", "materialize", "deterministic", "rngs"}
 
 
 def _method(model: type, name: str) -> Any:
-    """What a class says under a name, unbound; its metaclass, which is nnx's, aside."""
+    """Returns an attribute of a class, unbound, or `None`.
+
+    `getattr` would also find attributes of the metaclass, which nnx defines.
+    """
     return next((vars(c)[name] for c in model.__mro__ if name in vars(c)), None)
 
 
 def _is_method(model: nnx.Module, name: str) -> bool:
-    """Whether a name is a method of a model: a function, or one in `nnx.jit`, ..."""
+    """Whether a name is a method of a model, plain or wrapped (`nnx.jit`, ...)."""
     if name in vars(model):
         return False
     x = _method(type(model), name)
-    if isinstance(x, type | staticmethod | classmethod):  # these have no model to run
+    if isinstance(x, type | staticmethod | classmethod):  # without a model to run
         return False
     return callable(x) or isinstance(x, functools.partialmethod)
 
 
 def _bound(module: LoRA, name: str) -> Callable[..., Any]:
-    """A method of the model, bound to the module that runs it with adapters."""
+    """Returns a method of the model, bound to the module that runs it with adapters."""
     return types.MethodType(_presented(type(vars(module).get("model")), name), module)
 
 
-@functools.lru_cache(maxsize=1024)  # so that a method is equal to itself, for jax.jit
+# Cached so that two accesses give equal methods: `jax.jit` compares static arguments.
+@functools.lru_cache(maxsize=1024)
 def _presented(model: type, name: str) -> Callable[..., Any]:
-    """A method of a class of models, as a function of the module around the model."""
+    """Returns a method of a model's class as a function of the module around it."""
 
     def method(self: LoRA, /, *args: Any, **kwargs: Any) -> Any:
         return self._run(name, *args, **kwargs)
@@ -290,17 +305,18 @@ def _presented(model: type, name: str) -> Callable[..., Any]:
     if own is not None:
         functools.update_wrapper(method, own, updated=())
         try:
-            method.__signature__ = inspect.signature(own)  # pyright: ignore
-        except (TypeError, ValueError):  # some callables have none
-            del method.__wrapped__  # pyright: ignore
-    method.__name__ = name  # by which pickle finds it again
+            vars(method)["__signature__"] = inspect.signature(own)
+        except (TypeError, ValueError):  # some callables have no signature
+            del vars(method)["__wrapped__"]
+    method.__name__ = name  # pickle looks a bound method up by its name
     return method
 
 
 def _leads_to_model(x: Any) -> bool:
-    """Whether a value holds arrays, variables or modules: the model without adapters.
+    """Whether a value holds arrays, variables or modules, or a method of a module.
 
-    A method of a module does, too; what a function of Python refers to is not seen.
+    It would give access to the model without adapters. What a Python function refers to
+    is not checked.
     """
     kinds = nnx.Pytree | nnx.Variable | jax.Array | np.ndarray | jax.ShapeDtypeStruct
     leads = lambda x: isinstance(x, kinds) or is_quantized(x)
@@ -318,23 +334,23 @@ def _check_method(model: type, name: str) -> None:
     method = _method(model, name)
     if method is None:
         raise TypeError(
-            f"{model.__name__} is no function: it has no {name}. Call one of its own "
-            "methods, module.encode(x) for example."
+            f"{model.__name__} has no method {name}. Call one of its own methods, for "
+            "example module.encode(x)."
         )
     lazy = inspect.isgeneratorfunction, inspect.iscoroutinefunction
     if any(f(method) for f in (*lazy, inspect.isasyncgenfunction)):
         raise TypeError(
-            f"{model.__name__}.{name} goes on after it returned (yield, async), and "
-            "lora traces a function that returns. Write the loop outside, around a "
-            "method that does one step."
+            f"{model.__name__}.{name} is a generator or a coroutine (yield, async), "
+            "which cannot be traced. Write the loop outside, around a method that does "
+            "one step."
         )
 
 
-# A live module as a tree.
+# Live modules as trees.
 
 
 def _adapted(model: Any, rank: Any, options: dict[str, Any]) -> nnx.Module:
-    """A copy of a model, with adapters next to its weights."""
+    """Returns a copy of a model, with adapters next to its weights."""
     if not isinstance(model, nnx.Module):
         is_class = isinstance(model, type)
         found = f"the class {model.__name__}" if is_class else type(model).__name__
@@ -344,16 +360,16 @@ def _adapted(model: Any, rank: Any, options: dict[str, Any]) -> nnx.Module:
         )
     if isinstance(model, LoRA):
         raise ValueError(
-            "The model already has adapters: it is a LoRA. Write "
-            "LoRA(module.merge(), rank) to go on from merged weights."
+            "The model already has adapters: it is a LoRA. To continue from merged "
+            "weights, write LoRA(module.merge(), rank)."
         )
     state = nnx.state(model, nnx.Param)
     if not flatten(state):
         raise ValueError(
-            f"{type(model).__name__} has no parameters to adapt: no nnx.Param is in it."
+            f"{type(model).__name__} has no parameters to adapt: it holds no nnx.Param."
         )
     adapted = flatten(lorafy(state, rank, **options))
-    return _filled(nnx.clone(model), flatten(model) | adapted)
+    return _fill(nnx.clone(model), flatten(model) | adapted)
 
 
 def _state(module: nnx.Module) -> nnx.State:
@@ -361,29 +377,33 @@ def _state(module: nnx.Module) -> nnx.State:
 
 
 def _rebuild(like: nnx.Module, leaves: dict[Path, Any]) -> Any:
-    """What has the leaves of a live module's state changed into others.
+    """Returns a live module, or a state, like the given module with other leaves.
 
-    A module of the same class. A plain model that gains adapters becomes a LoRA, since
-    its own class would leave them out without a word, and a LoRA that loses all becomes
-    a plain model. Where leaves make no model (`None`, masks, labels, stacks of
-    adapters), it is the state.
+    - Leaves that make no model (`None`, masks, labels, stacks of adapters): an
+      `nnx.State`.
+    - A plain model that gains adapters: a `LoRA` around it, because the model's own
+      methods would silently ignore them.
+    - A `LoRA` that loses its adapters: the plain model.
+    - Anything else: a module of the same class.
+
+    The given module does not change, and the result has its own variables.
     """
     state = _state(like)
     old = flatten(state)
     if not _make_model(old, leaves):
-        # With variables of its own: those of the module change as it trains.
-        return unflatten(state, {path: _copied(x) for path, x in leaves.items()})
+        return unflatten(state, {path: copied(x) for path, x in leaves.items()})
     had, has = (any(map(is_adapter, own)) for own in (old, leaves))
     if isinstance(like, LoRA) and has:
         module = nnx.clone(like)
-        _filled(module.model, leaves)
+        _fill(module.model, leaves)
         return module
-    model = _filled(nnx.clone(like.model if isinstance(like, LoRA) else like), leaves)
+    model = nnx.clone(like.model if isinstance(like, LoRA) else like)
+    _fill(model, leaves)
     return LoRA(model, PRESENT) if has and not had else model
 
 
 def _make_model(old: dict[Path, Any], new: dict[Path, Any]) -> bool:
-    """Whether leaves are such as the old ones were, with one adapter or none."""
+    """Whether new leaves have the kinds of the old ones, with at most one adapter."""
     for path, leaf in new.items():
         was = old.get(path, leaf)
         lost = is_array(unbox(was)) and not is_array(unbox(leaf))
@@ -395,45 +415,19 @@ def _make_model(old: dict[Path, Any], new: dict[Path, Any]) -> bool:
     return check_adapter(new, *next(iter(found.items()))) is None
 
 
-def _filled(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
-    """A model, a clone that nobody else has, with other leaves in it."""
-    old = flatten(model)
-    gone = [path for path in old if path not in leaves]
-    new = [path for path in leaves if path not in old]
-    for inner, node in nnx.iter_graph(model):
-        if isinstance(node, LoRA) and (gone or new):
-            raise ValueError(
-                f"{type(model).__name__} holds a LoRA at {path_name(inner)!r}. Pass "
-                "that module itself."
-            )
-    for path in gone:
-        parent = at(model, path[:-1])
-        if isinstance(parent, dict):
-            del parent[path[-1]]
-        else:
-            delattr(parent, path[-1])
-    for path in new:
-        parent = at(model, path[:-1])
-        if isinstance(parent, dict):
-            parent[path[-1]] = _copied(leaves[path])
-        else:
-            setattr(parent, path[-1], _copied(leaves[path]))
-    # Only what changed: a variable may have a hook for when it is set.
-    changed = [
-        (path, leaves[path])
-        for path, x in old.items()
-        if path in leaves and _raw(leaves[path]) is not _raw(x)
-    ]
-    nnx.update(model, nnx.from_flat_state(changed))
-    return model
+def _fill(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
+    """Gives a model other leaves, in place, and returns it.
 
-
-def _raw(leaf: Any) -> Any:
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.replace(_raw(leaf)) if isinstance(leaf, nnx.Variable) else leaf
+    Raises:
+      ValueError: If adapters are added or removed in a model that contains a `LoRA`.
+    """
+    inner = [path for path, node in nnx.iter_graph(model) if isinstance(node, LoRA)]
+    if inner and flatten(model).keys() != leaves.keys():
+        raise ValueError(
+            f"{type(model).__name__} holds a LoRA at {path_name(inner[0])!r}. Pass "
+            "that module itself."
+        )
+    return fill(model, leaves)
 
 
 register_live_modules(LiveModules(_state, _rebuild))

@@ -1,13 +1,14 @@
-"""Adapters to one small file and back: all of it, exactly, or an error.
+"""Saves adapters to one safetensors file and loads them: exactly, or with an error.
 
-The file is safetensors: no code can hide in it. Its header's one entry, `lora_jax`, is
-JSON: the format's version, each adapter's weight path, rank, scale and weight shape,
-the trained copies, a sample of each adapted weight, and digests.
+The header of the file has one entry, `lora_jax`. It is JSON: the format version; path,
+shape, rank and scale of each adapted weight; path and shape of each leaf with a trained
+copy; a sample of each adapted weight; and SHA-256 digests. Safetensors holds no code.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,25 +18,23 @@ import safetensors
 import safetensors.numpy
 
 from lora_jax._adapters import (
-    Adapter,
-    Copy,
-    Ranked,
+    Adapters,
+    LowRank,
     adapter_of,
     adapters_if_any,
-    axes_of_shapes,
     check_copy,
     copy_of,
-    dora_of,
     find_adapters,
     fits,
     of_copies,
     of_rank,
+    with_axes,
 )
 from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._sample import COUNT, differ, sample
-from lora_jax._tree import Path, flatten, path_name, unbox
+from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
 from lora_jax._write import (
     check_finite,
     check_savable,
@@ -45,28 +44,30 @@ from lora_jax._write import (
 )
 
 VERSION = 2
+StrPath = str | os.PathLike[str]
 
 
-def save(path: str | os.PathLike[str], params: Any) -> None:
+def save(path: StrPath, params: PyTree) -> None:
     """Saves the adapters, and nothing else, to one `.safetensors` file.
 
-    That is `detach(params)`: factors, scales and trained copies. The file also knows
-    its base, by 32 values of each weight that has factors. It appears whole or not at
-    all: it is written beside its target, synced to the disk and renamed, so that a
-    crash leaves the old file or the new one. Where JAX runs as several processes, all
-    of them call this, with a path in a folder that all see; the first writes, and all
-    return when the file is there.
+    The file contains the leaves of `detach(params)` (factors, scales, trained copies)
+    and 32 values of each weight with factors, by which `load` recognizes the base. It
+    is written next to its target, synced to disk and renamed: after a crash there is
+    either the old file or the new one. In a program of several JAX processes, all of
+    them call this with a path in a shared folder; the first one writes, and all return
+    once the file exists.
 
     Args:
-      path: The file. An old one is replaced; its folder must exist.
+      path: The file. An existing one is replaced; its folder must exist.
       params: A tree from `lorafy`, trained or not, whose adapters are concrete arrays.
 
     Raises:
-      ValueError: If `params` has no adapters or a broken one, a leaf to save is
-        abstract, not finite, or of a dtype the format lacks, `path` is no regular
-        file, or another process has other adapters. What was there is then untouched.
+      ValueError: If `params` has no adapters or a broken one; if a leaf to save is
+        abstract, not finite, or of a dtype that the format lacks; if `path` is no
+        regular file; or if another process has other adapters. An existing file then
+        stays as it was.
       OSError: If the file cannot be written.
-      RuntimeError: If it failed in another process, of which it tells.
+      RuntimeError: If saving failed in another process, with that process's message.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -82,15 +83,15 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         leaves = flatten(params)
         if not adapters_if_any(leaves, stacks=True):
             raise ValueError(
-                "These parameters are quantized and have no adapters, and save stores "
-                "adapters alone. Write orbax.checkpoint.StandardCheckpointer().save("
-                "path, params), or params = lorafy(params, rank) first."
+                "save stores only adapters, and these quantized parameters have none. "
+                "Write orbax.checkpoint.StandardCheckpointer().save(path, params), or "
+                "params = lorafy(params, rank) first."
             )
         adapters = find_adapters(leaves)
         parts = [part for own in adapters.values() for part in own]
         for part in parts:
             check_savable(part, leaves[part])
-        needed = (*parts, *of_rank(adapters))  # of these weights there are samples
+        needed = (*parts, *of_rank(adapters))  # weights with factors are sampled
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in needed}
     found = in_memory(leaves, parts)
     samples = {path_name(p): sample(unbox(leaves[p])) for p in of_rank(adapters)}
@@ -99,19 +100,19 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
         for name, x in tensors.items():
             check_finite(repr(name), x)
         if is_first():
-            header = _said(leaves, adapters, tensors, samples)
+            header = _header(leaves, adapters, tensors, samples)
             metadata = {"lora_jax": json.dumps(header, sort_keys=True)}
             write(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
-def _said(
+def _header(
     leaves: dict[Path, Any],
-    adapters: dict[Path, Ranked | Copy],
+    adapters: Adapters,
     tensors: dict[str, np.ndarray],
     samples: dict[str, np.ndarray | None],
 ) -> dict[str, Any]:
-    """The header of a file."""
-    said = {name: x.tobytes().hex() for name, x in samples.items() if x is not None}
+    """Returns the header's entry for adapters, their tensors and weight samples."""
+    encoded = {name: x.tobytes().hex() for name, x in samples.items() if x is not None}
     shape = lambda path: list(unbox(leaves[path]).shape)
     return {
         "version": VERSION,
@@ -128,38 +129,38 @@ def _said(
             path_name(leaf): {"tensors": [path_name(own.w)], "shape": shape(leaf)}
             for leaf, own in of_copies(adapters).items()
         },
-        "samples": said,
-        "sha256": {name: _digest(x) for name, x in tensors.items()},
-        "samples_sha256": _digest_of(said),
+        "samples": encoded,
+        "sha256": {name: _tensor_digest(x) for name, x in tensors.items()},
+        "samples_sha256": _samples_digest(encoded),
     }
 
 
-def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> Any:
-    """Puts the adapters of a file beside the weights they were trained for.
+def load(path: StrPath, base: PyTree, *, same_base: bool = True) -> PyTree:
+    """Puts the adapters of a file next to the weights that they were trained for.
 
-    That is `attach(adapters, base)`, and more: the file knows its base. Of each adapted
-    weight it has some values, and those of `base` must be the same up to a cast or a
-    quantisation to four bits or more. (So weights that were trained further a little,
-    by less than quantising changes them, pass too.)
+    This is `attach(adapters, base)` with a check of the base: the file contains some
+    values of each weight with factors, and those of `base` must equal them up to a cast
+    or a quantization to 4 bits or more. (Weights that were trained further, by less
+    than quantization changes them, therefore pass too.)
 
     Args:
       path: A file from `save`.
       base: The plain parameters: the tree of `strip`, before `lorafy`. Adapters take
         their boxes and shardings from it, as in `lorafy`. Abstract weights are not
         compared. Or a plain live `nnx.Module`.
-      same_base: `False` allows a base of any values.
+      same_base: `False` accepts a base with any values.
 
     Returns:
       A new tree that shares all leaves of `base`, with the adapters and the trained
-      copies beside them. For a live module it is a `LoRA` around a copy of it.
+      copies next to them. For a live module it is a `LoRA` around a copy of the module.
 
     Raises:
-      ValueError: If the file is truncated, foreign, written by a newer version,
-        tampered with or not finite, an adapter finds no weight of its shape, or the
-        weight is another than that it was trained for, or another process has another
-        file; the message names the file and the path. Nothing is loaded then.
+      ValueError: If the file is truncated, foreign, of another format version, corrupt
+        or not finite; if `base` has no weight of the saved path and shape, or one with
+        other values; or if another process has another file. The message names the file
+        and the path.
       FileNotFoundError: If there is no file.
-      RuntimeError: If it failed in another process, of which it tells.
+      RuntimeError: If loading failed in another process, with that process's message.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -172,9 +173,8 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
     with agreed("load") as same:
         header, tensors = _read(path)
         leaves = flatten(base)
-        paths = {path_name(p): p for p in leaves}
-        weights, copies = _placed(path, header, tensors, paths, leaves)
-        plain = {name: unbox(leaves[weight]) for name, (weight, *_) in weights.items()}
+        weights, copies = _matched(path, header, tensors, leaves)
+        plain = {name: unbox(leaves[weight]) for name, (weight, _) in weights.items()}
         same["file"] = header
         same["base"] = {name: outline(w) for name, w in plain.items()}
     samples = {name: sample(w) for name, w in plain.items()} if same_base else {}
@@ -182,209 +182,219 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         for name, found in samples.items():
             _check_base(path, name, found, header["samples"].get(name))
     new: dict[Path, Any] = {}
-    for weight, parts, values in weights.values():
-        shapes = [value.shape for value in values]
-        axes = axes_of_shapes(unbox(leaves[weight]).shape, *shapes)
-        new |= beside(leaves[weight], parts, values, axes)
+    for weight, values in weights.values():
+        new |= beside(weight, leaves[weight], values)
     for leaf, copy in copies.items():
         new[copy_of(leaf).w] = trained_copy(leaves[leaf], copy)
     return attached(base, leaves, new)
 
 
-def _placed(
-    path: Any,
+def _matched(
+    file: StrPath,
     header: dict[str, Any],
     tensors: dict[str, np.ndarray],
-    paths: dict[str, Path],
     leaves: dict[Path, Any],
-) -> tuple[dict[str, tuple[Path, Ranked, list[np.ndarray]]], dict[Path, np.ndarray]]:
-    """Each weight's adapter and each leaf's copy in the file, which fit base."""
+) -> tuple[dict[str, tuple[Path, LowRank[np.ndarray]]], dict[Path, np.ndarray]]:
+    """Finds the leaf of base for each adapter and each trained copy of a file.
+
+    Returns:
+      `{name of weight: (its path, its adapter)}`, and `{path of leaf: trained copy}`.
+
+    Raises:
+      ValueError: If a leaf is missing, or an adapter or copy does not fit it.
+    """
     weights, copies = {}, {}
-    for name, adapter in header["adapters"].items():
-        parts_of = adapter_of if len(adapter["tensors"]) == 3 else dora_of
-        weight = _find(path, name, paths, leaves, adapter, parts_of)
-        values = [tensors[part] for part in adapter["tensors"]]
-        shape, shapes = unbox(leaves[weight]).shape, [value.shape for value in values]
+    paths = {path_name(path): path for path in leaves}
+    for name, entry in header["adapters"].items():
+        names = LowRank(*entry["tensors"])
+        weight = _leaf_of(file, name, entry, paths, leaves)
+        own = adapter_of(weight, magnitude=names.magnitude is not None)
+        _check_names(file, name, entry, own)
+        values = names.map(tensors.__getitem__)
+        shape, shapes = unbox(leaves[weight]).shape, values.map(np.shape)
         if not fits(shape, *shapes):
             raise ValueError(
-                f"{path} was tampered with: the factors of {name!r}, of shapes "
-                f"{shapes}, make no update of its weight {shape}."
+                f"{file} is corrupt: factors of shapes {[*shapes]} do not fit the "
+                f"weight {name!r} of shape {shape}."
             )
-        weights[name] = weight, parts_of(weight), values
-    for name, copy in header["copies"].items():
-        (part,) = copy["tensors"]
-        leaf = _find(path, name, paths, leaves, copy, copy_of)
-        check_copy(f"{path}: {part}", tensors[part], leaves[leaf])
+        weights[name] = weight, with_axes(values, shape, shapes)
+    for name, entry in header["copies"].items():
+        leaf = _leaf_of(file, name, entry, paths, leaves)
+        _check_names(file, name, entry, copy_of(leaf))
+        (part,) = entry["tensors"]
+        check_copy(f"{file}: {part}", tensors[part], leaves[leaf])
         copies[leaf] = tensors[part]
     return weights, copies
 
 
-def _find(
-    path: Any,
+def _leaf_of(
+    file: StrPath,
     name: str,
+    entry: dict[str, Any],
     paths: dict[str, Path],
     leaves: dict[Path, Any],
-    said: dict[str, Any],
-    parts_of: Any,
 ) -> Path:
-    """The leaf of base that an entry of the header speaks of."""
-    w = unbox(leaves[paths[name]]) if name in paths else None
-    if w is None:
+    """Returns the path of the leaf that an entry of the header belongs to."""
+    path = paths.get(name)
+    if path is None or (w := unbox(leaves[path])) is None:
         raise ValueError(
-            f"{path}: base has no weight {name!r}. It has {sorted(paths)[:6]}. "
+            f"{file}: base has no weight {name!r}. It has {sorted(paths)[:6]}. "
             "Pass the parameters that the adapter was trained for."
         )
-    if list(w.shape) != said["shape"]:
+    if list(w.shape) != entry["shape"]:
         raise ValueError(
-            f"{path}: {name!r} was saved for the shape {tuple(said['shape'])}, and "
+            f"{file}: {name!r} was saved for the shape {tuple(entry['shape'])}, and "
             f"base has {w.shape}. Pass the parameters that the adapter was trained for."
         )
-    parts = parts_of(paths[name])
-    if said["tensors"] not in (list(map(path_name, parts)), said.get("old")):
+    if any(p in leaves for p in (*adapter_of(path, magnitude=True), *copy_of(path))):
         raise ValueError(
-            f"{path} was tampered with: {said['tensors']} are not the adapter's "
-            f"leaves of {name!r}."
-        )
-    if any(p in leaves for p in (*dora_of(paths[name]), *copy_of(paths[name]))):
-        raise ValueError(
-            f"{path}: {name!r} has an adapter in base already. Pass the plain "
+            f"{file}: {name!r} already has an adapter in base. Pass the plain "
             "parameters: load(path, strip(params))."
         )
-    return paths[name]
+    return path
+
+
+def _check_names(
+    file: StrPath, name: str, entry: dict[str, Any], parts: Iterable[Path]
+) -> None:
+    if entry["tensors"] != [path_name(part) for part in parts]:
+        raise ValueError(
+            f"{file} is corrupt: {entry['tensors']} are not the adapter leaves of "
+            f"{name!r}."
+        )
 
 
 def _check_base(
-    path: Any, name: str, found: np.ndarray | None, known: np.ndarray | None
+    file: StrPath, name: str, found: np.ndarray | None, saved: np.ndarray | None
 ) -> None:
-    if known is None or found is None:
+    if found is None or saved is None:
         return
-    if off := differ(found, known):
-        far = f"{off:.0%} off it" if np.isfinite(off) else "nothing like it"
+    if off := differ(found, saved):
+        far = f" by {off:.0%}" if np.isfinite(off) else ""
         raise ValueError(
-            f"{path} was trained on another base: {name!r} is not the weight that its "
-            f"adapter stood beside, but {far} in the values compared. Pass "
-            "the parameters that the adapter was trained for, or write "
-            "load(path, base, same_base=False) if any will do."
+            f"{file} was trained on another base: the values compared of {name!r} "
+            f"differ{far}. Pass the parameters that the adapter was trained for, or "
+            "write load(path, base, same_base=False) to accept any values."
         )
 
 
-def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and tensors of a file, checked against each other."""
+def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the header and the tensors of a file, checked against each other."""
     path = os.fspath(path)
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder. Pass the file in it.")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            header = _header(path, file.metadata())
+            header = _read_header(path, file.metadata())
             names, expected = set(file.keys()), set()
             for entry in (*header["adapters"].values(), *header["copies"].values()):
                 expected.update(entry["tensors"])
             for name in sorted(names ^ expected):
                 what = "is missing" if name in expected else "belongs to no adapter"
-                raise ValueError(f"{path} was tampered with: tensor {name!r} {what}.")
+                raise ValueError(f"{path} is corrupt: tensor {name!r} {what}.")
             for name in sorted(header["sha256"].keys() - names):
-                raise ValueError(f"{path} was tampered with: {name!r} was cut out.")
+                raise ValueError(f"{path} is corrupt: tensor {name!r} was removed.")
             tensors = {name: file.get_tensor(name) for name in sorted(names)}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} is no whole safetensors file: {error}. "
+            f"{path} is not a complete safetensors file: {error}. "
             "It may be truncated; save the adapter again."
         ) from error
     for name, x in tensors.items():
-        if header["sha256"].get(name) != _digest(x):
-            raise ValueError(f"{path} was tampered with: tensor {name!r} has changed.")
+        if header["sha256"].get(name) != _tensor_digest(x):
+            raise ValueError(f"{path} is corrupt: tensor {name!r} has changed.")
         check_finite(f"{path}: tensor {name!r}", x)
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
             raise ValueError(
-                f"{path}: tensor {name!r} is {x.dtype}, which JAX would cut short now. "
+                f"{path}: tensor {name!r} is {x.dtype}, which JAX would truncate now. "
                 "Write jax.config.update('jax_enable_x64', True)."
             )
-    for name, adapter in header["adapters"].items():
-        parts = Adapter(*adapter["tensors"][:3])
-        rank, scale = tensors[parts.a].shape[-1:], tensors[parts.scale].tolist()
-        if rank != (adapter["rank"],) or scale != adapter["scale"]:
+    for name, entry in header["adapters"].items():
+        own = LowRank(*entry["tensors"]).map(tensors.__getitem__)
+        if own.a.shape[-1:] != (entry["rank"],) or own.scale.tolist() != entry["scale"]:
             raise ValueError(
-                f"{path} was tampered with: its header and its tensors differ in the "
-                f"rank or scale of {name!r}."
+                f"{path} is corrupt: its header and its tensors differ in the rank or "
+                f"scale of {name!r}."
             )
-    for name, copy in header["copies"].items():
-        # Version 1 keeps no shape of a leaf, but the leaf itself under its own name.
-        copy.setdefault("shape", list(tensors[copy["tensors"][0]].shape))
-        copy.setdefault("old", copy["tensors"] if copy["tensors"] == [name] else None)
     return header, tensors
 
 
-def _header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
-    if "lora_jax" not in (metadata or {}):
+def _read_header(path: str, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """Returns the header's entry, with arrays for samples; checks its types and digest.
+
+    A header is never partly used: whatever JSON it is, it parses or raises here.
+    """
+    if metadata is None or "lora_jax" not in metadata:
         raise ValueError(
-            f"{path} was not written by lora_jax.save: its header does not say so."
+            f"{path} was not written by lora_jax.save: its header has no entry of it."
         )
     try:
-        said = json.loads(metadata["lora_jax"])
-        version = said["version"]
-        sound = type(version) is int and version > 0
-        if sound and version <= VERSION:
-            fields = ("tensors", "rank", "scale", "shape")
-            adapters = _entries(said["adapters"], fields, (3, 4))
-            if version == 1:
-                copies = {str(name): {"tensors": [str(name)]} for name in said["also"]}
-                samples = {}
-            else:
-                copies = _entries(said["copies"], ("tensors", "shape"), (1,))
-                samples = _samples(said)
-                sound = samples is not None
-            sound = sound and bool(adapters or copies)
-            digests = dict(said["sha256"])
+        header = json.loads(metadata["lora_jax"])
+        version = header["version"]
+        if version == VERSION:
+            header = {
+                "adapters": _entries(header["adapters"], ("rank", "scale"), (3, 4)),
+                "copies": _entries(header["copies"], (), (1,)),
+                "samples": _samples(header),
+                "sha256": dict(header["sha256"]),
+            }
+            if not (header["adapters"] or header["copies"]):
+                raise ValueError("no adapters")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} was tampered with: its header cannot be read ({error!r})."
+            f"{path} is corrupt: its header cannot be read ({error!r})."
         ) from error
-    if sound and version > VERSION:
+    if version != VERSION:
         raise ValueError(
-            f"{path} has format version {version}, and this lora_jax reads up to "
-            f"{VERSION}. Upgrade: pip install -U lora_jax."
+            f"{path} has format version {version}, and this lora_jax reads version "
+            f"{VERSION}. Upgrade, pip install -U lora_jax, or save the adapter again."
         )
-    if not sound:
-        raise ValueError(f"{path} was tampered with: its header cannot be read.")
-    return {
-        "adapters": adapters,
-        "copies": copies,
-        "samples": samples,
-        "sha256": digests,
-    }
+    return header
 
 
 def _entries(
-    said: dict[str, Any], fields: tuple[str, ...], counts: tuple[int, ...]
+    given: dict[str, Any], fields: tuple[str, ...], counts: tuple[int, ...]
 ) -> dict[str, dict[str, Any]]:
-    """The header's word on each adapter, or copy; raises if it is none."""
-    entries = {str(n): {field: x[field] for field in fields} for n, x in said.items()}
+    """Returns the header's entries for adapters, or for copies.
+
+    Raises:
+      Any error of a wrong type or a missing field, which `_read_header` converts.
+    """
+    fields = ("tensors", "shape", *fields)
+    entries = {str(n): {field: x[field] for field in fields} for n, x in given.items()}
     for entry in entries.values():
         names = entry["tensors"]
         if len(names) not in counts or any(type(part) is not str for part in names):
-            raise TypeError(entry["tensors"])
+            raise TypeError(names)
         if any(type(n) is not int for n in entry["shape"]):
             raise TypeError(entry["shape"])
     return entries
 
 
-def _samples(said: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The values of each weight; `None` if they have been changed."""
-    given = said["samples"]
-    if said["samples_sha256"] != _digest_of(given):
-        return None
+def _samples(header: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the sample of each weight, (COUNT,) in bfloat16; empty weights have (0,).
+
+    Raises:
+      ValueError: If the samples have changed since they were written.
+    """
+    given = header["samples"]
     samples = {
-        str(name): np.frombuffer(bytes.fromhex(text), jnp.bfloat16)
+        name: np.frombuffer(bytes.fromhex(text), jnp.bfloat16)
         for name, text in given.items()
     }
-    whole = all(x.size in (0, COUNT) for x in samples.values())
-    return samples if whole and given.keys() <= said["adapters"].keys() else None
+    sizes = {x.size for x in samples.values()}
+    known = given.keys() <= header["adapters"].keys()
+    if header["samples_sha256"] != _samples_digest(given) or not (
+        known and sizes <= {0, COUNT}
+    ):
+        raise ValueError("samples have changed")
+    return samples
 
 
-def _digest_of(samples: Any) -> str:
+def _samples_digest(samples: Any) -> str:
     return hashlib.sha256(json.dumps(samples, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(x: np.ndarray) -> str:
-    said = f"{x.dtype.name} {x.shape}".encode()
-    return hashlib.sha256(said + np.ascontiguousarray(x).tobytes()).hexdigest()
+def _tensor_digest(x: np.ndarray) -> str:
+    head = f"{x.dtype.name} {x.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(x).tobytes()).hexdigest()

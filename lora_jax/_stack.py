@@ -1,30 +1,31 @@
-"""Many adapters over one base, each along the first dimension of its leaves."""
+"""Stacks adapters over one base along a first dimension, to run them by `jax.vmap`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lora_jax._adapters import (
-    Axes,
-    Copy,
-    Dora,
-    axes_of_shapes,
+    FullCopy,
+    LowRank,
+    arrays_of,
     check_adapter,
     check_stack,
     copy_of,
-    dora_of,
     find_adapters,
     is_adapter,
     without_adapters,
 )
-from lora_jax._arithmetic import check_base, check_values, layout_of
+from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, norms, trained_copy
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_traced,
     path_name,
@@ -33,33 +34,35 @@ from lora_jax._tree import (
 )
 
 
-def stack(trees: Sequence[Any]) -> Any:
-    """Puts several adapters over one base together, to run them at once by `jax.vmap`.
-
-    The base stays one, and is read once for all: training n adapters so takes the time
-    of training one with all their tokens, and a batch may have one for each example.
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks several adapters over one base, to run them at once by `jax.vmap`.
 
         jax.vmap(lora(fn), in_axes=(in_axes(stacked), 0))(stacked, batches)
 
-    Ranks that differ are padded with zeros, and an adapter that one tree lacks is zero:
-    exact, and so it stays in training, as its gradient is zero too. A trained copy that
-    a tree lacks is that of the leaf, and magnitudes those of the weight: also exact,
-    but in training they move. To swap one of n, stack again: nothing compiles anew if
-    the shapes are the same.
+    The base is not stacked, and is read once for all adapters: training n adapters in
+    this way takes as long as training one on all of their tokens. A batch may also use
+    another adapter for each example: see `take`.
+
+    Smaller ranks are padded with zeros, and where a tree has no adapter, its adapter is
+    zero. Both are exact, also in training, because their gradients are zero. Where a
+    tree has no trained copy or no magnitudes, it gets those of the weight; these are
+    exact too, but training changes them. To replace one of n adapters, stack again:
+    nothing is recompiled if the shapes are the same.
 
     Args:
-      trees: Of `lorafy`, trained or not, over one base: their other leaves are the same
-        arrays, or equal ones. (Of tracers only shapes are compared.)
+      trees: Trees from `lorafy`, trained or not, over one base: their other leaves are
+        the same arrays or equal ones. (Tracers are compared by shape and dtype.)
 
     Returns:
-      A tree with the containers and the base of the first; each leaf of an adapter has
-      a first dimension more, of size n. `split`, `combine`, `mask`, `count`, `strip`,
-      `detach` and `attach` take it as it is, all others under `jax.vmap` or by `take`.
+      A tree with the containers and the base of the first; each adapter leaf has an
+      additional first dimension of size n. `split`, `combine`, `mask`, `count`,
+      `strip`, `detach` and `attach` accept this tree; other functions accept it under
+      `jax.vmap`, or accept one adapter from `take`.
 
     Raises:
-      ValueError: If there is no tree, the bases differ, or a weight has adapters that
-        are not of one kind: other inputs and outputs, magnitudes in some alone, or one
-        trained whole. The message names the path.
+      ValueError: If there is no tree; if the bases differ; or if the adapters of a
+        weight are of different kinds: with other inputs and outputs, with and without
+        magnitudes, or low-rank and trained copy. The message names the path.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -87,44 +90,47 @@ def stack(trees: Sequence[Any]) -> Any:
         check_values(own, found, finite=False)
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for found in adapters for path in found):
-        kind = _kind(path, [type(found[path]) for found in adapters if path in found])
-        each = [
-            [unbox(own[part]) for part in found[path]] if path in found else None
-            for own, found in zip(leaves, adapters, strict=True)
-        ]
+        each = [found.get(path) for found in adapters]
+        _check_kind(path, [own for own in each if own is not None])
         leaf, w = base[path], unbox(base[path])
-        if kind is Copy:
-            copies = _of_one_dtype([w if x is None else x[0] for x in each])
+        if any(isinstance(own, FullCopy) for own in each):
+            copies = [
+                unbox(tree[own.w]) if isinstance(own, FullCopy) else w
+                for tree, own in zip(leaves, each, strict=True)
+            ]
             new[copy_of(path).w] = trained_copy(
-                leaf, jnp.stack(copies), stack=len(trees)
+                leaf, jnp.stack(_of_one_dtype(copies)), stack=len(trees)
             )
         else:
-            values, axes = _padded(path, w, each)
-            parts = kind(*dora_of(path)[: len(values)])
-            new |= beside(leaf, parts, [*map(jnp.stack, values)], axes, stacked=True)
+            arrays = [
+                arrays_of(own, tree) if isinstance(own, LowRank) else None
+                for tree, own in zip(leaves, each, strict=True)
+            ]
+            new |= beside(path, leaf, _padded(path, w, arrays), stacked=True)
     return unflatten(trees[0], base | new)
 
 
-def take(stacked: Any, ids: Any) -> Any:
-    """One adapter of a stack, or one for each example of a batch.
+def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
+    """Returns one adapter of a stack, or one for each example of a batch.
 
         own = take(stacked, ids)  # ids: (batch,)
         jax.vmap(lora(fn), in_axes=(in_axes(own), 0))(own, examples)
 
     Args:
-      stacked: A tree of `stack`, or of `lorafy(..., stack=n)`.
-      ids: Which: a whole number, or an array of them of one dimension; concrete or
-        traced, so that other ids compile nothing anew.
+      stacked: A tree from `stack`, or from `lorafy(..., stack=n)`.
+      ids: The index of an adapter, or a one-dimensional array of indices. They may be
+        traced, so that other indices recompile nothing.
 
     Returns:
-      A tree that shares the base. For one id it is one as of `lorafy`; for an array a
-      stack, with the adapters in the order of the ids. An id that is traced and out of
-      range gives the base alone: its scale is 0, its copies are those of the leaves.
+      A tree that shares the base. For one index it is like a tree from `lorafy`; for an
+      array it is a stack with the adapters in the order of the indices. A traced index
+      that is out of range gives the base alone: scale 0, and copies and magnitudes that
+      equal the base.
 
     Raises:
       ValueError: If the tree has no stack.
-      TypeError: If `ids` are no whole numbers, or have more than one dimension.
-      IndexError: If an id is out of range, outside of `jit`; negative ones are.
+      TypeError: If `ids` are no integers, or have more than one dimension.
+      IndexError: If a concrete index is negative or too large.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -138,50 +144,50 @@ def take(stacked: Any, ids: Any) -> Any:
     adapters = find_adapters(leaves, stacks=True)
     n = check_adapter(leaves, *next(iter(adapters.items())))
     if n is None:
-        raise ValueError(_no_stack(next(iter(adapters.values()))[0]))
-    ids, there = _checked(ids, n)
-    several = ids.shape[0] if ids.ndim else None
+        raise ValueError(_no_stack(next(iter(adapters.values())).trained[0]))
+    index, valid = _checked(ids, n)
+    several = index.shape[0] if index.ndim else None
 
-    def where(inside: jax.Array, outside: jax.Array) -> jax.Array:
-        if there is None:
-            return inside
-        known = jnp.reshape(there, there.shape + (1,) * (inside.ndim - there.ndim))
-        outside = jnp.broadcast_to(outside.astype(inside.dtype), inside.shape)
-        return jnp.where(known, inside, outside)
+    def where_valid(x: jax.Array, default: jax.Array) -> jax.Array:
+        if valid is None:
+            return x
+        mask = jnp.reshape(valid, valid.shape + (1,) * (x.ndim - valid.ndim))
+        return jnp.where(mask, x, jnp.broadcast_to(default.astype(x.dtype), x.shape))
 
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
         leaf, w = leaves[path], unbox(leaves[path])
-        values = [unbox(leaves[part]) for part in own]
-        taken = [jnp.take(x, ids, axis=0, mode="clip") for x in values]
-        if isinstance(own, Copy):
-            new[own.w] = trained_copy(leaf, where(taken[0], w), stack=several)
+        pick = lambda part: jnp.take(unbox(leaves[part]), index, axis=0, mode="clip")
+        if isinstance(own, FullCopy):
+            copies = where_valid(pick(own.w), w)
+            new[own.w] = trained_copy(leaf, copies, stack=several)
             continue
-        axes = axes_of_shapes(w.shape, *(x.shape[1:] for x in values))
-        taken[2] = where(taken[2], jnp.zeros(()))
-        if there is not None and isinstance(own, Dora):
-            norm = jnp.reshape(norms(w, axes.inputs), values[3].shape[1:])
-            taken[3] = where(taken[3], norm)
-        new |= beside(leaf, own, taken, axes, stacked=several is not None)
+        taken = own.map(pick)
+        scale, m = where_valid(taken.scale, jnp.zeros(())), taken.magnitude
+        if valid is not None and m is not None:
+            norm = jnp.reshape(norms(w, own.axes.inputs), m.shape[index.ndim :])
+            m = where_valid(m, norm)
+        taken = dataclasses.replace(taken, scale=scale, magnitude=m)
+        new |= beside(path, leaf, taken, stacked=several is not None)
     return unflatten(stacked, leaves | new)
 
 
-def in_axes(stacked: Any) -> Any:
-    """What `jax.vmap` maps over in a tree of `stack`: 0 at adapters, `None` elsewhere.
+def in_axes(stacked: PyTree) -> PyTree:
+    """Returns the `in_axes` of `jax.vmap` for a stack: 0 at adapters, `None` elsewhere.
 
-    As `in_axes=`, and as `out_axes=` of a step that gives back the whole tree: there
-    the base is not multiplied.
+    It is also the `out_axes` of a step that returns the tree: the base in the result
+    then is that of the arguments, not n copies of it.
 
     Args:
-      stacked: A tree of `stack`, of `take` with several ids, or a half of one, as
-        `split` and `detach` make them.
+      stacked: A tree from `stack`, from `take` with several indices, or a half of one
+        from `split` or `detach`.
 
     Returns:
-      A tree with the same containers, a number or `None` for each leaf, boxed or not.
+      A tree with the same containers, with 0 or `None` for each leaf, boxed or not.
 
     Raises:
-      ValueError: If there is no adapter, or the leaves of adapters have first
-        dimensions that differ.
+      ValueError: If there is no adapter, or if the leaves of adapters have different
+        first dimensions.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -201,40 +207,42 @@ def in_axes(stacked: Any) -> Any:
     return unflatten(stacked, {path: 0 if path in own else None for path in leaves})
 
 
-def _kind(path: Path, kinds: Sequence[type]) -> type:
-    """Of which kind the adapters of a leaf are, all of them."""
-    if len({*kinds}) > 1:
+def _check_kind(path: Path, adapters: Sequence[LowRank[Path] | FullCopy]) -> None:
+    """Raises unless the adapters of a leaf have the same parts."""
+    if len({own.trained for own in adapters}) > 1:
         raise ValueError(
-            f"{path_name(path)!r} trains differently in these trees: whole (also=), in "
-            "low rank, or with magnitudes (dora=True). Stack those of one kind."
+            f"{path_name(path)!r} has adapters of different kinds in these trees: "
+            "low-rank, with magnitudes (dora=True), or a trained copy (also=). Stack "
+            "adapters of one kind."
         )
-    return kinds[0]
 
 
 def _padded(
-    path: Path, w: Any, each: Sequence[list[jax.Array] | None]
-) -> tuple[list[list[jax.Array]], Axes]:
-    """The parts of adapters of one weight, all of the largest rank, and its dimensions.
+    path: Path, w: Any, each: Sequence[LowRank[Any] | None]
+) -> LowRank[jax.Array]:
+    """Returns the adapters of one weight in a stack, padded to the largest rank.
 
-    Where there is none, one of zeros.
+    Where a tree has none (`None`), its adapter is zero.
     """
-    given = [parts for parts in each if parts is not None]
-    axes, at = layout_of(path, w, [[x.shape for x in parts] for parts in given])
-    r = max(a.shape[-1] for a, *_ in given)
-    nothing = [jnp.zeros_like(x) for x in given[0][:3]]
-    if len(given[0]) > 3 and len(given) < len(each):
-        nothing.append(jnp.reshape(norms(w, axes.inputs), given[0][3].shape))
+    given = [own for own in each if own is not None]
+    axes, at = layout_of(path, given)
+    first, r = given[0], max(own.a.shape[-1] for own in given)
+    nothing = first.map(jnp.zeros_like)
+    if first.magnitude is not None and len(given) < len(each):
+        norm = jnp.reshape(norms(w, axes.inputs), first.magnitude.shape)
+        nothing = dataclasses.replace(nothing, magnitude=norm)
 
     def pad(x: jax.Array, axis: int) -> jax.Array:
         edges = [(0, 0)] * x.ndim
         edges[axis] = (0, r - x.shape[axis])
         return jnp.pad(x, edges)
 
-    whole = [
-        [pad(a, -1), pad(b, at), *others]
-        for a, b, *others in (nothing if parts is None else parts for parts in each)
+    padded = [
+        dataclasses.replace(own, a=pad(own.a, -1), b=pad(own.b, at))
+        for own in (nothing if own is None else own for own in each)
     ]
-    return [_of_one_dtype(parts) for parts in zip(*whole, strict=True)], axes
+    parts = (jnp.stack(_of_one_dtype(xs)) for xs in zip(*padded, strict=True))
+    return LowRank(*parts, axes=first.axes, aligned=first.aligned)
 
 
 def _of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -245,18 +253,18 @@ def _of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _no_stack(path: Path) -> str:
     return (
-        f"{path_name(path)!r} belongs to one adapter, and not to several in a stack. "
-        "Write stack([one, two, ...]), or lorafy(..., stack=n)."
+        f"{path_name(path)!r} belongs to one adapter, not to a stack. Write "
+        "stack([one, two, ...]), or lorafy(..., stack=n)."
     )
 
 
-def _checked(ids: Any, n: int) -> tuple[Any, Any]:
-    """The ids as an array, and which are in range where that is not known yet."""
+def _checked(ids: Any, n: int) -> tuple[jax.Array, jax.Array | None]:
+    """Returns indices as an array, and which are in range if they are traced."""
     if not hasattr(ids, "dtype"):
         ids = np.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer) or ids.ndim > 1:
         raise TypeError(
-            "ids are whole numbers, one or an array of one dimension, found "
+            "ids must be an integer or a one-dimensional array of integers, found "
             f"{ids.dtype} of shape {ids.shape}."
         )
     if is_traced(ids):

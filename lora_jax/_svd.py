@@ -1,27 +1,35 @@
-"""Adapters from singular values: of another rank, a fine-tune, or the weight."""
+"""Adapters from singular values of their product, of a fine-tune, or of the weight."""
 
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax._adapters import (
     Axes,
-    Ranked,
-    adapter_of,
-    axes_of_shapes,
+    LowRank,
+    arrays_of,
     find_adapters,
     of_rank,
     without_adapters,
 )
-from lora_jax._arithmetic import check_values
+from lora_jax._checks import check_values
 from lora_jax._engine.dora import weight
 from lora_jax._engine.factors import align, delta, materialize, wider
 from lora_jax._engine.quantized import dequantize
-from lora_jax._lorafy import beside, gaussian, lorafy, path_key, place, trained_copy
+from lora_jax._lorafy import beside, lorafy, path_key, place, trained_copy
+from lora_jax._matrices import (
+    Matrices,
+    factor_matrices,
+    matrix_sizes,
+    nearest,
+    padded,
+    truncated,
+    weight_matrices,
+    with_matrices,
+)
 from lora_jax._targets import (
     Patterns,
     Selector,
@@ -30,6 +38,7 @@ from lora_jax._targets import (
 )
 from lora_jax._tree import (
     Path,
+    PyTree,
     as_tree,
     flatten,
     is_array,
@@ -43,29 +52,18 @@ from lora_jax._tree import (
     unflatten,
 )
 
-# Of a weight whose smaller side is larger, only as many directions are looked for as
-# are asked for, by random ones (Halko et al., 2011).
-LARGE = 1024
-MORE, ROUNDS = 16, 4  # directions beyond the rank, and passes over the weight
-
-
-class Thin(NamedTuple):
-    """An adapter's factors as matrices, one pair for each layer of a stack."""
-
-    a: jax.Array  # (batch, in, r)
-    b: jax.Array  # (batch, r, out)
-
 
 def resize(
-    params: Any, rank: int | Mapping[str, int], *, key: jax.Array | None = None
-) -> Any:
-    """Gives adapters another rank: exactly if larger, as near as can be if smaller.
+    params: PyTree, rank: int | Mapping[str, int], *, key: jax.Array | None = None
+) -> PyTree:
+    """Returns adapters of another rank: exact if it is larger, the nearest if smaller.
 
-    A larger one computes the same: the new rows of B are zero, and the new columns of A
-    are drawn as `lorafy` draws them, so that they learn. A smaller one has the nearest
-    update in the Frobenius norm, that of the largest singular values (Eckart and Young,
-    1936), by QR and SVD of the thin factors: nothing of the weight's size is made.
-    Scales stay as they are, DoRA's magnitudes, and trained copies.
+    An adapter of larger rank computes the same: the new rows of B are zero, and the new
+    columns of A are drawn as in `lorafy`, so that they can be trained. An adapter of
+    smaller rank has the nearest update in the Frobenius norm, that of the largest
+    singular values (Eckart and Young, 1936). It is computed from the factors alone, and
+    no array of the weight's size is made. Scales, DoRA's magnitudes and trained copies
+    stay as they are.
 
     Args:
       params: A tree from `lorafy`, trained or not.
@@ -73,12 +71,12 @@ def resize(
       key: Random key for new columns of A, as in `lorafy`.
 
     Returns:
-      A tree that shares all leaves but the factors whose rank changes.
+      A tree that shares all leaves except the factors whose rank changes.
 
     Raises:
-      ValueError: If a rank is below 1 or above the inputs or outputs of a weight, which
-        hold no more directions; if a pattern matches no adapter, or an adapter is
-        broken or not finite.
+      ValueError: If a rank is below 1, or above both the old rank and the number of
+        inputs or outputs of a weight; if a pattern matches no adapter; or if an adapter
+        is broken or not finite.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -101,59 +99,59 @@ def resize(
         ranks = dict.fromkeys(adapters, ranks)
     key = jax.random.key(0) if key is None else key
     for path, r in ranks.items():
-        full = _full_rank(leaves, path)
+        full = min(matrix_sizes(unbox(leaves[path]).shape, adapters[path].axes)[1:])
         if r > max(full, unbox(leaves[adapters[path].a]).shape[-1]):
             raise ValueError(
-                f"{path_name(path)!r} holds at most {full} directions, and rank {r} is "
-                f"more. Write resize(params, {{...: {full}}})."
+                f"{path_name(path)!r} has at most rank {full}, found rank={r}. Write "
+                f"resize(params, {{{path_name(path)!r}: {full}}})."
             )
     new: dict[Path, Any] = {}
     for path, r in ranks.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *adapters[path][:3]))
-        axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
-        if r < a.shape[-1]:
-            thin = _truncated(_thin(w.shape, axes, a, b), r)
-        elif r > a.shape[-1]:
-            thin = _padded(w.shape, axes, a, b, r, path_key(key, path))
-        else:
+        own = arrays_of(adapters[path], leaves)
+        if r == own.a.shape[-1]:
             continue
-        values = [*_leaves(thin, w.shape, axes, a, b), scale]
-        new |= beside(leaves[path], adapter_of(path), values, axes)
+        factors = factor_matrices(unbox(leaves[path]).shape, own)
+        if r < own.a.shape[-1]:
+            factors = truncated(factors, r)
+        else:
+            factors = padded(factors, r, path_key(key, path))
+        new |= beside(path, leaves[path], with_matrices(own, factors))
     return unflatten(params, leaves | new)
 
 
 def extract(
-    tuned: Any,
-    base: Any,
+    tuned: PyTree,
+    base: PyTree,
     rank: int | Mapping[str, int],
     *,
     targets: Selector | None = None,
     exclude: Selector = (),
     also: Patterns = (),
     axes: Mapping[str, Axes] | None = None,
-) -> Any:
-    """Finds the adapters that come nearest to a full fine-tune.
+) -> PyTree:
+    """Returns the adapters that come nearest to a full fine-tune.
 
-    Of each weight's change, tuned - base, they are the directions of the largest
-    singular values: no other update of that rank is nearer in the Frobenius norm. (Of a
-    weight with both sides above 1,024 nearly so: by random projections, as in Halko et
-    al., 2011.) How much of the change they hold, `kept` says.
+    The update of each weight has the largest singular values of the weight's change,
+    tuned - base: no other update of that rank is nearer in the Frobenius norm. (If both
+    sides of a weight are above 1,024, random projections as in Halko et al., 2011, come
+    close to it.) `kept` returns how much of the change the adapters keep.
 
     Args:
       tuned: The parameters after the fine-tune.
-      base: Those before it, the tree of the same leaves; some may be in few bits.
+      base: The parameters before it, with the same paths and shapes; weights may be
+        quantized.
       rank: The rank, or `{pattern: rank}`, as in `lorafy`.
       targets: Which weights, as in `lorafy`.
-      exclude: Which not, as in `lorafy`.
-      also: Patterns of leaves that are taken over whole, as trained copies.
+      exclude: What to leave out, as in `lorafy`.
+      also: Patterns of leaves that are copied from `tuned`, as trained copies.
       axes: Dimensions of weights, as in `lorafy`.
 
     Returns:
-      The tree of `lorafy(base, rank, ...)`, its scales 1, with these adapters.
+      The tree of `lorafy(base, rank, ...)` with these adapters, of scale 1.
 
     Raises:
-      ValueError: If the trees differ in a path or a shape, a leaf has moved that gets
-        neither adapter nor copy, or a change is not finite; and as `lorafy`.
+      ValueError: If the trees differ in a path or a shape, if a leaf changed that gets
+        neither an adapter nor a copy, or if a change is not finite; and as `lorafy`.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -169,7 +167,8 @@ def extract(
       https://arxiv.org/abs/0909.4061
     """
     if targets is None and not axes and not isinstance(rank, Mapping):
-        targets = "kernel"  # no warning: what is left out has not moved, or raises
+        # The default without its warning: a leaf that changed and is left out raises.
+        targets = "kernel"
     start = flatten(
         lorafy(
             as_tree(base),
@@ -184,32 +183,34 @@ def extract(
     adapters = find_adapters(start)
     before = without_adapters(start, adapters)
     _check_alike(before, after)
-    moved = [
-        path for path in before if path not in adapters and _moved(before, after, path)
+    changed = [
+        path
+        for path in before
+        if path not in adapters and _differs(before[path], after[path])
     ]
-    if moved:
+    if changed:
         raise ValueError(
-            f"{listed(moved)} moved, and would get no adapter: the result would not be "
-            "near the fine-tune. Add them to targets, or to also."
+            f"No adapter covers the changes of {listed(changed)}. Add them to targets, "
+            "or to also."
         )
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        if not isinstance(own, Ranked):
+        if not isinstance(own, LowRank):
             new[own.w] = trained_copy(before[path], unbox(after[path]))
             continue
-        w, a, b, scale = (unbox(start[p]) for p in (path, *own[:3]))
-        dims = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
+        w, own = unbox(start[path]), arrays_of(own, start)
         change = _change(unbox(after[path]), w)
         if not (is_traced(change) or jnp.isfinite(change).all()):
             raise ValueError(f"The change of {path_name(path)!r} is not finite.")
-        thin = _nearest(_matrices(change, dims), _thin(w.shape, dims, a, b))
-        values = [*_leaves(thin, w.shape, dims, a, b), jnp.ones_like(scale)]
-        new |= beside(start[path], adapter_of(path), values, dims)
+        factors = factor_matrices(w.shape, own)
+        factors = nearest(weight_matrices(change, own.axes), factors)
+        own = dataclasses.replace(own, scale=jnp.ones_like(own.scale))
+        new |= beside(path, start[path], with_matrices(own, factors))
     return unflatten(base, start | new)
 
 
 class Kept(NamedTuple):
-    """How much of each weight's change its adapter holds. Prints a table.
+    """How much of each weight's change its adapter keeps. Prints as a table.
 
     `rows` has `(path, rank, share)`: 1 - |change - update|^2 / |change|^2.
     """
@@ -228,8 +229,8 @@ class Kept(NamedTuple):
         )
 
 
-def kept(tuned: Any, params: Any) -> Kept:
-    """Says how much of a fine-tune's change adapters hold, weight by weight.
+def kept(tuned: PyTree, params: PyTree) -> Kept:
+    """Returns how much of a fine-tune's change the adapters keep, for each weight.
 
     Args:
       tuned: The parameters after the fine-tune.
@@ -253,38 +254,38 @@ def kept(tuned: Any, params: Any) -> Kept:
     _check_alike(without_adapters(leaves, found), after)
     rows = []
     for path, own in of_rank(found).items():
-        parts = [unbox(leaves[p]) for p in (path, *own)]
-        change = _change(unbox(after[path]), parts[0])
-        if len(parts) == 4:
-            update = delta(align(*parts)).astype(change.dtype)
-        else:  # with DoRA's magnitudes the update is no product
-            update = _change(materialize(weight(*parts)), parts[0])
-        left = change - update
-        whole = jnp.sum(change**2)
-        share = 1 - float(jnp.sum(left**2) / whole) if whole else 1.0
-        rows.append((path_name(path), parts[1].shape[-1], share))
+        w, arrays = unbox(leaves[path]), arrays_of(own, leaves)
+        change = _change(unbox(after[path]), w)
+        if own.magnitude is None:
+            update = delta(align(w, *arrays)).astype(change.dtype)
+        else:  # the update of DoRA is no product of factors
+            update = _change(materialize(weight(w, *arrays)), w)
+        total, rest = jnp.sum(change**2), jnp.sum((change - update) ** 2)
+        share = 1 - float(rest / total) if total else 1.0
+        rows.append((path_name(path), arrays.a.shape[-1], share))
     return Kept(tuple(rows))
 
 
-def principal(params: Any) -> Any:
-    """Starts each adapter on the largest singular directions of its weight (PiSSA).
+def principal(params: PyTree) -> PyTree:
+    """Initializes each adapter to the largest singular values of its weight (PiSSA).
 
-    A and B become those directions, and the base W minus them: all computes what it did
-    before, to rounding, and the adapters train what matters most in a weight.
+    The product of A and B becomes the part of the weight W with the largest singular
+    values, and that part is subtracted from W: the model computes the same, up to
+    rounding, and training changes the principal part of each weight.
 
-    The base is another one from now on. To have adapters of the first one again, take
-    off what was put in: `add(trained, rescale(start, -1))`, where `start` is what this
-    returned, adapts it, at twice the rank.
+    The result has a new base. To get adapters of the original base, subtract the
+    initial ones: `add(trained, rescale(start, -1))`, where `start` is the tree that
+    this function returned, adapts the original base, at twice the rank.
 
     Args:
       params: A tree from `lorafy`, not yet trained: B is zero.
 
     Returns:
-      A tree of the same leaves; those of weights without an adapter are shared.
+      A tree with the same structure; it shares the leaves of weights without adapters.
 
     Raises:
-      ValueError: If an adapter is trained, a weight is in few bits or not finite, or
-        an adapter is broken.
+      ValueError: If an adapter is trained or broken, or if its weight is quantized or
+        not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -308,7 +309,7 @@ def principal(params: Any) -> Any:
         w, b = unbox(leaves[path]), unbox(leaves[own.b])
         if is_quantized(w):
             raise ValueError(
-                f"{path_name(path)!r} is in few bits, and what is left of it would be "
+                f"{path_name(path)!r} is quantized, and what remains of it would be "
                 "rounded again. Write quantize(principal(lorafy(params, rank)), how)."
             )
         if not is_traced(b) and b.any():
@@ -320,175 +321,31 @@ def principal(params: Any) -> Any:
             raise ValueError(f"{path_name(path)!r} is not finite. Restore it.")
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *own[:3]))
-        axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
+        w, own = unbox(leaves[path]), arrays_of(own, leaves)
         wide = jnp.asarray(w, wider(w.dtype))
-        start = _thin(w.shape, axes, a, b)
-        thin = _nearest(_matrices(wide, axes), start)
-        each = jnp.sqrt(jnp.reshape(scale, (-1, 1, 1)).astype(thin.a.dtype))
-        thin = Thin(thin.a / each, thin.b / each)
-        values = [*_leaves(thin, w.shape, axes, a, b), scale]
-        rest = wide - delta(align(w, *values)).astype(wide.dtype)
+        factors = factor_matrices(w.shape, own)
+        a, b = nearest(weight_matrices(wide, own.axes), factors)
+        # The scale stays, and multiplies the product: divide each factor by its root.
+        root = jnp.sqrt(jnp.reshape(own.scale, (-1, 1, 1)).astype(a.dtype))
+        own = with_matrices(own, Matrices(a / root, b / root))
+        rest = wide - delta(align(w, *own)).astype(wide.dtype)
         rest = place(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= beside(leaves[path], adapter_of(path), values, axes)
+        new |= beside(path, leaves[path], own)
     return unflatten(params, leaves | new)
 
 
-# Factors as matrices, and back.
-
-
-def _thin(shape: tuple[int, ...], axes: Axes, a: Any, b: Any) -> Thin:
-    """The factors of a weight as matrices, in float32 or wider."""
-    dtype, r = wider(a.dtype, b.dtype), a.shape[-1]
-    n, n_in, n_out = _sizes(shape, axes)
-    if a.ndim == len(shape) + 1:  # aligned: the rank last, and size 1 elsewhere
-        a, b = (jnp.transpose(x, _order(axes, x)) for x in (a, b))
-        b = jnp.swapaxes(jnp.reshape(b, (n, n_out, r)), 1, 2)
-    return Thin(
-        jnp.reshape(a, (n, n_in, r)).astype(dtype),
-        jnp.reshape(b, (n, r, n_out)).astype(dtype),
-    )
-
-
-def _leaves(
-    thin: Thin, shape: tuple[int, ...], axes: Axes, a: Any, b: Any
-) -> list[jax.Array]:
-    """Matrices as the leaves that they came from, of another rank perhaps."""
-    r = thin.a.shape[-1]
-    if a.ndim < len(shape) + 1:
-        n = len(axes.batch)
-        sizes = (*a.shape[:-1], r), (*b.shape[:n], r, *b.shape[n + 1 :])
-        pairs = zip(thin, sizes, (a, b), strict=True)
-        return [jnp.reshape(x, size).astype(old.dtype) for x, size, old in pairs]
-    leaves = []
-    for x, old in ((thin.a, a), (jnp.swapaxes(thin.b, 1, 2), b)):
-        order = _order(axes, old)
-        sizes = [(*old.shape[:-1], r)[d] for d in order]
-        x = jnp.transpose(jnp.reshape(x, sizes), np.argsort(order))
-        leaves.append(x.astype(old.dtype))
-    return leaves
-
-
-def _order(axes: Axes, x: Any) -> tuple[int, ...]:
-    return (*axes.batch, *axes.inputs, *axes.outputs, x.ndim - 1)
-
-
-def _sizes(shape: tuple[int, ...], axes: Axes) -> list[int]:
-    return [math.prod(shape[d] for d in dims) for dims in axes]
-
-
-def _full_rank(leaves: dict[Path, Any], path: Path) -> int:
-    shapes = [unbox(leaves[p]).shape for p in (path, *adapter_of(path))]
-    return min(_sizes(shapes[0], axes_of_shapes(*shapes))[1:])
-
-
-def _matrices(w: jax.Array, axes: Axes) -> jax.Array:
-    """A weight as matrices: (batch, in, out)."""
-    w_order = (*axes.batch, *axes.inputs, *axes.outputs)
-    return jnp.reshape(jnp.transpose(w, w_order), _sizes(w.shape, axes))
-
-
-# Singular values.
-
-
-def _highest(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """With all digits in each product, on any device."""
-
-    def precise(*args):
-        with jax.default_matmul_precision("highest"):
-            return fn(*args)
-
-    return precise
-
-
-def _truncated(thin: Thin, r: int) -> Thin:
-    """The nearest product of rank r, from the thin factors alone.
-
-    With A = Q R and B^T = P T, and U S V^T of R T^T, the nearest A B is the product of
-    Q U S^1/2 = A T^T V S^-1/2 and S^1/2 V^T P^T = S^-1/2 U^T R B: neither Q nor P is
-    made.
-    """
-
-    @_highest
-    def one(a, b):
-        r_a, r_b = (jnp.linalg.qr(x, mode="r") for x in (a, b.T))
-        u, s, v = jnp.linalg.svd(r_a @ r_b.T, full_matrices=False)
-        u, s, v = u[:, :r], s[:r], v[:r]
-        live = s > s[0] * jnp.finfo(s.dtype).eps
-        root = jnp.where(live, 1 / jnp.sqrt(jnp.where(live, s, 1)), 0)
-        return a @ (r_b.T @ v.T * root[None]), (root[:, None] * (u.T @ r_a)) @ b
-
-    a, b = jax.vmap(one)(*thin)
-    missing = r - a.shape[-1]  # above the full rank: no direction is left
-    return Thin(
-        jnp.pad(a, ((0, 0), (0, 0), (0, missing))),
-        jnp.pad(b, ((0, 0), (0, missing), (0, 0))),
-    )
-
-
-def _padded(
-    shape: tuple[int, ...], axes: Axes, a: Any, b: Any, r: int, key: jax.Array
-) -> Thin:
-    """The same product of a larger rank: zeros in B, new directions in A."""
-    old = _thin(shape, axes, a, b)
-    n, n_in, r_old = old.a.shape
-    keys = jax.random.split(key, n)
-    more = jax.vmap(lambda key: gaussian(key, (n_in, r - r_old), old.a.dtype))(keys)
-    zeros = jnp.zeros((n, r - r_old, old.b.shape[-1]), old.b.dtype)
-    return Thin(jnp.concatenate([old.a, more], 2), jnp.concatenate([old.b, zeros], 1))
-
-
-def _nearest(matrices: jax.Array, start: Thin) -> Thin:
-    """The nearest products to matrices (batch, in, out), of the rank of `start`.
-
-    Directions that a matrix does not have stay as they start: A drawn, B zero.
-    """
-    r = start.a.shape[-1]
-    least = min(matrices.shape[1:])
-    few = least > LARGE and r + MORE < least // 2
-
-    @_highest
-    def one(m, a, b):
-        u, s, v = (
-            _largest(m, r + MORE) if few else jnp.linalg.svd(m, full_matrices=False)
-        )
-        k = min(r, least)
-        u, s, v = u[:, :k], s[:k], v[:k]
-        live = s > s[0] * jnp.finfo(s.dtype).eps * least
-        root = jnp.sqrt(s)
-        a = a.at[:, :k].set(jnp.where(live[None], u * root[None], a[:, :k]))
-        b = b.at[:k].set(jnp.where(live[:, None], root[:, None] * v, 0))
-        return a, b
-
-    a, b = jax.vmap(one)(matrices.astype(start.a.dtype), *start)
-    return Thin(a, jnp.where(jnp.arange(r)[None, :, None] < least, b, 0))
-
-
-def _largest(m: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """About the k largest singular values and vectors (Halko et al., algorithm 4.4)."""
-    q = jax.random.normal(jax.random.key(0), (m.shape[1], k), m.dtype)
-    q, _ = jnp.linalg.qr(m @ q)
-    for _ in range(ROUNDS):
-        q, _ = jnp.linalg.qr(m.T @ q)
-        q, _ = jnp.linalg.qr(m @ q)
-    u, s, v = jnp.linalg.svd(q.T @ m, full_matrices=False)
-    return q @ u, s, v
-
-
-# Trees of a fine-tune.
-
-
 def _change(after: Any, before: Any) -> jax.Array:
-    """How far a weight moved, in float32 or wider."""
+    """Returns the change of a weight, in float32 or wider."""
     after, before = dequantize(after), dequantize(before)
     dtype = wider(after.dtype, before.dtype)
     return jnp.asarray(after, dtype) - jnp.asarray(before, dtype)
 
 
-def _moved(before: dict[Path, Any], after: dict[Path, Any], path: Path) -> bool:
-    x, y = unbox(before[path]), unbox(after[path])
-    if is_counter(before[path]) or not is_array(x) or is_traced(x) or is_traced(y):
+def _differs(before: Any, after: Any) -> bool:
+    """Whether two leaves are known to differ; counters and tracers are not compared."""
+    x, y = unbox(before), unbox(after)
+    if is_counter(before) or not is_array(x) or is_traced(x) or is_traced(y):
         return False
     return not bool(jnp.array_equal(dequantize(x), dequantize(y)))
 
@@ -498,6 +355,6 @@ def _check_alike(before: dict[Path, Any], after: dict[Path, Any]) -> None:
         found = [getattr(unbox(x.get(path)), "shape", None) for x in (before, after)]
         if (path in before) != (path in after) or found[0] != found[1]:
             raise ValueError(
-                f"{path_name(path)!r} is {found[1]} in tuned and {found[0]} in base: "
-                "pass two trees of one model, without adapters."
+                f"{path_name(path)!r} has shape {found[1]} in tuned and {found[0]} in "
+                "base. Pass two trees of one model, without adapters."
             )

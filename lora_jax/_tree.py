@@ -19,6 +19,7 @@ from flax.core.meta import AxisMetadata
 
 from lora_jax._engine.quantized import Quantized, is_quantized, values_of, wrong
 
+PyTree = Any
 Path = tuple[Any, ...]
 
 # The components of a key that is itself a path: "dense/kernel", "layers.q.bias", and

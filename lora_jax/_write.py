@@ -1,4 +1,4 @@
-"""One file, written whole or not at all, and the values that it may hold."""
+"""Writes a file atomically, and checks the values that it may hold."""
 
 import contextlib
 import hashlib
@@ -8,80 +8,88 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from lora_jax._processes import whole
-from lora_jax._tree import Path, path_name, unbox
+from lora_jax._tree import Path, is_abstract, is_traced, path_name, unbox
 
 try:
     import fcntl
-except ImportError:  # on Windows, where an open file cannot be removed anyway
+except ImportError:  # Windows, where an open file cannot be removed anyway
     fcntl = None
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
 def check_savable(path: Path, leaf: Any) -> None:
-    """The leaf is an array with values, of a dtype that a file can hold."""
+    """Raises unless a leaf has values of a dtype that the file format has."""
     x = unbox(leaf)
-    if isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if is_abstract(x) or is_traced(x):
         raise ValueError(
             f"{path_name(path)!r} has no values to save: it is a {type(x).__name__}. "
-            "Save outside jit, and concrete parameters."
+            "Save concrete parameters, outside jit."
         )
     if x.dtype.name not in DTYPES:
         raise ValueError(
-            f"{path_name(path)!r} has dtype {x.dtype}, which the file cannot hold. "
+            f"{path_name(path)!r} has dtype {x.dtype}, which the file format lacks. "
             f"Cast it to one of {', '.join(DTYPES)}."
         )
 
 
 def in_memory(leaves: dict[Path, Any], parts: Iterable[Path]) -> dict[Path, np.ndarray]:
-    """The values of leaves, wherever they are: all processes ask for the same."""
-    return {path: _own(whole(unbox(leaves[path]))) for path in parts}
+    """Copies leaves into this process's memory.
+
+    All processes must call this with the same leaves: a leaf that spans processes is
+    gathered from all of them.
+    """
+    return {path: _native(whole(unbox(leaves[path]))) for path in parts}
 
 
-def _own(x: Any) -> np.ndarray:
-    # The file holds memory as it lies: in rows, in this machine's order of bytes.
+def _native(x: Any) -> np.ndarray:
+    # safetensors stores the buffer as it is, so it must be row-major and native-endian.
     return np.array(x, x.dtype.newbyteorder("="), order="C")
 
 
 def check_finite(what: str, x: np.ndarray) -> None:
     if not np.isfinite(x.astype(np.float64)).all():
-        raise ValueError(f"{what} is not finite: training has diverged before it.")
+        raise ValueError(f"{what} is not finite: the training had diverged.")
 
 
-def check_target(path: Any) -> None:
-    """A file can be written there, or replaced; a device or a pipe cannot."""
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raises if a path is a folder, a device, a pipe, ...: only files are replaced."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-        what = "a folder" if os.path.isdir(path) else "no regular file"
-        raise ValueError(f"{path} is {what}. Give the name of a file.")
+        what = "a folder" if os.path.isdir(path) else "not a regular file"
+        raise ValueError(f"{path} is {what}. Pass the name of a file.")
 
 
-def write(path: Any, data: bytes) -> None:
+def write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that at any time the path has its old content or the new one.
+
+    The data goes to a temporary file in the same folder, which is synced to disk and
+    renamed. It is locked until then, since a later call removes the temporary files of
+    saves that were killed, and must not remove that of a save in progress.
+    """
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     _remove_abandoned(folder, name)
-    temporary = os.path.join(folder, f"{_start(name)}{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, f"{_prefix(name)}{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            # Held until the new name is there. Where there are no locks, so be it.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # some file systems have no locks
                 _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is not None:  # while it is locked
+            if fcntl is not None:  # while the lock is held
                 os.replace(temporary, path)
-        if fcntl is None:  # Windows renames no open file
+        if fcntl is None:  # Windows cannot rename an open file
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    # The rename itself is on the disk once the folder is; not every system can.
+    # The rename is durable once the folder is synced, which not every system supports.
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -91,23 +99,25 @@ def write(path: Any, data: bytes) -> None:
 
 
 def _lock(file: Any, *, wait: bool = True) -> None:
-    """Marks a temporary file as in use, until it is closed; or raises if it is."""
+    """Locks a file until it is closed; without `wait`, raises if it is locked."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def _start(name: str) -> str:
-    """How the temporary names of a file begin: a name of 255 bytes has no room."""
+def _prefix(name: str) -> str:
+    # A digest, since a name may have 255 bytes, the most that a file system allows.
     return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}."
 
 
 def _remove_abandoned(folder: str, name: str) -> None:
-    """The temporary files of a save to this name that was killed."""
+    """Removes the temporary files of killed saves to this name."""
     for entry in os.listdir(folder):
-        if not (entry.startswith(_start(name)) and entry.endswith(".tmp")):
+        if not (entry.startswith(_prefix(name)) and entry.endswith(".tmp")):
             continue
         found = os.path.join(folder, entry)
         with contextlib.suppress(OSError), open(found, "rb") as file:
-            _lock(file, wait=False)  # a living save holds it before its first byte
+            _lock(file, wait=False)
+            # A save in progress locks its file before the first byte: an empty file
+            # may be one that is not locked yet.
             if os.path.getsize(found):
                 os.unlink(found)

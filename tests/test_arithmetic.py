@@ -1,4 +1,4 @@
-"""Sums and multiples of adapters equal those of their updates, written out in NumPy."""
+"""Tests of `add` and `rescale` against sums and multiples of updates in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 import lora_jax as lj
 
 Axes = lj.Axes
-# A kernel, a table, a stack, heads, one stored (out, in), a fused one with heads.
+# A kernel, a table, a stack, heads, a kernel (out, in), and a fused one with heads.
 SHAPES = {
     "m/kernel": ((6, 5), Axes((), (0,), (1,))),
     "t/embedding": ((7, 4), Axes((), (0,), (1,))),
@@ -31,7 +31,7 @@ def base(seed=0):
 
 
 def adapted(plain, seed, rank=2, alpha=3.0, names=SHAPES, **options):
-    """Random factors, of the dimensions above."""
+    """Returns a tree with random factors for the weights above."""
     axes = {name: SHAPES[name][1] for name in names}
     params = lj.lorafy(plain, rank, alpha=alpha, targets=[*names], axes=axes, **options)
     adapters, rest = lj.split(params)
@@ -45,7 +45,7 @@ def adapted(plain, seed, rank=2, alpha=3.0, names=SHAPES, **options):
 
 
 def update(params, name):
-    """Scale * A B in float64, from the leaves and the axes alone."""
+    """Returns scale * A B in float64, from the leaves and the axes alone."""
     shape, axes = SHAPES[name]
     leaves = params[name.split("/")[0]]
     a, b, scale = (
@@ -67,7 +67,7 @@ def weight(tree, name):
     return np.asarray(tree[module][leaf], np.float64)
 
 
-def test_a_sum_is_that_of_the_updates():
+def test_add_is_the_sum_of_the_updates():
     plain, weights = base(), [0.5, -2, 1.5]
     trees = [adapted(plain, i, rank=1 + i, alpha=2.0 + i) for i in range(3)]
     got = lj.add(*trees, weights=weights)
@@ -79,7 +79,7 @@ def test_a_sum_is_that_of_the_updates():
         np.testing.assert_allclose(weight(merged, name), want, atol=1e-5, err_msg=name)
 
 
-def test_the_mean_of_factors_is_another():
+def test_add_differs_from_the_mean_of_factors():
     plain = base()
     one, two = adapted(plain, 1), adapted(plain, 2)
     mean = lj.add(one, two, weights=[0.5, 0.5])
@@ -90,7 +90,7 @@ def test_the_mean_of_factors_is_another():
     assert np.abs(update(wrong, name) - want).max() > 0.1
 
 
-def test_different_targets_are_united_and_share_their_factors():
+def test_add_of_different_targets_shares_their_factors():
     plain = base()
     one, two = (adapted(plain, i, names=[n]) for i, n in enumerate([*SHAPES][:2]))
     got = lj.add(one, two, weights=[1, 3])
@@ -100,7 +100,7 @@ def test_different_targets_are_united_and_share_their_factors():
     assert got["b"]["bias"] is plain["b"]["bias"]
 
 
-def test_trained_copies_add_their_changes_and_take_updates_in():
+def test_add_of_trained_copies_includes_updates():
     plain = base()
     one = adapted(plain, 0, names=["m/kernel"], also="bias")
     two = adapted(plain, 1, names=["t/embedding"], also=["bias", "m/kernel"])
@@ -109,14 +109,14 @@ def test_trained_copies_add_their_changes_and_take_updates_in():
     change = np.asarray(two["m"]["lora_w"], np.float64) - w
     want = w + 2 * update(one, "m/kernel") + 3 * change
     np.testing.assert_allclose(got["m"]["lora_w"], want, atol=1e-5)
-    moved = [np.asarray(t["b"]["bias_lora_w"], np.float64) - bias for t in (one, two)]
+    changes = [np.asarray(t["b"]["bias_lora_w"], np.float64) - bias for t in (one, two)]
     np.testing.assert_allclose(
-        got["b"]["bias_lora_w"], bias + 2 * moved[0] + 3 * moved[1], atol=1e-5
+        got["b"]["bias_lora_w"], bias + 2 * changes[0] + 3 * changes[1], atol=1e-5
     )
     assert "lora_a" not in got["m"]
 
 
-def test_over_a_base_in_few_bits_and_under_jit():
+def test_add_over_a_quantized_base_and_under_jit():
     plain = lj.quantize(base(), "int8", targets="m")
     one, two = adapted(plain, 1), adapted(plain, 2)
     got = jax.jit(lambda x, y, c: lj.add(x, y, weights=[c, 1.0]))(one, two, 0.5)
@@ -126,7 +126,7 @@ def test_over_a_base_in_few_bits_and_under_jit():
 
 
 @pytest.mark.parametrize("factor", [-1, 0, 2.5])
-def test_a_multiple(factor):
+def test_rescale_multiplies_the_updates(factor):
     params = adapted(base(), 0, also="bias")
     got = lj.rescale(params, factor)
     for name in SHAPES:
@@ -137,7 +137,7 @@ def test_a_multiple(factor):
     assert got["m"]["lora_b"] is params["m"]["lora_b"]
 
 
-def test_multiples_by_pattern_and_traced():
+def test_rescale_by_pattern_and_traced():
     params = adapted(base(), 0)
     got = jax.jit(lambda p, c: lj.rescale(p, {"m": c, "t": 0}))(params, 3.0)
     for name, factor in (("m/kernel", 3), ("t/embedding", 0), ("s/kernel", 1)):
@@ -176,14 +176,14 @@ def broken(**leaves):
         (lambda: lj.rescale(base(), 2), "no adapters"),
     ],
 )
-def test_bad_input(call, match):
+def test_add_and_rescale_refuse_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
 
 
-def test_adapters_of_other_dimensions_are_refused():
+def test_add_refuses_adapters_with_different_axes():
     plain = {"kernel": jnp.ones((4, 4))}
     turned = {"kernel": Axes((), (1,), (0,))}
     one, two = lj.lorafy(plain, 2), lj.lorafy(plain, 2, axes=turned)
-    with pytest.raises(ValueError, match="'kernel' have different inputs and outputs"):
+    with pytest.raises(ValueError, match="'kernel' have different axes"):
         lj.add(one, two)

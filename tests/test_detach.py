@@ -1,4 +1,4 @@
-"""Adapters without their base, in every container, and back: strictly."""
+"""Tests of `detach` and `attach`: inverse of each other, and strict."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def fn(params, x):
     return (x @ params["m"]["kernel"] + params["m"]["bias"][None]) @ params["head"]
 
 
-def test_all_of_an_adapter_and_nothing_else_is_taken_off():
+def test_detach_takes_all_leaves_of_an_adapter_and_nothing_else():
     params = adapted()
     found = {path_name(p): x for p, x in flatten(lj.detach(params)).items()}
     assert {name for name, x in found.items() if x is not None} == {
@@ -42,7 +42,7 @@ def test_all_of_an_adapter_and_nothing_else_is_taken_off():
     assert all(x is y for x, y in pairs)
 
 
-def test_in_a_state_and_abstract_too():
+def test_attach_inverts_detach_in_a_state_abstract_and_jitted():
     state = nnx.State(jax.tree.map(nnx.Param, base()))
     for params in (
         lj.lorafy(state, 2, targets="m/kernel"),
@@ -58,7 +58,7 @@ def test_in_a_state_and_abstract_too():
         assert all(x is y for x, y in pairs)
 
 
-def test_swapping_adapters_compiles_nothing():
+def test_attach_of_other_adapters_compiles_nothing():
     first, second = adapted(), adapted(key=jax.random.key(1), alpha=7)
     plain, x, traces = lj.strip(first), normal(5, 4), []
 
@@ -74,7 +74,7 @@ def test_swapping_adapters_compiles_nothing():
     assert len(traces) == 1
 
 
-def test_a_running_average_of_adapters(optax_promotion):
+def test_attach_of_a_running_average(optax_promotion):
     params = adapted()
     average = start = lj.detach(params)
     for _ in range(2):
@@ -105,21 +105,29 @@ def without(tree, *names):
         (
             lambda p: lj.split(p)[0],
             lj.strip,
-            r"'m/lora_scale' of adapters is missing. Pass detach.*not a half of split",
+            r"adapters lacks 'm/lora_scale'. Pass detach.*not a half of split",
         ),
         (
             lj.detach,
             lambda p: without(lj.strip(p), "kernel"),
-            "base has no leaf 'm/kernel', and the tree of the adapters had",
+            "base lacks 'm/kernel', which the tree of the adapters has",
         ),
         (
             lambda p: without(lj.detach(p), "kernel"),
             lambda p: without(lj.strip(p), "kernel"),
             "'m/lora_a' belongs to no weight",
         ),
-        (lj.detach, lambda p: p, r"base has 'm/lora_a' already.*once.*strip\(params\)"),
-        (lambda p: p, lj.strip, r"'m/kernel' of adapters is no part.*detach\(params\)"),
-        (lambda p: lj.strip(p), lj.strip, "'m/kernel' of adapters is no part"),
+        (
+            lj.detach,
+            lambda p: p,
+            r"already has the adapter leaf 'm/lora_a'.*strip\(params\)",
+        ),
+        (
+            lambda p: p,
+            lj.strip,
+            r"contains 'm/kernel', which is no leaf.*detach\(params\)",
+        ),
+        (lambda p: lj.strip(p), lj.strip, "adapters contains 'm/kernel'"),
         (
             lj.detach,
             lambda p: lj.strip(p) | {"head": normal(3, 5)},
@@ -134,18 +142,18 @@ def without(tree, *names):
         (
             lambda p: {"m": lj.detach(p)["m"]},
             lj.strip,
-            r"base has 'head', and the tree of the adapters had not.*whole of detach",
+            r"base has 'head', which the tree of the adapters lacks.*all of detach",
         ),
     ],
 )
-def test_what_does_not_belong_together_is_refused(adapters, plain, match):
+def test_attach_refuses_what_does_not_fit(adapters, plain, match):
     params = adapted()
     with pytest.raises(ValueError, match=match):
         lj.attach(adapters(params), plain(params))
 
 
-def test_plain_arrays_are_not_put_beside_variables():
-    """As a checkpointer may give them: no filter of nnx would find them."""
+def test_attach_refuses_plain_arrays_next_to_variables():
+    """A checkpointer may return plain arrays, which no filter of nnx would select."""
     state = nnx.State(jax.tree.map(nnx.Param, base()))
     params = lj.lorafy(state, 2, targets="m/kernel")
     own = {path: x for path, x in flatten(lj.detach(params)).items() if x is not None}
@@ -157,6 +165,6 @@ def test_plain_arrays_are_not_put_beside_variables():
 
 
 @pytest.mark.parametrize("use", [lj.detach, lambda x: lj.attach(x, base())])
-def test_an_array_is_no_tree(use):
+def test_detach_and_attach_refuse_an_array(use):
     with pytest.raises(TypeError, match="Expected a tree of parameters"):
         use(jnp.ones(3))

@@ -1,4 +1,4 @@
-"""Plain parameters again: with W + scale * A B, or with W bit for bit."""
+"""Tests of `merge`, W + scale * A B, and of `strip`, which keeps W bit for bit."""
 
 import collections
 import re
@@ -84,12 +84,12 @@ def test_merge_restores_container_boxes_and_dtypes(kind, randomized):
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     assert dtypes(merged) == dtypes(params)
     pairs = zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True)
-    moved = [x is not y for x, y in pairs]
+    changed = [x is not y for x, y in pairs]
     n_adapters = sum(
         "lora_a" in jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(adapted)
     )
-    assert sum(moved) == n_adapters, "leaves without an adapter are shared"
+    assert sum(changed) == n_adapters, "leaves without an adapter are shared"
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_merge_restores_container_boxes_and_dtypes(kind, randomized):
         ("bfloat16", "bfloat16"),
     ],
 )
-def test_the_sum_is_made_in_float32_and_cast_once(dtype, factors):
-    # Multiples of 1/256 below 4: float32 holds every product and sum exactly, so the
-    # oracle is exact and a second rounding, or a narrow sum, shows.
-    numbers = lambda *shape: RNG.integers(-1023, 1024, shape) / 256
-    w = numbers(16, 12).astype(jnp.dtype(dtype))
-    a, b = numbers(16, 4).astype(factors), numbers(4, 12).astype(factors)
+def test_merge_sums_in_float32_and_casts_once(dtype, factors):
+    # Multiples of 1/256 below 4: float32 holds every product and sum exactly, so that
+    # the expected values are exact, and a second rounding or a narrow sum is detected.
+    dyadics = lambda *shape: RNG.integers(-1023, 1024, shape) / 256
+    w = dyadics(16, 12).astype(jnp.dtype(dtype))
+    a, b = dyadics(16, 4).astype(factors), dyadics(4, 12).astype(factors)
     leaves = {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": np.float32(0.5)}
     wide = np.float64
     exact = w.astype(wide) + 0.5 * (a.astype(wide) @ b.astype(wide))
@@ -120,7 +120,7 @@ def test_the_sum_is_made_in_float32_and_cast_once(dtype, factors):
     assert dtype == "float32" or bits(narrow) != bits(expected), "the test can fail"
 
 
-def test_a_float64_weight_is_merged_in_float64():
+def test_merge_sums_a_float64_weight_in_float64():
     w, a, b = RNG.standard_normal((4, 3)), RNG.standard_normal((4, 2)), np.ones((2, 3))
     leaves = {"kernel": w, "lora_a": a, "lora_b": b, "lora_scale": np.float32(0.1)}
     with jax.enable_x64(True):
@@ -132,7 +132,7 @@ def test_a_float64_weight_is_merged_in_float64():
         assert merged.dtype == np.float32
 
 
-def test_numpy_float64_weights_merge_where_jax_has_no_float64(randomized):
+def test_merge_of_numpy_float64_weights_without_x64(randomized):
     base = {"kernel": RNG.standard_normal((4, 3))}
     adapted = randomized(lj.lorafy(base, 2))
     a, b = np.asarray(adapted["lora_a"]), np.asarray(adapted["lora_b"])
@@ -141,7 +141,7 @@ def test_numpy_float64_weights_merge_where_jax_has_no_float64(randomized):
     )
 
 
-def test_a_weight_in_the_hosts_memory_stays_there(randomized):
+def test_merge_keeps_a_weight_in_the_hosts_memory(randomized):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     host = sharding.with_memory_kind("pinned_host")
     params = {"kernel": jax.device_put(jnp.ones((4, 3)), host)}
@@ -152,7 +152,7 @@ def test_a_weight_in_the_hosts_memory_stays_there(randomized):
     assert lj.merge(params)["kernel"].sharding.memory_kind == "pinned_host"
 
 
-def test_a_new_scale_changes_the_merged_weight_in_proportion(randomized):
+def test_merge_is_proportional_to_the_scale(randomized):
     adapted = randomized(lj.lorafy({"kernel": jnp.zeros((4, 3))}, 2, alpha=6))
     once = np.asarray(lj.merge(adapted)["kernel"])
     half = lj.merge(adapted | {"lora_scale": jnp.float32(1.5)})["kernel"]
@@ -161,7 +161,7 @@ def test_a_new_scale_changes_the_merged_weight_in_proportion(randomized):
     np.testing.assert_allclose(once, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_several_weights_of_one_mapping_take_their_own_adapters(randomized):
+def test_merge_of_several_weights_in_one_mapping(randomized):
     params = {"gate": weight(4, 3), "up": weight(4, 3), "kernel": weight(4, 3)}
     adapted = randomized(lj.lorafy(params, 2, targets="*"))
     merged = lj.merge(adapted)
@@ -181,7 +181,7 @@ def test_merge_and_strip_work_under_jit_and_on_shapes(randomized, close):
 
 
 @pytest.mark.parametrize("use", [lj.merge, lj.strip])
-def test_twice_is_refused(use):
+def test_merge_and_strip_refuse_a_plain_tree(use):
     adapted = lj.lorafy({"m": {"kernel": weight(4, 3)}}, 2)
     with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy\(params"):
         use(use(adapted))
@@ -189,7 +189,7 @@ def test_twice_is_refused(use):
 
 @pytest.mark.parametrize("use", [lj.merge, lj.strip])
 @pytest.mark.parametrize("part", ["lora_a", "lora_b", "lora_scale", "kernel"])
-def test_a_broken_adapter_is_refused_by_path(use, part):
+def test_merge_and_strip_name_a_broken_adapter(use, part):
     adapted = lj.lorafy({"m": {"kernel": weight(4, 3)}}, 2)
     del adapted["m"][part]
     match = "'m/lora_a' belongs to no weight" if part == "kernel" else f"'m/{part}' is"
@@ -197,7 +197,7 @@ def test_a_broken_adapter_is_refused_by_path(use, part):
         use(adapted)
 
 
-def test_abstract_parameters_merge_to_abstract_ones():
+def test_merge_of_abstract_parameters_is_abstract():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     for sharding in (None, NamedSharding(mesh, P("x", None))):
         w = jax.ShapeDtypeStruct((4, 3), jnp.bfloat16, sharding=sharding)
@@ -212,7 +212,7 @@ def test_abstract_parameters_merge_to_abstract_ones():
 
 
 def dyadic(shape, dtype="float32"):
-    """Multiples of 1/256 below 4, of which float32 holds all products and sums here."""
+    """Draws multiples of 1/256 below 4: float32 holds their products and sums here."""
     return jnp.asarray(RNG.integers(-1023, 1024, shape) / 256, jnp.float32).astype(
         dtype
     )
@@ -251,9 +251,7 @@ def test_merge_of_a_stack_is_that_of_each_layer(at, dtype, wrap):
 
 @pytest.mark.parametrize("how", [None, "int8", "nf4"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_merge_of_a_stack_is_that_of_its_layers_with_magnitudes_or_codes(
-    how, dora, randomized, close
-):
+def test_merge_of_a_stack_with_magnitudes_or_quantized(how, dora, randomized, close):
     axes = {"kernel": lj.Axes((0,), (1,), (2,))}
     base = {"kernel": weight(3, 8, 6)}
     if how:
@@ -282,7 +280,7 @@ def test_merge_of_a_stack_makes_floats_of_one_layer(how):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x", None, "y"), P("y", "x"), P(None, "x", "y")])
-def test_merge_leaves_a_sharded_stack_where_it_is(kind, spec, randomized, close):
+def test_merge_keeps_the_sharding_of_a_stack(kind, spec, randomized, close):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
     at = NamedSharding(mesh, spec)
     base = {"kernel": weight(8, 16, 8, dtype=jnp.bfloat16)}
@@ -305,7 +303,7 @@ def test_merge_leaves_a_sharded_stack_where_it_is(kind, spec, randomized, close)
 
 
 def test_merge_to_a_dtype_rounds_once_to_it():
-    """Adapted weights and trained copies; other leaves keep theirs."""
+    """For adapted weights and trained copies; other leaves keep their dtype."""
     params = {
         "m": {"kernel": dyadic((16, 12), "bfloat16"), "bias": dyadic(12, "bfloat16")},
         "table": {"embedding": dyadic((5, 4), "bfloat16")},
@@ -334,14 +332,14 @@ def test_merge_to_a_dtype_rounds_once_to_it():
 
 
 def lost_share(w, update, dtype):
-    """How much of an update rounding the sum loses, in NumPy."""
+    """Returns the share of an update that rounding the sum loses, in NumPy."""
     w, update = np.asarray(w, np.float64), np.asarray(update, np.float64)
     rounded = (w + update).astype(np.float32).astype(dtype).astype(np.float64)
     return np.linalg.norm(rounded - w - update) / np.linalg.norm(update)
 
 
 def with_update(w, size, stack=False):
-    """A weight, with an adapter whose update is of that size next to the weight."""
+    """Returns a weight with an adapter, whose update has this size relative to it."""
     params = lj.lorafy({"kernel": w}, 4, axes=AXES if stack else None)
     a, b = (RNG.standard_normal(params[k].shape) for k in ("lora_a", "lora_b"))
     factor = size * np.std(np.asarray(w, np.float64)) / np.std(a @ b)
@@ -366,8 +364,8 @@ def test_merge_warns_where_rounding_loses_most_of_an_update(dtype, shape, size):
     assert abs(share - 0.5) > 1e-3, "the sizes of this test are clear cases"
     assert len(caught) == (share > 0.5)
     if caught:
-        text, said = str(caught[0].message), f"{min(share, 1):.0%}"
-        assert f"'kernel' ({said} in {dtype})" in text
+        text, lost = str(caught[0].message), f"{min(share, 1):.0%}"
+        assert f"'kernel' ({lost} in {dtype})" in text
         assert "merge(params, dtype=jnp.float32)" in text
         assert caught[0].filename == __file__
     lj.merge(params, dtype=jnp.float32)  # warnings are errors
@@ -375,7 +373,7 @@ def test_merge_warns_where_rounding_loses_most_of_an_update(dtype, shape, size):
     jax.eval_shape(lj.merge, params)
 
 
-def test_merge_warns_of_magnitudes_and_codes_too():
+def test_merge_warns_with_magnitudes_and_quantized_weights():
     w = weight(64, 32, dtype=jnp.bfloat16)
     params, _ = with_update(w, 1e-4)
     quantized = params | lj.quantize({"kernel": w}, "int8")
@@ -397,16 +395,16 @@ def test_merge_warns_once_and_lists_six_weights():
         lj.merge(params)
     assert len(caught) == 1
     assert re.findall(r"'(\d)/kernel'", str(caught[0].message)) == [*"123456"]
-    assert "'6/kernel' (100% in bfloat16), ...: the merged" in str(caught[0].message)
+    assert "'6/kernel' (100% in bfloat16), .... To keep them" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-def test_merge_warns_of_no_update_that_is_zero(dtype):
+def test_merge_does_not_warn_of_a_zero_update(dtype):
     lj.merge(lj.lorafy({"kernel": weight(8, 8).astype(dtype)}, 2))
 
 
-def test_merge_warns_of_no_trained_copy():
-    """`lora` rounds it to the leaf's dtype as well: nothing is lost by merging."""
+def test_merge_does_not_warn_of_a_trained_copy():
+    """`lora` also rounds a copy to the leaf's dtype, so that merging loses nothing."""
     base = {"kernel": weight(8, 8), "scale": jnp.ones(8, jnp.bfloat16)}
     params = lj.lorafy(base, 2, also="scale")
     params |= {"scale_lora_w": jnp.full(8, 1.001)}

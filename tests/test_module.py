@@ -1,4 +1,4 @@
-"""A live module with adapters is that module with merged weights, in all it does."""
+"""Tests of `LoRA` against models with merged weights, and of modules as trees."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ TRAINS = nnx.DiffState(0, nnx.LoRAParam)
 
 
 class Net(nnx.Module):
-    """Most of what a module may keep: counts, statistics, lists, a table, a head."""
+    """A model with most kinds of state: counts, statistics, lists, a table, a head."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(7, 4, rngs=rngs)
@@ -47,8 +47,8 @@ def net(seed=0):
     return Net(nnx.Rngs(seed))
 
 
-def moved(module, seed=1):
-    """The module with random factors, as after some training."""
+def as_trained(module, seed=1):
+    """Sets random factors, as after some training, and returns the module."""
     rng = np.random.default_rng(seed)
     state = nnx.state(module, nnx.LoRAParam)
     draw = lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype)
@@ -58,11 +58,11 @@ def moved(module, seed=1):
 
 def adapted(rank=2, model=None, **options):
     options = {"targets": ["kernel", "embedding"], "alpha": 3.0} | options
-    return moved(lj.LoRA(net() if model is None else model, rank, **options))
+    return as_trained(lj.LoRA(net() if model is None else model, rank, **options))
 
 
 def by_hand(module, model):
-    """The given model with W + scale A B, summed in NumPy."""
+    """Returns the given model with W + scale A B, summed in NumPy."""
     model = nnx.clone(model)
     leaves = {
         "/".join(map(str, path)): np.asarray(x[...], np.float64)
@@ -71,11 +71,11 @@ def by_hand(module, model):
     }
     new = []
     for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        beside = "/".join(map(str, path[:-1]))
-        if f"{beside}/lora_a" in leaves and path[-1] in ("kernel", "embedding"):
-            a, b, s = (leaves[f"{beside}/lora_{n}"] for n in ("a", "b", "scale"))
-            whole = np.asarray(x[...]) + s * a @ b
-            x = x.replace(jax.device_put(whole.astype(x.dtype)))
+        layer = "/".join(map(str, path[:-1]))
+        if f"{layer}/lora_a" in leaves and path[-1] in ("kernel", "embedding"):
+            a, b, s = (leaves[f"{layer}/lora_{n}"] for n in ("a", "b", "scale"))
+            total = np.asarray(x[...]) + s * a @ b
+            x = x.replace(jax.device_put(total.astype(x.dtype)))
         new.append((path, x))
     nnx.update(model, nnx.from_flat_state(new))
     return model
@@ -86,14 +86,14 @@ def same(got, want, atol=1e-5):
 
 
 def kept(model):
-    """What a model keeps as it runs, by path: not its weights."""
+    """Returns a model's state other than its weights and keys, by path."""
     flat = nnx.to_flat_state(nnx.state(model))
     other = [(p, x) for p, x in flat if not isinstance(x, nnx.Param)]
     other = [(p, x) for p, x in other if "lora" not in str(p[-1])]
     return {p: x[...] for p, x in other if not isinstance(x, nnx.RngKey)}
 
 
-def test_starts_as_the_model_and_leaves_it_as_it_was():
+def test_lora_starts_as_the_model_and_does_not_change_it():
     model = net()
     before = jax.tree.leaves(nnx.state(model))
     module = lj.LoRA(model, 2)
@@ -104,7 +104,7 @@ def test_starts_as_the_model_and_leaves_it_as_it_was():
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_calls_are_those_of_merged_weights_with_all_that_they_keep(jit):
+def test_lora_call_and_state_are_those_of_merged_weights(jit):
     model = net()
     module, plain = adapted(model=model), by_hand(adapted(model=model), model)
     run = (nnx.jit if jit else lambda f: f)(lambda module, x: module(x))
@@ -118,7 +118,7 @@ def test_calls_are_those_of_merged_weights_with_all_that_they_keep(jit):
     assert got["drop", "rngs", "count"] == 2
 
 
-def test_eval_and_train_reach_the_model():
+def test_lora_eval_and_train_reach_the_model():
     module = adapted()
     plain = by_hand(module, net())
     module.eval(), plain.eval()
@@ -129,18 +129,18 @@ def test_eval_and_train_reach_the_model():
     assert np.abs(module(IDS) - module(IDS)).max() > 1e-3
 
 
-def test_other_methods_have_the_adapters_too():
+def test_lora_other_methods_use_the_adapters():
     module = adapted()
     plain = by_hand(module, net())
     module.eval(), plain.eval()
     same(module.features(IDS), plain.features(IDS))
     with pytest.raises(AttributeError, match=r"LoRA has no attribute 'nothing'.*'Net'"):
         module.nothing  # noqa: B018
-    with pytest.raises(AttributeError, match=r"module\.model\.layers, without"):
+    with pytest.raises(AttributeError, match=r"module\.model\.layers, which"):
         module.layers  # noqa: B018
 
 
-def test_gradients_are_those_of_the_formula():
+def test_lora_gradients_are_those_of_the_formula():
     module = adapted(rank=2)
     module.eval()
     loss = lambda module: jnp.sum(module(IDS) ** 2)
@@ -164,7 +164,7 @@ def test_gradients_are_those_of_the_formula():
     assert trained == {nnx.LoRAParam}
 
 
-def test_trains_with_nnx_optimizer_and_nothing_else_moves():
+def test_lora_trains_with_nnx_optimizer_and_the_base_stays():
     module = adapted(also="head/bias")
     optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.LoRAParam)
     frozen = {
@@ -192,8 +192,8 @@ def test_trains_with_nnx_optimizer_and_nothing_else_moves():
     assert module.model.calls[...] == 40
 
 
-def test_frozen_gradients_are_not_computed():
-    """A wide layer: a step with its gradient would take half as many FLOPs again."""
+def test_lora_computes_no_frozen_gradients():
+    """The layers are wide: gradients of W would add half of the FLOPs."""
     wide = nnx.Sequential(*(nnx.Linear(64, 64, rngs=nnx.Rngs(i)) for i in range(3)))
     module = lj.LoRA(wide, 1)
     graph, state = nnx.split(module)
@@ -205,10 +205,10 @@ def test_frozen_gradients_are_not_computed():
 
     flops = jax.jit(grads).lower(state).compile().cost_analysis()["flops"]
     products = 2 * 128 * 64 * 64
-    assert flops < 1.25 * 5 * products  # 3 forward, 2 back: with those of W it were 8
+    assert flops < 1.25 * 5 * products  # 3 forward, 2 back; 8 with those of W
 
 
-def test_splits_merges_and_clones():
+def test_lora_splits_merges_and_clones():
     module = adapted()
     module.eval()
     want = module(IDS)
@@ -221,7 +221,7 @@ def test_splits_merges_and_clones():
     assert paths == {"lora_a", "lora_b"}
 
 
-def test_merge_gives_a_plain_model():
+def test_lora_merge_returns_a_plain_model():
     module = adapted()
     merged, plain = module.merge(), by_hand(module, net())
     assert type(merged) is Net
@@ -233,13 +233,13 @@ def test_merge_gives_a_plain_model():
     assert not module.model.head.bias[...].any()
 
 
-def test_dropout_of_the_adapters():
+def test_lora_dropout_of_the_adapters():
     module = adapted(dropout=0.5, rngs=nnx.Rngs(5))
     module.eval()
     still = module(IDS)
     same(still, module(IDS))
     module.train()
-    module.model.eval()  # so that the adapters' own dropout is all there is
+    module.model.eval()  # so that only the adapters drop
     one, two = module(IDS), module(IDS)
     assert np.abs(one - two).max() > 1e-3
     assert module.rngs.dropout.count[...] == 2
@@ -256,13 +256,13 @@ class Decoder(nnx.Module):
         return self.attention(x)
 
 
-def test_caches_are_made_and_filled():
+def test_lora_creates_and_fills_caches():
     model = Decoder(nnx.Rngs(0))
     axes = {
         f"attention/{name}/kernel": lj.Axes((), (0,), (1, 2))
         for name in ("query", "key", "value")
     } | {"attention/out/kernel": lj.Axes((), (0, 1), (2,))}
-    module = moved(lj.LoRA(model, 2, axes=axes))
+    module = as_trained(lj.LoRA(model, 2, axes=axes))
     plain = module.merge()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 4)), jnp.float32)
     module.start((1, 3, 4)), plain.start((1, 3, 4))
@@ -281,11 +281,11 @@ class Noisy(nnx.Module):
         return {name: x * scale, "weight": self.layer.kernel[...]}
 
 
-def test_live_arguments_move_and_what_is_no_array_passes():
-    module = moved(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
+def test_lora_updates_live_arguments_and_passes_others_through():
+    module = as_trained(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
     plain, x = module.merge(), jnp.ones((2, 4))
     ours, theirs = nnx.Rngs(noise=1), nnx.Rngs(noise=1)
-    with pytest.warns(UserWarning, match="return"):  # a weight that leaves is formed
+    with pytest.warns(UserWarning, match="return"):  # it is materialized
         got = module(x, ours, name="sum")
     want = plain(x, theirs, name="sum")
     assert got.keys() == want.keys()
@@ -295,7 +295,7 @@ def test_live_arguments_move_and_what_is_no_array_passes():
 
 
 class Kinds(nnx.Module):
-    """What a class may call a method, and what such a method may look at."""
+    """A model with methods of every kind."""
 
     def __init__(self, rngs):
         self.layer = nnx.Linear(4, 4, rngs=rngs)
@@ -338,8 +338,8 @@ class Kinds(nnx.Module):
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
 
 
-def test_methods_of_every_kind():
-    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+def test_lora_methods_of_every_kind():
+    module = as_trained(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
     plain = module.merge()
     same(module.twice(X), plain.twice(X))
     same(module.jitted(X), plain.jitted(X))
@@ -348,16 +348,18 @@ def test_methods_of_every_kind():
     for _ in range(2):
         same(module.remember(X), plain.remember(X))
     same(module.model.memo["sum"], plain.memo["sum"])
-    with pytest.raises(TypeError, match=r"Kinds\.steps goes on after.*loop outside"):
+    with pytest.raises(TypeError, match=r"Kinds\.steps is a generator.*loop outside"):
         module.steps(X)
-    with pytest.raises(TypeError, match=r"Kinds is no function.*module\.encode"):
+    with pytest.raises(
+        TypeError, match=r"Kinds has no method __call__.*module\.encode"
+    ):
         module(X)
     assert module.Config is Kinds.Config  # a setting
 
 
-@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # squared, it is formed
-def test_the_model_finds_no_adapters_in_itself():
-    module = moved(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
+@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # materialized
+def test_lora_hides_the_adapters_from_the_model():
+    module = as_trained(lj.LoRA(Kinds(nnx.Rngs(0)), 2))
     merged = by_hand(module, Kinds(nnx.Rngs(0)))
     weights = merged.layer.kernel, merged.layer.bias
     want = sum(np.sum(np.square(w[...])) for w in weights)
@@ -380,10 +382,10 @@ CLOSURES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # returned, it is formed
+@pytest.mark.filterwarnings("ignore:'layer/kernel' meets")  # materialized
 @pytest.mark.parametrize("how", CLOSURES)
-def test_functions_of_jax_may_close_over_it(how):
-    module = moved(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
+def test_lora_may_be_closed_over_by_jax_functions(how):
+    module = as_trained(lj.LoRA(Noisy(nnx.Rngs(0)), 2))
     plain, key = by_hand(module, Noisy(nnx.Rngs(0))), jax.random.key(1)
     got, want = (CLOSURES[how](model)(X, key) for model in (module, plain))
     jax.tree.map(same, got, want)
@@ -400,8 +402,8 @@ class Sows(nnx.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow")
-def test_what_the_model_sows():
-    module = moved(lj.LoRA(Sows(nnx.Rngs(0)), 2))
+def test_lora_keeps_what_the_model_sows():
+    module = as_trained(lj.LoRA(Sows(nnx.Rngs(0)), 2))
     y = module(X), module(X)
     (sown,) = nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))
     assert sown[0] == ("model", "y")
@@ -421,7 +423,7 @@ class Image(nnx.Module):
         return self.heads(self.norm(self.patches(x)))
 
 
-def test_axes_are_read_off_the_call():
+def test_lora_takes_axes_from_find_axes():
     model = Image(nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32)
     with pytest.raises(ValueError, match="axes=find_axes"):
@@ -430,7 +432,7 @@ def test_axes_are_read_off_the_call():
     call = lambda state, x: nnx.merge(graph, state)(x)
     axes = lj.find_axes(model, x)
     assert axes == lj.find_axes(call, state, x)
-    module = moved(lj.LoRA(model, 2, axes=axes))
+    module = as_trained(lj.LoRA(model, 2, axes=axes))
     assert lj.find_axes(module, x) == axes
     assert module.model.heads.lora_b[...].shape == (2, 2, 4)
     kernel = np.asarray(model.patches.kernel[...])
@@ -445,7 +447,7 @@ def test_axes_are_read_off_the_call():
 
 
 class Twice(nnx.Module):
-    """One layer in two places, layers in a scan, and remat."""
+    """A model with a shared layer, layers in a scan, and remat."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(4, 4, rngs=rngs)
@@ -462,9 +464,9 @@ class Twice(nnx.Module):
         return self.again(x)
 
 
-def test_shared_layers_scans_and_remat():
+def test_lora_with_shared_layers_scans_and_remat():
     axes = {"stack/kernel": lj.Axes((0,), (1,), (2,))}
-    module = moved(lj.LoRA(Twice(nnx.Rngs(0)), 2, axes=axes))
+    module = as_trained(lj.LoRA(Twice(nnx.Rngs(0)), 2, axes=axes))
     plain, x = module.merge(), jnp.ones((2, 4))
     state = nnx.state(module.model)
     assert state["stack"]["lora_a"].shape == (3, 4, 2)
@@ -479,10 +481,10 @@ def test_shared_layers_scans_and_remat():
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-def test_on_a_base_in_few_bits(how):
+def test_lora_on_a_quantized_base(how):
     model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
     nnx.update(model, lj.quantize(nnx.state(model), how, block=4))
-    module = moved(lj.LoRA(model, 2))
+    module = as_trained(lj.LoRA(model, 2))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
     same(module(x), module.merge()(x), 1e-4)
     assert isinstance(module.model.layers[0].kernel.get_raw_value(), lj.Quantized)
@@ -493,8 +495,8 @@ def test_on_a_base_in_few_bits(how):
     assert loss(module) < before
 
 
-def test_dora():
-    module = moved(lj.LoRA(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, dora=True))
+def test_lora_with_dora():
+    module = as_trained(lj.LoRA(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), 2, dora=True))
     state = {k: np.asarray(x[...]) for k, x in nnx.state(module.model).items()}
     v = state["kernel"] + state["lora_a"] @ state["lora_b"]
     w = state["lora_magnitude"] * v / np.linalg.norm(v, axis=0)
@@ -502,7 +504,7 @@ def test_dora():
     same(module(jnp.asarray(x)), x @ w)
 
 
-def test_the_state_is_a_tree_from_lorafy(tmp_path):
+def test_lora_state_is_a_tree_from_lorafy(tmp_path):
     module = adapted()
     module.eval()
     state = nnx.state(module.model)
@@ -528,7 +530,7 @@ def test_the_state_is_a_tree_from_lorafy(tmp_path):
     assert "head/kernel" in str(report) and "NEVER USED" in str(report)
 
 
-def test_a_container_of_parameters_by_name():
+def test_lora_with_parameters_in_a_dict():
     class Named(nnx.Module):
         def __init__(self, rngs):
             self.w = nnx.Dict(kernel=nnx.Param(jnp.eye(4)))
@@ -536,7 +538,7 @@ def test_a_container_of_parameters_by_name():
         def __call__(self, x):
             return x @ self.w["kernel"]
 
-    module = moved(lj.LoRA(Named(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Named(nnx.Rngs(0)), 2))
     same(module(jnp.ones((2, 4))), module.merge()(jnp.ones((2, 4))))
 
 
@@ -545,7 +547,7 @@ class Items(nnx.Module):
         self.ws = nnx.List([nnx.Param(jnp.ones((4, 4)))])
 
 
-def test_bad_input():
+def test_lora_refuses_bad_input():
     with pytest.raises(TypeError, match=r"live nnx\.Module, found dict.*lorafy"):
         lj.LoRA({"kernel": jnp.ones((3, 3))}, 2)
     with pytest.raises(ValueError, match="Dropout has no parameters"):
@@ -556,7 +558,7 @@ def test_bad_input():
         lj.LoRA(nnx.Linear, 2)
     wrong = [(None, "NoneType"), (0, "int"), (nnx.Rngs(params=0), r"\['params'\]")]
     for rngs, found in wrong:
-        with pytest.raises(ValueError, match=rf"found {found}: .*rngs=nnx\.Rngs\(0\)"):
+        with pytest.raises(ValueError, match=rf"found {found}\. .*rngs=nnx\.Rngs\(0\)"):
             lj.LoRA(net(), 2, dropout=0.1, rngs=rngs)
     with pytest.raises(ValueError, match=r"one adapter, found stack=3.*jax\.vmap"):
         lj.LoRA(net(), 2, stack=3)
@@ -584,7 +586,7 @@ class Half(nnx.Module):
         return self.used(x)
 
 
-def test_an_error_in_the_model_leaves_the_module_as_it_was():
+def test_lora_state_is_unchanged_after_an_error_in_the_model():
     module = adapted()
     with pytest.raises(Exception, match=r"embed|shape|dtype|integer"):
         module(jnp.ones((2, 3)))  # no ids
@@ -593,8 +595,8 @@ def test_an_error_in_the_model_leaves_the_module_as_it_was():
     assert module.model.calls[...] == 1
 
 
-def test_a_function_that_jax_traces_may_close_over_the_module():
-    """In inference nothing is kept, so nothing may be written from inside the trace."""
+def test_lora_writes_nothing_inside_a_trace_in_inference():
+    """In inference no state changes, so that no tracer may be written to the module."""
     module = adapted()
     module.eval()
     want = module.features(IDS)
@@ -610,7 +612,7 @@ def act(x):
 
 
 class Signed(nnx.Module):
-    """A model with settings, and signatures that trainers ask about."""
+    """A model with settings and with signatures."""
 
     kind = "decoder"
 
@@ -636,7 +638,7 @@ class Signed(nnx.Module):
         return self.layer(x) * (2 if self.decode else 1)
 
     def encode(self, x, /, scale=1.0):
-        """Scales what the layer gives."""
+        """Scales the output of the layer."""
         return self.layer(x) * scale
 
     half = functools.partialmethod(encode, scale=0.5)
@@ -647,7 +649,7 @@ class Signed(nnx.Module):
 
 
 def signed(**options):
-    return moved(lj.LoRA(Signed(nnx.Rngs(0)), 2, **options))
+    return as_trained(lj.LoRA(Signed(nnx.Rngs(0)), 2, **options))
 
 
 ROUTES = {
@@ -663,7 +665,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_methods_have_the_signatures_of_the_model(route):
+def test_lora_methods_have_the_signatures_of_the_model(route):
     module, plain = ROUTES[route](signed()), Signed(nnx.Rngs(0))
     for name in ("__call__", "encode", "half", "jitted"):
         want = inspect.signature(getattr(plain, name))
@@ -672,11 +674,11 @@ def test_methods_have_the_signatures_of_the_model(route):
     assert module.__call__.__doc__ == "Runs the layer."
     assert (module.encode.__name__, module.encode.__doc__) == (
         "encode",
-        "Scales what the layer gives.",
+        "Scales the output of the layer.",
     )
 
 
-def test_signatures_inside_a_jitted_function():
+def test_lora_signatures_inside_a_jitted_function():
     found = []
 
     @nnx.jit
@@ -688,7 +690,7 @@ def test_signatures_inside_a_jitted_function():
     assert found == [inspect.signature(Signed(nnx.Rngs(0)).__call__)]
 
 
-def test_methods_are_equal_to_themselves_and_survive_pickle():
+def test_lora_methods_are_equal_to_themselves_and_survive_pickle():
     module = signed()
     assert module.encode == module.encode and module.__call__ == module.__call__
     traced = []
@@ -700,7 +702,7 @@ def test_methods_are_equal_to_themselves_and_survive_pickle():
     same(again(X, scale=2.0), 2 * module(X))
 
 
-def test_a_subclass_may_have_a_call_of_its_own():
+def test_lora_subclass_may_override_the_call():
     class Twice(lj.LoRA):
         factor = 1
 
@@ -708,8 +710,8 @@ def test_a_subclass_may_have_a_call_of_its_own():
             return self.factor * super().__call__(x, segment_ids=1)
 
     model = Signed(nnx.Rngs(0))
-    model.factor = 3  # of one name with the subclass's own
-    module = moved(Twice(model, 2))
+    model.factor = 3  # the subclass has an attribute of that name, too
+    module = as_trained(Twice(model, 2))
     module.factor = 2
     assert module.model.factor == 3
     assert str(inspect.signature(module.__call__)) == "(x)"
@@ -717,13 +719,13 @@ def test_a_subclass_may_have_a_call_of_its_own():
     same(module(X), 2 * signed()(X))
 
 
-def test_a_call_without_a_signature():
+def test_lora_call_without_a_signature():
     class Opaque(Signed):
         def __call__(self, *args):
             return self.layer(*args)
 
     Opaque.__call__.__signature__ = "none"  # so that inspect refuses
-    module = moved(lj.LoRA(Opaque(nnx.Rngs(0)), 2))
+    module = as_trained(lj.LoRA(Opaque(nnx.Rngs(0)), 2))
     kinds = [
         p.kind.name for p in inspect.signature(module.__call__).parameters.values()
     ]
@@ -731,13 +733,13 @@ def test_a_call_without_a_signature():
     same(module(X), module.merge()(X))
 
 
-def test_settings_are_those_of_the_model():
+def test_lora_settings_are_those_of_the_model():
     given = Signed(nnx.Rngs(0))
-    module = moved(lj.LoRA(given, 2))
+    module = as_trained(lj.LoRA(given, 2))
     assert module.config is module.model.config
     assert (module.kind, module.num_embed, module.act) == ("decoder", 4, act)
     for name in ("layer", "table", "first", "weights", "_seed"):
-        with pytest.raises(AttributeError, match=rf"module\.model\.{name}, without"):
+        with pytest.raises(AttributeError, match=rf"module\.model\.{name}, which"):
             getattr(module, name)
         assert not hasattr(module, name)
     before = module(X)
@@ -749,11 +751,11 @@ def test_settings_are_those_of_the_model():
     same(module(X), before)
     with pytest.raises(AttributeError, match=r"Write module\.model\.layer = "):
         module.layer = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-    module.step = 7  # what the model has not is the module's own
+    module.step = 7  # set on the module, since the model has no such attribute
     assert module.step == 7 and not hasattr(module.model, "step")
 
 
-def test_settings_of_the_adapters_can_be_set_later():
+def test_lora_options_can_be_set_later():
     module = signed()
     plain = module(X)
     module.dropout, module.rngs = 0.5, nnx.Rngs(5)
@@ -769,8 +771,8 @@ def names_of(tree):
     return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(tree)}
 
 
-def test_functions_of_trees_take_modules(tmp_path):
-    """The same as with the state, without a prefix, and a module where there is one."""
+def test_rebuild_functions_of_trees_take_modules(tmp_path):
+    """Results equal those for the state, and are modules where there is a model."""
     model = net()
     module = adapted(model=model)
     module.eval(), model.eval()
@@ -792,7 +794,7 @@ def test_functions_of_trees_take_modules(tmp_path):
         assert type(new) is lj.LoRA and type(new.model) is Net
         new.eval()
         same(new(IDS), want)
-    with pytest.raises(ValueError, match=r"adapter in base already.*strip"):
+    with pytest.raises(ValueError, match=r"already has an adapter in base.*strip"):
         lj.load(path, module)
     assert type(lj.load(path, lj.strip(module))) is lj.LoRA
 
@@ -808,16 +810,18 @@ def test_functions_of_trees_take_modules(tmp_path):
     assert lj.find_names(module, head, targets="head") == {"head/kernel": "head"}
 
 
-def test_functions_of_trees_give_modules():
+def test_rebuild_functions_of_trees_return_modules():
     model = net()
-    module, other = adapted(model=model), moved(adapted(model=model), seed=2)
+    module, other = adapted(model=model), as_trained(adapted(model=model), seed=2)
     for each in (model, module, other):
         each.eval()
     plain, want = model(IDS), module(IDS)
     off = lj.rescale(module, 0.0)
     same(off(IDS), plain)
     same(module(IDS), want)  # which is not changed
-    both = lj.add(module, other)  # though one has run more often than the other
+    both = lj.add(
+        module, other
+    )  # one has run more often than the other, which does not matter
     assert type(both) is lj.LoRA and both.model.head.lora_a.shape == (4, 4)
     want_kernel = sum(np.asarray(lj.merge(m).head.kernel[...]) for m in (module, other))
     same(
@@ -838,7 +842,7 @@ def test_functions_of_trees_give_modules():
     assert dict((p, r) for p, r, _ in lj.kept(tuned, found).rows)["head/kernel"] == 2
 
 
-def test_the_options_of_a_module_stay():
+def test_rebuild_keeps_the_options_of_a_module():
     module = adapted(dropout=0.5, rngs=nnx.Rngs(5), unused="ignore")
     new = lj.rescale(module, 2.0)
     assert (new.dropout, new.unused) == (0.5, "ignore")
@@ -848,7 +852,7 @@ def test_the_options_of_a_module_stay():
     assert new.rngs.dropout.count[...] == 2 and module.rngs.dropout.count[...] == 0
 
 
-def test_quantized_models():
+def test_rebuild_of_quantized_models():
     model = nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2)))
     stored = lj.quantize(model, "nf4", block=4)
     assert type(stored) is nnx.Sequential
@@ -856,17 +860,17 @@ def test_quantized_models():
     assert isinstance(model.layers[0].kernel[...], jax.Array)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
     floats = lj.dequantize(stored)
-    module = moved(lj.LoRA(stored, 2))
+    module = as_trained(lj.LoRA(stored, 2))
     kept = lj.strip(module).layers[0].kernel.get_raw_value()
     assert kept.values is stored.layers[0].kernel.get_raw_value().values
     same(module(x), lj.dequantize(module)(x))
-    after = lj.quantize(moved(lj.LoRA(model, 2)), "nf4", block=4)
+    after = lj.quantize(as_trained(lj.LoRA(model, 2)), "nf4", block=4)
     same(after(x), module(x))
     same(lj.merge(stored)(x), floats(x))
     assert "nf4" in str(lj.explain(stored, x))
 
 
-def test_where_there_is_no_model_it_is_a_state():
+def test_rebuild_returns_a_state_if_leaves_make_no_model():
     module = adapted()
     state = nnx.state(module.model)
     halves = lj.split(module)
@@ -882,13 +886,13 @@ def test_where_there_is_no_model_it_is_a_state():
     assert type(lj.take(both, 1)) is nnx.State
     kept = lj.detach(module)
     before = np.asarray(kept["head"]["lora_a"][...])
-    moved(module, seed=3)
+    as_trained(module, seed=3)
     np.testing.assert_array_equal(kept["head"]["lora_a"][...], before)
     for state in (*halves, both, kept):
         assert type(state) is nnx.State
 
 
-def test_functions_of_functions_take_modules():
+def test_explain_and_find_axes_take_modules():
     module = adapted()
     module.eval()
     plain = nnx.clone(lj.strip(module))
@@ -914,7 +918,7 @@ def test_functions_of_functions_take_modules():
 
 
 class Kept(nnx.Module):
-    """A matrix that is no parameter, which no adapter can update."""
+    """A model with a matrix that is no parameter, so that it gets no adapter."""
 
     def __init__(self, rngs):
         self.layer = nnx.Linear(4, 4, rngs=rngs)
@@ -924,14 +928,14 @@ class Kept(nnx.Module):
         return self.layer(x @ self.mixing[...])
 
 
-def test_axes_of_a_model_are_those_of_its_parameters():
+def test_find_axes_of_a_model_finds_only_its_parameters():
     axes = lj.find_axes(Kept(nnx.Rngs(0)), X)
     assert [*axes] == ["layer/kernel"]
     module = lj.LoRA(Kept(nnx.Rngs(0)), 2, targets="*", axes=axes)
     same(module(X), module.merge()(X))
 
 
-def test_abstract_models(tmp_path):
+def test_rebuild_of_abstract_models(tmp_path):
     path = tmp_path / "a.safetensors"
     module = adapted()
     lj.save(path, module)
@@ -948,7 +952,7 @@ def test_abstract_models(tmp_path):
     assert lj.count(stored).base_bytes < lj.count(module).base_bytes
 
 
-def test_keys_and_counts_are_no_parameters():
+def test_rebuild_ignores_keys_and_counts():
     model = net()
     weights = jax.tree.leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
     module = lj.LoRA(model, 1)
@@ -967,7 +971,7 @@ def test_keys_and_counts_are_no_parameters():
     assert type(lj.extract(tuned, model, 1, targets="head")) is lj.LoRA
 
 
-def test_a_lora_inside_a_model():
+def test_rebuild_of_a_model_with_a_lora_inside():
     class Outer(nnx.Module):
         def __init__(self, inner):
             self.inner = inner
@@ -983,7 +987,7 @@ def test_a_lora_inside_a_model():
         lj.merge(outer)
 
 
-def test_what_takes_no_module_says_what_does():
+def test_lorafy_and_lora_refuse_modules():
     model = Half(nnx.Rngs(0))
     with pytest.raises(
         TypeError, match=r"live module Half\. Write LoRA\(model, rank\)"
@@ -1030,7 +1034,7 @@ def no_updates(module, optimizer, x, steps, traced):
 
 
 @pytest.mark.parametrize("run", [apart, no_updates])
-def test_a_step_that_copies_no_frozen_weight(run):
+def test_lora_step_copies_no_frozen_weight(run):
     if (
         run is no_updates
         and "graph_updates" not in inspect.signature(nnx.jit).parameters
@@ -1056,7 +1060,7 @@ def test_a_step_that_copies_no_frozen_weight(run):
     assert optimizer.step[...] == 3
 
 
-def test_merge_takes_a_dtype():
+def test_lora_merge_takes_a_dtype():
     model = nnx.Linear(4, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     merged = lj.LoRA(model, 2).merge(dtype=jnp.float32)
     assert merged.kernel[...].dtype == jnp.float32

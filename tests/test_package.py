@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ PEFT = (
 # The modules and sub-packages in the order of the data flow.
 MODULES = (
     "_engine _tree _adapters _arguments _targets _processes _lorafy _state _quantize "
-    "_axes _lora _explain _layers _split _optimizer _merge _live _module _arithmetic "
-    "_stack _svd _detach _sample _write _save _peft"
+    "_axes _lora _explain _layers _split _optimizer _merge _live _module _checks "
+    "_arithmetic _stack _matrices _svd _detach _sample _write _save _peft"
 ).split()
 PACKAGES = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [
@@ -136,12 +137,25 @@ def test_package_docstring_lists_the_files_of_a_sub_package():
         assert listed == names
 
 
-def test_package_init_contains_only_imports_in_order():
-    body = ast.parse((PACKAGE / "__init__.py").read_text()).body
-    assert all(isinstance(node, ast.ImportFrom) for node in body[1:])
-    order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in body[1:]]
+def test_package_init_contains_only_imports_in_order_and_the_version():
+    _, *imports, version = ast.parse((PACKAGE / "__init__.py").read_text()).body
+    assert isinstance(version, ast.Assign)
+    assert all(isinstance(node, ast.ImportFrom) for node in imports)
+    order = [ORDER.index(node.module.removeprefix("lora_jax.")) for node in imports]
     # Quantized and Axes come first, because other functions use these types.
     assert order == sorted(order)
+
+
+def test_package_version_is_that_of_the_citation():
+    """pyproject.toml reads it from `__init__`, so it needs no installed package."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+", lj.__version__)
+    root = PACKAGE.parent
+    citation = (root / "CITATION.cff").read_text()
+    assert f"\nversion: {lj.__version__}\n" in citation
+    with open(root / "pyproject.toml", "rb") as file:
+        config = tomllib.load(file)
+    assert config["project"]["dynamic"] == ["version"]
+    assert config["tool"]["hatch"]["version"]["path"] == "lora_jax/__init__.py"
 
 
 def test_package_tests_have_the_same_folders():

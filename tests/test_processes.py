@@ -317,7 +317,7 @@ def test_an_error_in_one_is_an_error_in_both(tmp_path):
     assert codes == [0, 0], "\n".join(said)
     first, second = said
     for name, own, text in [
-        ("folder", "ValueError", "is a folder. Give the name of a file"),
+        ("folder", "ValueError", "is a folder. Pass the name of a file"),
         ("tree", "ValueError", "have no adapters"),
         ("stop", "KeyboardInterrupt", "Ctrl-C"),
     ]:

@@ -1,4 +1,4 @@
-"""A few values tell a weight from another, and do not mind how it is stored."""
+"""Tests of `sample` and `differ`: they recognize a weight however it is stored."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def drawn(*shape):
 
 
 def quantized(w, levels=7, block=64):
-    """What is left of a weight in whole numbers with a scale for each block."""
+    """Returns a weight rounded to integers times one scale per block."""
     blocks = w.reshape(-1, block)
     scale = np.abs(blocks).max(-1, keepdims=True) / levels
     return (np.round(blocks / scale) * scale).reshape(w.shape)
@@ -27,15 +27,15 @@ SAME = {
     "bfloat16": lambda w: w.astype(jnp.bfloat16),
     "float16": lambda w: w.astype(np.float16),
     "a JAX array": jnp.asarray,
-    "eight bits a channel": lambda w: quantized(w, 127, w.shape[-1]),
-    "four bits, blocks of 64": quantized,
-    "four bits, a whole row": lambda w: quantized(w, 7, w.shape[-1]),
+    "8 bits per channel": lambda w: quantized(w, 127, w.shape[-1]),
+    "4 bits, blocks of 64": quantized,
+    "4 bits per row": lambda w: quantized(w, 7, w.shape[-1]),
 }
 
 
 @pytest.mark.parametrize("how", SAME)
 @pytest.mark.parametrize("tail", [drawn, lambda *n: RNG.laplace(size=n)])
-def test_the_same_weight_stored_otherwise_passes(how, tail):
+def test_differ_is_zero_for_the_same_weight_stored_otherwise(how, tail):
     for _ in range(50):
         w = tail(128, 256).astype(np.float32)
         assert differ(sample(SAME[how](w)), sample(w)) == 0
@@ -53,14 +53,14 @@ def test_the_same_weight_stored_otherwise_passes(how, tail):
         lambda w: np.roll(w, 1),
     ],
 )
-def test_another_weight_does_not(other):
+def test_differ_is_large_for_another_weight(other):
     for _ in range(50):
         w = drawn(128, 256)
         assert differ(sample(other(w)), sample(w)) > TOLERANCE
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (0, 3), (2, 1, 7), (3, 40, 11)])
-def test_any_shape(shape):
+def test_sample_of_any_shape(shape):
     w = drawn(*shape)
     found = sample(w)
     assert found.dtype == jnp.bfloat16 and found.size in (0, COUNT)
@@ -68,7 +68,7 @@ def test_any_shape(shape):
     assert {*found.tolist()} <= {*w.astype(jnp.bfloat16).ravel().tolist()}
 
 
-def test_the_places_are_spread_over_the_whole_weight():
+def test_sample_is_spread_over_the_weight():
     w = np.arange(64.0).reshape(8, 8)
     assert len({*sample(w).tolist()}) == COUNT
     rows = {int(x) // 8 for x in sample(w)}
@@ -76,7 +76,7 @@ def test_the_places_are_spread_over_the_whole_weight():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_weights_are_read_where_they_are(kind):
+def test_sample_of_sharded_weights(kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
     w = drawn(8, 16)
     for spec in (("x", "y"), (None, ("x", "y")), ("y", None), ()):
@@ -85,13 +85,13 @@ def test_sharded_weights_are_read_where_they_are(kind):
         np.testing.assert_array_equal(found, sample(w))
 
 
-def test_what_has_no_values_has_no_sample():
+def test_sample_of_abstract_and_traced_weights_is_none():
     assert sample(jax.ShapeDtypeStruct((3, 4), jnp.float32)) is None
     jax.jit(lambda w: np.testing.assert_equal(sample(w), None))(jnp.ones(3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])
-def test_values_that_are_no_numbers_equal_themselves(value):
+def test_differ_is_zero_for_values_that_are_not_finite(value):
     w = drawn(16, 16)
     w[:, ::2] = value
     with np.errstate(over="ignore"):

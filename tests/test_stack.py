@@ -1,4 +1,4 @@
-"""Many adapters at once compute what each of them does alone, merged."""
+"""Tests of `stack`, `take` and `in_axes` against each adapter alone, merged."""
 
 import chex
 import flax.linen as nn
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 
 Axes = lj.Axes
-# A kernel, a table, a scanned stack, one stored (out, in), a fused one with heads.
+# A kernel, a table, scanned layers, a kernel (out, in), and a fused one with heads.
 SHAPES = {
     "m/kernel": ((4, 4), Axes((), (0,), (1,))),
     "t/embedding": ((7, 4), Axes((), (0,), (1,))),
@@ -42,11 +42,11 @@ def base(how=None):
 def adapted(plain, seed, rank=2, names=SHAPES, **options):
     axes = {name: AXES[name] for name in names}
     options = {"targets": [*names], "axes": axes, "alpha": 1.0 + seed} | options
-    return moved(lj.lorafy(plain, rank, **options), seed)
+    return as_trained(lj.lorafy(plain, rank, **options), seed)
 
 
-def moved(params, seed):
-    """As after some training: all that trains is elsewhere."""
+def as_trained(params, seed):
+    """Changes all that is trained, as after some training."""
     adapters, rest = lj.split(params)
     rng = np.random.default_rng(seed)
     by = lambda x: np.asarray(rng.standard_normal(x.shape) / 3, x.dtype)
@@ -62,7 +62,7 @@ def model(params, x, ids=IDS):
     return y + jnp.einsum("bi,lhio->blho", x, params["f"]["kernel"]).sum((1, 2))
 
 
-@jax.jit  # one program for each kind of tree: operation by operation it is fifty
+@jax.jit  # one compilation per structure of tree, not one per operation
 def alone(tree, x):
     return model(lj.merge(tree), x)
 
@@ -73,7 +73,7 @@ def merged_one(stacked, i):
 
 
 def rescaled(tree, factor):
-    """`rescale` in one program, over the very same base."""
+    """Applies `rescale` in one compiled program; the result shares the base."""
     new = jax.jit(lambda tree: lj.detach(lj.rescale(tree, factor)))(tree)
     return lj.attach(new, lj.strip(tree))
 
@@ -111,7 +111,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_of_a_stack_is_what_it_was_alone(kind):
+def test_stack_and_take_compute_what_each_adapter_does_alone(kind):
     plain = base()
     trees = KINDS[kind](plain)
     stacked, x = lj.stack(trees), inputs(len(trees))
@@ -124,7 +124,7 @@ def test_each_of_a_stack_is_what_it_was_alone(kind):
 
 
 @pytest.mark.parametrize("how", ["int8", "nf4"])
-def test_over_a_base_in_few_bits(how):
+def test_stack_over_a_quantized_base(how):
     plain = base(how)
     trees = [adapted(plain, i, rank=1 + i) for i in range(2)]
     stacked, x = lj.stack(trees), inputs(2)
@@ -135,7 +135,7 @@ def test_over_a_base_in_few_bits(how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_for_each_example_and_the_base_for_what_is_out_of_range(kind):
+def test_take_of_many_ids_and_of_ids_out_of_range(kind):
     plain = base()
     trees = KINDS[kind](plain)
     stacked = lj.stack(trees)
@@ -152,7 +152,7 @@ def test_an_adapter_for_each_example_and_the_base_for_what_is_out_of_range(kind)
     for i, id in enumerate(ids.tolist()):
         want = alone(trees[id], x[i]) if 0 <= id < n else run(plain, x[i])
         np.testing.assert_allclose(got[i], want, atol=1e-5)
-    serve(stacked, ids[::-1], x)  # other ids, another adapter in a place, other scales
+    serve(stacked, ids[::-1], x)  # other ids, another adapter, other scales
     trees[1] = rescaled(trees[0], 0.5) if kind != "dora" else trees[0]
     swapped = lj.stack([lj.take(stacked, 0), *trees[1:]])
     if jax.tree.map(jnp.shape, swapped) == jax.tree.map(jnp.shape, stacked):
@@ -160,8 +160,8 @@ def test_an_adapter_for_each_example_and_the_base_for_what_is_out_of_range(kind)
     assert serve._cache_size() == 1
 
 
-def test_a_sweep_is_each_run_alone(optax_promotion):
-    """Rates, alphas, ranks and keys that differ, in one compiled step."""
+def test_stack_trains_a_sweep_like_each_run_alone(optax_promotion):
+    """Different rates, alphas, ranks and keys, in one compiled step."""
     plain, x, y = base(), inputs(), inputs(seed=8) @ jnp.ones((4, 5))
     rates = jnp.array([0.03, 0.01, 0.1])
     sides = [(1, 1.0), (2, 4.0), (2, 1.0)]
@@ -204,7 +204,7 @@ def test_a_sweep_is_each_run_alone(optax_promotion):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_halves_of_a_stack_train_by_the_gradient_of_one_alone():
+def test_stack_halves_have_the_gradients_of_each_alone():
     plain, x = base(), inputs(2)
     trees = [adapted(plain, i) for i in range(2)]
     adapters, frozen = lj.split(lj.stack(trees))
@@ -221,7 +221,7 @@ def test_halves_of_a_stack_train_by_the_gradient_of_one_alone():
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_swap_and_another_alpha_compile_nothing():
+def test_stack_with_another_adapter_compiles_nothing():
     plain, x = base(), inputs(4)
     trees = [adapted(plain, i, rank=1 + i) for i in range(3)]
 
@@ -245,7 +245,7 @@ def test_a_swap_and_another_alpha_compile_nothing():
     check(lj.stack(trees), [2, 1, 0, 2])
 
 
-def test_keys_and_alphas_under_vmap_are_a_stack(close):
+def test_lorafy_under_vmap_equals_stack(close):
     plain, keys, alphas = base(), jax.random.split(jax.random.key(1), 3), [1, 2.5, 8]
     start = lambda key, alpha: lj.detach(
         lj.lorafy(plain, 2, alpha=alpha, key=key, axes=AXES, targets="*")
@@ -258,14 +258,14 @@ def test_keys_and_alphas_under_vmap_are_a_stack(close):
 
 
 def deep(params, x):
-    """Scanned layers, of which only the inputs are kept."""
+    """Runs scanned layers under remat."""
     layer = jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None), prevent_cse=False)
     x, _ = lax.scan(layer, jnp.sin(x @ params["m"]["kernel"]), params["s"]["kernel"])
     return x
 
 
 @pytest.mark.parametrize("how", [None, "int8", "nf4"])
-def test_scanned_layers_and_few_bits_train_as_each_alone(how):
+def test_stack_trains_scanned_and_quantized_layers(how):
     plain, x = base(how), inputs(2)
     trees = [
         adapted(plain, 0, names=["m/kernel"], rank=1),
@@ -293,15 +293,15 @@ def test_scanned_layers_and_few_bits_train_as_each_alone(how):
                     (b[..., :r, :], want[name]["lora_b"]),
                 ):
                     np.testing.assert_allclose(x_got, x_want, rtol=1e-4, atol=1e-4)
-            # What is padded learns nothing, so that it stays exact.
+            # The padding has no gradient, so that it stays zero.
             assert not a[..., r:].any() and not b[..., r:, :].any()
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4, 3), (3, 8)])
-def test_few_rows_and_few_columns_train_in_a_stack(shape):
-    """XLA for CPU, up to jax 0.11, ends the process over some products of two or three.
+def test_stack_trains_with_few_rows_and_columns(shape):
+    """XLA for CPU, up to jax 0.11, crashes in some batched products of this size.
 
-    That is of a gradient behind a barrier, in the batch that `vmap` makes.
+    They have two or three rows, and an operand is a gradient behind a barrier.
     """
     x = np.cos(np.arange(2 * shape[0] * shape[1], dtype=np.float32))
     x = x.reshape(2, *shape)
@@ -320,7 +320,7 @@ def linear(params, x):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lorafy_makes_a_stack_of_keys_of_their_own(dora, close):
+def test_lorafy_stack_equals_stack_of_split_keys(dora, close):
     plain, key = base(), jax.random.key(3)
     options = {"axes": AXES, "targets": "*", "also": "bias", "dora": dora}
     got = lj.lorafy(plain, 2, stack=3, key=key, **options)
@@ -332,7 +332,7 @@ def test_lorafy_makes_a_stack_of_keys_of_their_own(dora, close):
     assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, got)
 
 
-def test_what_needs_no_run_takes_the_whole_stack():
+def test_stack_is_accepted_by_functions_of_trees():
     plain = base()
     stacked = lj.lorafy(plain, 2, stack=3, axes=AXES, targets="*")
     one = lj.lorafy(plain, 2, axes=AXES, targets="*")
@@ -358,7 +358,7 @@ def state(params):
 
 
 @pytest.mark.parametrize("container", [frozen, partitioned, state])
-def test_containers_and_boxes(container):
+def test_stack_in_containers_and_boxes(container):
     plain = container(base())
     value = lambda leaf: leaf.unbox() if isinstance(leaf, nn.Partitioned) else leaf
 
@@ -367,7 +367,7 @@ def test_containers_and_boxes(container):
         return x @ (leaf[...] if isinstance(leaf, nnx.Variable) else value(leaf))
 
     trees = [
-        moved(lj.lorafy(plain, r, targets="m", key=jax.random.key(r)), r)
+        as_trained(lj.lorafy(plain, r, targets="m", key=jax.random.key(r)), r)
         for r in (1, 2)
     ]
     stacked, x = lj.stack(trees), inputs(2)
@@ -381,7 +381,7 @@ def test_containers_and_boxes(container):
     assert type(a) is type(trees[0]["m"]["lora_a"])
 
 
-def test_a_stack_over_the_devices_of_a_task_axis():
+def test_stack_over_the_devices_of_a_task_axis():
     mesh = jax.make_mesh((4, 2), ("task", "data"))
     plain = base()
     trees = [adapted(plain, i) for i in range(4)]
@@ -397,8 +397,8 @@ def test_a_stack_over_the_devices_of_a_task_axis():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_training_over_a_task_axis_is_each_run_alone(kind, optax_promotion):
-    """Every device has its own adapters, and their states; the base is on all."""
+def test_stack_trains_over_a_task_axis_like_each_run_alone(kind, optax_promotion):
+    """Each device has its own adapters and their state; all devices have the base."""
     mesh = jax.make_mesh((4, 2), ("task", "data"), axis_types=(kind, kind))
     plain, x, tx = base(), inputs(4), optax.adam(0.01)
     trees = [adapted(plain, i, names=["m/kernel", "s/kernel"]) for i in range(4)]
@@ -437,7 +437,7 @@ def test_training_over_a_task_axis_is_each_run_alone(kind, optax_promotion):
             np.testing.assert_allclose(a[i], b, atol=1e-5)
 
 
-def test_a_sharded_weight_keeps_its_adapters_beside_it():
+def test_stack_places_adapters_like_a_sharded_weight():
     mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
     w = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P(None, "model")))
     trees = [lj.lorafy({"kernel": w}, 2) for _ in range(2)]
@@ -465,20 +465,20 @@ WRONG = [
     (
         lambda: lj.stack([one_adapter(), lj.lorafy(OTHER | one_base(), 2, dora=True)]),
         ValueError,
-        "'kernel' trains differently",
+        "'kernel' has adapters of different kinds",
     ),
     (lambda: lj.stack([STACKED, STACKED]), ValueError, "3 adapters in a stack"),
     (lambda: RUN(STACKED, jnp.ones((2, 4))), ValueError, r"jax.vmap\(lora"),
     (lambda: lj.merge(STACKED), ValueError, r"take\(params, 0\)"),
-    (lambda: lj.take(one_adapter(), 0), ValueError, "one adapter, and not to several"),
+    (lambda: lj.take(one_adapter(), 0), ValueError, "one adapter, not to a stack"),
     (lambda: lj.take(STACKED, 3), IndexError, r"ids \[3\] are out of range"),
     (lambda: lj.take(STACKED, -1), IndexError, "0 to 2"),
     (lambda: lj.take(STACKED, jnp.array([0, 5])), IndexError, r"ids \[5\]"),
     (lambda: lj.take(STACKED, 1.0), TypeError, "float64"),
     (lambda: lj.take(STACKED, True), TypeError, "bool"),
-    (lambda: lj.take(STACKED, jnp.zeros((2, 2), int)), TypeError, "one dimension"),
+    (lambda: lj.take(STACKED, jnp.zeros((2, 2), int)), TypeError, "one-dimensional"),
     (lambda: lj.in_axes(OTHER), ValueError, "no adapters"),
-    (lambda: lj.in_axes(one_adapter()), ValueError, "not to several"),
+    (lambda: lj.in_axes(one_adapter()), ValueError, "not to a stack"),
     (
         lambda: lj.in_axes(STACKED | {"lora_a": jnp.ones((2, 4, 2))}),
         ValueError,
@@ -494,6 +494,6 @@ def one_base():
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), WRONG)
-def test_bad_input(call, kind, message):
+def test_stack_take_and_in_axes_refuse_bad_input(call, kind, message):
     with pytest.raises(kind, match=message):
         call()

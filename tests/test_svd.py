@@ -1,4 +1,4 @@
-"""Ranks, extraction and principal directions against NumPy's SVD in float64."""
+"""Tests of `resize`, `extract` and `principal` against NumPy's SVD in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import _svd
+from lora_jax import _matrices
 
 Axes = lj.Axes
 LAYOUTS = [
@@ -40,7 +40,7 @@ def adapted(shape, axes, rank, seed=0, **options):
     return params | {name: draw(params[name]) for name in ("lora_a", "lora_b")}
 
 
-merge = jax.jit(lj.merge)  # one program where its operations alone would be ten
+merge = jax.jit(lj.merge)  # one compilation for all of its operations
 
 
 def change(params):
@@ -49,7 +49,7 @@ def change(params):
 
 
 @pytest.mark.parametrize(("shape", "axes"), LAYOUTS)
-def test_a_smaller_rank_is_the_truncated_svd_of_the_update(shape, axes):
+def test_resize_to_a_smaller_rank_is_the_truncated_svd(shape, axes):
     params = adapted(shape, axes, 5, alpha=2.0)
     got = jax.jit(lambda p: lj.resize(p, 2))(params)
     want = truncated(matrices(change(params), axes), 2)
@@ -58,7 +58,7 @@ def test_a_smaller_rank_is_the_truncated_svd_of_the_update(shape, axes):
 
 
 @pytest.mark.parametrize(("shape", "axes"), LAYOUTS)
-def test_a_larger_rank_is_the_same_update_and_can_learn(shape, axes):
+def test_resize_to_a_larger_rank_is_exact_and_trainable(shape, axes):
     params = adapted(shape, axes, 2)
     got = lj.resize(params, 4)
     np.testing.assert_allclose(change(got), change(params), atol=1e-6)
@@ -66,32 +66,32 @@ def test_a_larger_rank_is_the_same_update_and_can_learn(shape, axes):
     assert got["kernel"] is params["kernel"]
 
 
-def test_new_directions_differ_between_weights():
+def test_resize_draws_other_columns_for_each_weight():
     base = {name: {"kernel": jnp.ones((6, 6))} for name in "ab"}
     got = lj.resize(lj.lorafy(base, 2), 4)
     assert not np.allclose(got["a"]["lora_a"], got["b"]["lora_a"])
 
 
-def test_ranks_by_pattern():
+def test_resize_by_pattern():
     base = {name: {"kernel": jnp.ones((6, 6))} for name in "ab"}
     params = lj.lorafy(base, 3)
     got = lj.resize(params, {"a": 1})
     assert got["a"]["lora_b"].shape == (1, 6) and got["b"] == params["b"]
 
 
-def test_no_array_of_the_weights_size_is_made():
+def test_resize_makes_no_array_of_the_weights_size():
     n, r = 4096, 8
     w = jax.ShapeDtypeStruct((n, n), jnp.float32)
     shapes = lj.lorafy({"kernel": w}, r)
     small = jax.jit(lambda p: lj.detach(lj.resize(p, 4)))
     stats = small.lower(shapes).compile().memory_analysis()
-    thin = 2 * n * r * 4
+    factors = 2 * n * r * 4  # bytes
     peak = stats.temp_size_in_bytes + stats.output_size_in_bytes
-    assert 0 < peak < 2 * thin
+    assert 0 < peak < 2 * factors
 
 
 @pytest.mark.parametrize(("shape", "axes"), LAYOUTS)
-def test_what_is_extracted_is_nearest_to_a_fine_tune(shape, axes):
+def test_extract_is_the_truncated_svd_and_kept_its_share(shape, axes):
     rng = np.random.default_rng(1)
     base, tuned = (
         {"kernel": jax.device_put(np.asarray(rng.standard_normal(shape), np.float32))}
@@ -106,7 +106,7 @@ def test_what_is_extracted_is_nearest_to_a_fine_tune(shape, axes):
     assert (path, rank) == ("kernel", 2) and abs(share - (1 - left)) < 1e-5
 
 
-def test_a_change_of_low_rank_comes_out_whole_and_the_rest_can_learn():
+def test_extract_of_a_change_of_low_rank_is_exact():
     params = adapted((12, 9), Axes((), (0,), (1,)), 2)
     tuned, base = merge(params), lj.strip(params)
     got = lj.extract(tuned, base, 4)
@@ -115,11 +115,11 @@ def test_a_change_of_low_rank_comes_out_whole_and_the_rest_can_learn():
     assert same["lora_a"].all() and not same["lora_b"].any()
 
 
-def test_random_projections_come_near_the_exact_ones(monkeypatch):
-    monkeypatch.setattr(_svd, "LARGE", 64)
+def test_extract_by_random_projections_is_nearly_exact(monkeypatch):
+    monkeypatch.setattr(_matrices, "LARGE", 64)
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((200, 200)))[0] for _ in "uv")
-    for spectrum in (np.ones(200), 1 / np.arange(1, 201)):  # flat: the worst there is
+    for spectrum in (np.ones(200), 1 / np.arange(1, 201)):  # flat: the worst case
         m = (u * spectrum) @ v.T
         tuned = {"kernel": jax.device_put(m.astype(np.float32))}
         base = {"kernel": jnp.zeros((200, 200))}
@@ -128,10 +128,10 @@ def test_random_projections_come_near_the_exact_ones(monkeypatch):
         assert exact * (1 - 1e-6) <= found < 1.01 * exact
 
 
-def test_heads_are_taken_over_and_what_moved_is_named():
+def test_extract_copies_also_and_names_other_changed_leaves():
     base = {"m": {"kernel": jnp.ones((6, 5)), "bias": jnp.zeros(5)}}
     tuned = jax.tree.map(lambda x: x + 1, base)
-    with pytest.raises(ValueError, match="'m/bias' moved, and would get no adapter"):
+    with pytest.raises(ValueError, match="No adapter covers the changes of 'm/bias'"):
         lj.extract(tuned, base, 2)
     got = lj.merge(lj.extract(tuned, base, 2, also="bias"))
     np.testing.assert_allclose(got["m"]["bias"], 1)
@@ -139,7 +139,7 @@ def test_heads_are_taken_over_and_what_moved_is_named():
 
 
 @pytest.mark.parametrize(("shape", "axes"), LAYOUTS)
-def test_principal_directions_leave_the_weight_as_it_was(shape, axes):
+def test_principal_leaves_the_merged_weight_unchanged(shape, axes):
     rng = np.random.default_rng(0)
     base = {
         "kernel": jax.device_put(np.asarray(rng.standard_normal(shape), np.float32))
@@ -150,7 +150,7 @@ def test_principal_directions_leave_the_weight_as_it_was(shape, axes):
     np.testing.assert_allclose(matrices(change(start), axes), want, atol=1e-5)
 
 
-def test_what_principal_trained_goes_back_over_the_first_base():
+def test_principal_adapters_can_return_to_the_original_base():
     base = {"kernel": adapted((12, 9), Axes((), (0,), (1,)), 2)["kernel"]}
     start = lj.principal(lj.lorafy(base, 2))
     trained = start | {"lora_a": start["lora_a"] + 1, "lora_b": start["lora_b"] - 1}
@@ -159,7 +159,7 @@ def test_what_principal_trained_goes_back_over_the_first_base():
     np.testing.assert_allclose(got, merge(trained)["kernel"], atol=1e-5)
 
 
-def test_sharded_factors_stay_where_they_are():
+def test_resize_keeps_shardings():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("x")
     place = jax.sharding.NamedSharding(mesh, spec)
@@ -175,7 +175,7 @@ TRAINED = adapted((6, 5), Axes((), (0,), (1,)), 2)
     ("call", "match"),
     [
         (lambda: lj.resize(TRAINED, 0), "rank must be a whole number of at least 1"),
-        (lambda: lj.resize(TRAINED, 6), "'kernel' holds at most 5 directions"),
+        (lambda: lj.resize(TRAINED, 6), "'kernel' has at most rank 5, found rank=6"),
         (lambda: lj.resize(TRAINED, {"x": 1}), "No weight matches 'x' of rank"),
         (
             lambda: lj.resize(TRAINED | {"lora_b": jnp.full((2, 5), np.inf)}, 1),
@@ -187,7 +187,7 @@ TRAINED = adapted((6, 5), Axes((), (0,), (1,)), 2)
             lambda: lj.principal(
                 lj.lorafy(lj.quantize({"kernel": jnp.ones((8, 8))}, "nf4"), 2)
             ),
-            "'kernel' is in few bits",
+            "'kernel' is quantized, and",
         ),
         (
             lambda: lj.principal(lj.lorafy({"kernel": jnp.full((4, 4), np.nan)}, 2)),
@@ -197,7 +197,7 @@ TRAINED = adapted((6, 5), Axes((), (0,), (1,)), 2)
             lambda: lj.extract(
                 {"kernel": jnp.ones((5, 6))}, {"kernel": jnp.ones((6, 5))}, 1
             ),
-            r"'kernel' is \(5, 6\) in tuned and \(6, 5\) in base",
+            r"'kernel' has shape \(5, 6\) in tuned and \(6, 5\) in base",
         ),
         (
             lambda: lj.extract(
@@ -207,10 +207,10 @@ TRAINED = adapted((6, 5), Axes((), (0,), (1,)), 2)
         ),
         (
             lambda: lj.kept({"other": jnp.ones(3)}, TRAINED),
-            "pass two trees of one model",
+            "Pass two trees of one model",
         ),
     ],
 )
-def test_bad_input(call, match):
+def test_resize_extract_kept_and_principal_refuse_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()

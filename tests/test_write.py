@@ -1,4 +1,4 @@
-"""One file at a time, whoever else writes, and whatever the system lacks."""
+"""Tests of the atomic write: concurrent writers, and systems without locks."""
 
 import concurrent.futures
 import os
@@ -8,7 +8,7 @@ import pytest
 from lora_jax import _write
 
 
-def test_many_writers_of_one_name(tmp_path):
+def test_write_by_many_threads_to_one_name(tmp_path):
     path = tmp_path / "file"
     contents = [bytes([i]) * 1000 for i in range(100)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -17,8 +17,8 @@ def test_many_writers_of_one_name(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.skipif(_write.fcntl is None, reason="there are no such locks")
-def test_a_system_without_locks(tmp_path, monkeypatch):
+@pytest.mark.skipif(_write.fcntl is None, reason="this system has no fcntl")
+def test_write_on_a_system_without_locks(tmp_path, monkeypatch):
     def missing(*_):
         raise OSError(38, "Function not implemented")
 

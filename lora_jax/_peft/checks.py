@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._adapters import adapter_of, dora_of, is_adapter
+from lora_jax._adapters import adapter_of, is_adapter
 from lora_jax._peft.config import within
 from lora_jax._peft.folder import DTYPES
 from lora_jax._peft.layouts import stems_of, tensor_name
@@ -69,7 +69,7 @@ def check_loads(
 
 def _check_magnitudes(plan: Plan, leaves: dict[Path, Any]) -> None:
     """PEFT has DoRA for all modules or for none, and one norm for each update."""
-    own = {path for path in plan.adapted if dora_of(path).magnitude in leaves}
+    own = {path for path in plan.adapted if _has_magnitude(path, leaves)}
     if own and (plain := [path for path in plan.adapted if path not in own]):
         raise ValueError(
             f"{listed(sorted(own))} have DoRA's magnitudes, and {listed(plain)} have "
@@ -85,6 +85,10 @@ def _check_magnitudes(plan: Plan, leaves: dict[Path, Any]) -> None:
                 )
 
 
+def _has_magnitude(path: Path, leaves: dict[Path, Any]) -> bool:
+    return adapter_of(path, magnitude=True).magnitude in leaves
+
+
 def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
     """Every program that knows PEFT's format, vLLM included, loads the plan."""
     for path in plan.copied:
@@ -93,7 +97,7 @@ def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
             "Leave it out of also= in lorafy, or write portable=False."
         )
     for path, weight in plan.adapted.items():
-        if dora_of(path).magnitude in leaves:
+        if _has_magnitude(path, leaves):
             raise ValueError(
                 f"{path_name(path)!r} cannot be portable: vLLM takes no DoRA. Write "
                 "portable=False."

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
+    Adapters,
     Axes,
-    Copy,
-    Ranked,
+    LowRank,
     adapter_of,
-    axes_of_shapes,
     copy_of,
     find_adapters,
     of_copies,
@@ -154,7 +153,7 @@ def _known_dtype(dtype: Any) -> Any:
 
 def _plan(
     leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked | Copy],
+    adapters: Adapters,
     names: Names,
     axes: Mapping[str, Axes] | None,
     kinds: Mapping[str, str] | None,
@@ -163,16 +162,16 @@ def _plan(
     check_names(names, leaves)
     namings = {path: _placed(names, path) for path in adapters}
     given = given_axes(axes, leaves)
-    own, aligned = _own_axes(leaves, of_rank(adapters))
-    for path, dims in own.items():  # raises if the two do not fit
-        turned(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
+    factored = of_rank(adapters)
+    for path, own in factored.items():  # raises if the two do not fit
+        turned(path, unbox(leaves[path]).shape, own.axes, given.get(path, own.axes))
     return plan_of(
         leaves,
         namings,
-        adapted=of_rank(adapters),
+        adapted=factored,
         copied=of_copies(adapters),
-        axes=own | given,
-        told={*given, *aligned},
+        axes={path: own.axes for path, own in factored.items()} | given,
+        told={*given, *(path for path, own in factored.items() if own.aligned)},
         kinds=kinds,
     )
 
@@ -188,30 +187,17 @@ def _placed(names: Names, path: Path) -> Naming:
     return naming
 
 
-def _own_axes(
-    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
-) -> tuple[dict[Path, Axes], set[Path]]:
-    """The dimensions for which each adapter was made, and which are aligned."""
-    own, aligned = {}, set()
-    for path, adapter in adapters.items():
-        w, a, *others = (unbox(leaves[p]).shape for p in (path, *adapter))
-        own[path] = axes_of_shapes(w, a, *others)
-        if len(a) == len(w) + 1:
-            aligned.add(path)
-    return own, aligned
-
-
 def _modules(
     plan: Plan,
     leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked],
+    adapters: Mapping[Path, LowRank[Path]],
     portable: bool,
 ) -> dict[str, Module]:
     """The adapter of each module that has one: no rank is left to some."""
     found: dict[str, Module] = {}
     for path, weight in plan.adapted.items():
-        parts = [leaves[part] for part in adapters[path]]
-        found |= modules_of(weight, *parts, fold=portable)
+        own = adapters[path].map(leaves.__getitem__)
+        found |= modules_of(weight, own, fold=portable)
     return _of_one_rank(found) if portable else found
 
 

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_jax._adapters import (
+    Adapters,
     Axes,
-    Copy,
-    Ranked,
-    axes_of_shapes,
     find_adapters,
     is_adapter,
     of_rank,
@@ -94,7 +92,7 @@ def find_names(
         adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
         chosen = _chosen(leaves, adapters, targets, exclude)
         _check_values(chosen, leaves)
-        own = _own_axes(leaves, of_rank(adapters))
+        own = {path: found.axes for path, found in of_rank(adapters).items()}
         tensors = tensors_of(checkpoint)
         same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
@@ -118,7 +116,7 @@ def find_names(
 
 def _chosen(
     leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked | Copy],
+    adapters: Adapters,
     targets: Selector | None,
     exclude: Selector,
 ) -> list[Path]:
@@ -143,14 +141,6 @@ def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
                 f"{path_name(path)!r} is empty, of shape {w.shape}: nothing tells "
                 f"which tensor it is. Write exclude=[{path_name(path)!r}]."
             )
-
-
-def _own_axes(
-    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
-) -> dict[Path, Axes]:
-    """The inputs and outputs of each adapter."""
-    shapes = lambda parts: [unbox(leaves[part]).shape for part in parts]
-    return {p: axes_of_shapes(*shapes((p, *own))) for p, own in adapters.items()}
 
 
 def _picked(path: Path, proofs: Sequence[Proof], own: Axes | None) -> Proof:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Axes, adapter_of, copy_of, dora_of, is_adapter
+from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, trained_copy
@@ -247,9 +247,7 @@ def _adapters(
             for name, (x, y, scale, m) in modules.items()
             if name in weight.slots
         }
-        factors = factors_of(weight, own)
-        parts = adapter_of(path) if len(factors) == 3 else dora_of(path)
-        new |= beside(leaves[path], parts, factors, weight.axes)
+        new |= beside(path, leaves[path], factors_of(weight, own))
     return new
 
 

@@ -5,13 +5,14 @@ table that is the head too. Each is a `Slot` of it. Between the two worlds an ad
 a `Module`: plain factors, whatever order either side stores them in.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax._adapters import Axes, axes_of_shapes
+from lora_jax._adapters import Axes, LowRank
 from lora_jax._lorafy import ABSENT, RANK, factor_dims
 from lora_jax._peft.names import Naming, numbered
 from lora_jax._targets import axes_of, is_adaptable
@@ -138,25 +139,17 @@ def turned(path: Path, shape: tuple[int, ...], own: Axes, axes: Axes) -> bool:
 
 
 def modules_of(
-    weight: Weight,
-    a: np.ndarray,
-    b: np.ndarray,
-    scale: np.ndarray,
-    magnitude: np.ndarray | None = None,
-    *,
-    fold: bool,
+    weight: Weight, adapter: LowRank[np.ndarray], *, fold: bool
 ) -> dict[str, Module]:
-    """The adapter of each of a weight's modules, from the leaves of ours.
+    """The adapter of each of a weight's modules, from ours.
 
     A rank with which a module does nothing, and cannot learn to, is left out: one of a
     stack's padding, or one that only another module of a fused weight uses. So is a
     module to which no rank is left. `fold` multiplies the scale into b. With magnitudes
     all are kept: they change a module whose ranks do nothing.
     """
-    m = None
-    if magnitude is not None:
-        m = _magnitudes(weight, a, b, scale, magnitude)
-    a, b, scale = _matrices(weight, a, b, scale)
+    m = _magnitudes(weight, adapter)
+    a, b, scale = _matrices(weight, adapter)
     unused = not (a.any() or b.any()) or m is not None
     modules = {}
     for name, slot in weight.slots.items():
@@ -183,8 +176,8 @@ def modules_of(
     return modules
 
 
-def factors_of(weight: Weight, modules: Mapping[str, Module]) -> tuple[Any, ...]:
-    """The leaves of a weight's adapter, from those of its modules that have one.
+def factors_of(weight: Weight, modules: Mapping[str, Module]) -> LowRank[np.ndarray]:
+    """A weight's adapter, from those of its modules that have one.
 
     Raises:
       ValueError: If a table and its tied head have different updates, or only some of
@@ -211,12 +204,13 @@ def factors_of(weight: Weight, modules: Mapping[str, Module]) -> tuple[Any, ...]
         a[(*index, ..., own)] = module.a
         b[(*index, ..., own, slice(None))] = module.b
         scale[index] = module.scale
-    dims = factor_dims(weight.axes, weight.shape, aligned=not weight.axes.standard)
-    orders = _orders(weight.axes)
-    values = zip((a, b, scale), orders, dims[:3], strict=True)
-    leaves = tuple(_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
+    aligned = not weight.axes.standard
+    dims = factor_dims(weight.axes, weight.shape, aligned=aligned)
+    values = zip((a, b, scale), _orders(weight.axes), dims, strict=False)
+    leaves = (_to_leaf(x, order, own, weight.shape, r) for x, order, own in values)
+    adapter = LowRank(*leaves, axes=weight.axes, aligned=aligned)
     if all(module.magnitude is None for module in modules.values()):
-        return leaves
+        return adapter
     m = np.zeros((*batch, n_out), np.float32)
     for name, slot in weight.slots.items():
         if name not in modules:
@@ -226,7 +220,8 @@ def factors_of(weight: Weight, modules: Mapping[str, Module]) -> tuple[Any, ...]
             )
         m[slot.index][..., slot.outputs] = modules[name].magnitude
     order = (*weight.axes.batch, *weight.axes.outputs)
-    return (*leaves, _to_leaf(m, order, dims.magnitude, weight.shape, r))
+    m = _to_leaf(m, order, dims.magnitude, weight.shape, r)
+    return dataclasses.replace(adapter, magnitude=m)
 
 
 def magnitude_shape(kind: str, magnitude: Any, a: Any) -> tuple[int, ...]:
@@ -342,35 +337,32 @@ def tensor_shapes(
     return shapes
 
 
-def _matrices(
-    weight: Weight, a: np.ndarray, b: np.ndarray, scale: np.ndarray
-) -> tuple[np.ndarray, ...]:
+def _matrices(weight: Weight, adapter: LowRank[np.ndarray]) -> tuple[np.ndarray, ...]:
     """The leaves of an adapter as (batch..., in, r), (batch..., r, out), (batch...)."""
-    shapes = a.shape, b.shape, scale.shape
-    own = axes_of_shapes(weight.shape, *shapes)
-    dims = factor_dims(own, weight.shape, aligned=a.ndim == len(weight.shape) + 1)
-    batch, r = weight.sizes(own.batch), a.shape[-1]
+    own, r = adapter.axes, adapter.a.shape[-1]
+    dims = factor_dims(own, weight.shape, aligned=adapter.aligned)
+    batch = weight.sizes(own.batch)
     order_a, order_b, _ = _orders(own)
-    a = _from_leaf(a, dims.a, order_a).reshape(*batch, -1, r)
-    b = _from_leaf(b, dims.b, order_b).reshape(*batch, r, -1)
+    a = _from_leaf(adapter.a, dims.a, order_a).reshape(*batch, -1, r)
+    b = _from_leaf(adapter.b, dims.b, order_b).reshape(*batch, r, -1)
     if turned(weight.path, weight.shape, own, weight.axes):
         a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-    return a, b, scale.reshape(batch)
+    return a, b, adapter.scale.reshape(batch)
 
 
-def _magnitudes(
-    weight: Weight, a: np.ndarray, b: np.ndarray, scale: np.ndarray, m: np.ndarray
-) -> np.ndarray:
-    """The leaf of magnitudes as (batch..., out)."""
-    own = axes_of_shapes(weight.shape, a.shape, b.shape, scale.shape)
+def _magnitudes(weight: Weight, adapter: LowRank[np.ndarray]) -> np.ndarray | None:
+    """The leaf of magnitudes as (batch..., out), if there is one."""
+    own = adapter.axes
+    if adapter.magnitude is None:
+        return None
     if turned(weight.path, weight.shape, own, weight.axes):
         raise ValueError(
             f"The magnitudes of {path_name(weight.path)!r} are of what PyTorch's layer "
             "has for inputs. Build them with lorafy(..., dora=True, axes=...)."
         )
-    dims = factor_dims(own, weight.shape, aligned=a.ndim == len(weight.shape) + 1)
+    dims = factor_dims(own, weight.shape, aligned=adapter.aligned)
     order = (*own.batch, *own.outputs)
-    m = _from_leaf(m, dims.magnitude, order)
+    m = _from_leaf(adapter.magnitude, dims.magnitude, order)
     return m.reshape(*weight.sizes(own.batch), -1)
 
 

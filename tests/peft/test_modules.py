@@ -1,12 +1,14 @@
 """Modules: every layout goes to PyTorch's and comes back, and moves what it should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax._adapters import adapter_of
+from lora_jax._adapters import LowRank, arrays_of, find_adapters
 from lora_jax._peft.layouts import kinds_of, stems_of
 from lora_jax._peft.modules import (
     factors_of,
@@ -20,6 +22,7 @@ from lora_jax._peft.modules import (
     weight_of,
 )
 from lora_jax._peft.names import Naming, naming_of
+from lora_jax._tree import flatten
 
 A = lj.Axes
 CASES = {
@@ -73,9 +76,15 @@ def case(request, randomized):
     path = "m", leaf
     naming = naming_of({"m": name}, path)
     weight = weight_of(path, {path: w}, naming, axes, kind)
-    factors = [np.asarray(params["m"][n[-1]]) for n in adapter_of(path)]
+    adapter = adapter_at(params, path)
     delta = np.asarray(jax.jit(lj.merge)(params)["m"][leaf]) - w
-    return weight, factors, delta, w
+    return weight, adapter, delta, w
+
+
+def adapter_at(params, path):
+    """The arrays of an adapter, and the axes of its weight."""
+    leaves = flatten(params)
+    return arrays_of(find_adapters(leaves)[path], leaves).map(np.asarray)
 
 
 def product(kind, module):
@@ -90,8 +99,8 @@ def product(kind, module):
 
 
 def test_each_module_moves_as_the_weight(case):
-    weight, factors, delta, _ = case
-    modules = modules_of(weight, *factors, fold=False)
+    weight, adapter, delta, _ = case
+    modules = modules_of(weight, adapter, fold=False)
     assert modules.keys() == weight.slots.keys()
     if next(iter(weight.slots.values())).kind == "experts":
         return
@@ -109,27 +118,28 @@ def test_experts_are_in_one_parameter(randomized):
     params = randomized(params)
     path = "m", "kernel"
     weight = weight_of(path, {path: w}, naming_of({"m": name}, path), axes, kind)
-    factors = [np.asarray(params["m"][n[-1]]) for n in adapter_of(path)]
+    adapter = adapter_at(params, path)
     delta = np.asarray(lj.merge(params)["m"]["kernel"])
     for fold in (False, True):
-        factors[2] = np.float32([[1, 2, 3], [4, 4, 4]])  # no two formats agree on it
-        want = delta * factors[2][..., None, None]
+        scale = np.float32([[1, 2, 3], [4, 4, 4]])  # no two formats agree on it
+        adapter = dataclasses.replace(adapter, scale=scale)
+        want = delta * scale[..., None, None]
         for i in range(2):
-            module = modules_of(weight, *factors, fold=fold)[f"m.{i}.w"]
+            module = modules_of(weight, adapter, fold=fold)[f"m.{i}.w"]
             assert module.scale == (4 if i == 1 and not fold else 1)
             np.testing.assert_allclose(product(kind, module), want[i], atol=1e-5)
 
 
 def test_there_and_back(case):
-    weight, factors, _, w = case
-    modules = modules_of(weight, *factors, fold=False)
+    weight, adapter, _, w = case
+    modules = modules_of(weight, adapter, fold=False)
     through = {}
     for name, module in modules.items():
         kind = weight.slots[name].kind
         shapes = shapes_of(weight, name, module.a.shape[-1])
         assert [x.shape for x in module[:2]] == list(shapes)
         through[name] = from_torch(kind, *to_torch(kind, module), module.scale, shapes)
-    for x, y in zip(factors_of(weight, through), factors, strict=True):
+    for x, y in zip(factors_of(weight, through), adapter, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
     if not any(slot.kind == "experts" for slot in weight.slots.values()):
@@ -157,7 +167,7 @@ def fused(a, b):
     w, axes = np.zeros((4, 6), np.float32), A((), (0,), (1,))
     naming = naming_of({"m": ("q", "k", "v")}, path)
     weight = weight_of(path, {path: w}, naming, axes, "linear")
-    return modules_of(weight, a, b, np.float32(1), fold=False)
+    return modules_of(weight, LowRank(a, b, np.float32(1), axes=axes), fold=False)
 
 
 def test_ranks_of_other_modules_are_left_out():
