@@ -11,10 +11,10 @@ from lora_jax._adapters import Axes, adapter_of, copy_of, dora_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, trained_copy
-from lora_jax._peft.config import rank_and_scale, read_config
-from lora_jax._peft.folder import read_tensors
-from lora_jax._peft.layouts import MAGNITUDE, suffixes, tensor_name
-from lora_jax._peft.modules import (
+from lora_jax._hub.peft_config import rank_and_scale, read_config
+from lora_jax._hub.peft_folder import read_tensors
+from lora_jax._hub.tensor_keys import MAGNITUDE, suffixes, tensor_name
+from lora_jax._hub.modules import (
     Module,
     Weight,
     factors_of,
@@ -25,8 +25,8 @@ from lora_jax._peft.modules import (
     tensor_shapes,
     to_torch,
 )
-from lora_jax._peft.names import Names, Naming
-from lora_jax._peft.parts import (
+from lora_jax._hub.names import Names, Naming
+from lora_jax._hub.sort_tensors import (
     Index,
     Parts,
     check_complete,
@@ -34,7 +34,7 @@ from lora_jax._peft.parts import (
     index_of,
     parts_of,
 )
-from lora_jax._peft.plan import Plan, check_inputs, given_axes, plan_of
+from lora_jax._hub.module_plan import Plan, check_inputs, given_axes, plan_of
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import is_floating
 from lora_jax._tree import Path, flatten, listed, path_name, unbox

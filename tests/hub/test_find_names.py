@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax._peft.checkpoint import Tensor
-from lora_jax._peft.names import naming_of
-from lora_jax._peft.twins import resolve
+from lora_jax._hub.checkpoint import Tensor
+from lora_jax._hub.names import naming_of
+from lora_jax._hub.equal_tensors import resolve
 
 L, D, H, K, F, V = 3, 8, 2, 4, 12, 20  # layers, width, heads, head width, mlp, words
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._engine.quantized import dequantize
-from lora_jax._peft.checkpoint import Tensor
+from lora_jax._hub.checkpoint import Tensor
 from lora_jax._processes import whole
 from lora_jax._tree import is_quantized
 

@@ -7,8 +7,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax._adapters import adapter_of
-from lora_jax._peft.layouts import kinds_of, stems_of
-from lora_jax._peft.modules import (
+from lora_jax._hub.tensor_keys import kinds_of, stems_of
+from lora_jax._hub.modules import (
     factors_of,
     from_torch,
     leaf_from_torch,
@@ -19,7 +19,7 @@ from lora_jax._peft.modules import (
     to_torch,
     weight_of,
 )
-from lora_jax._peft.names import Naming, naming_of
+from lora_jax._hub.names import Naming, naming_of
 
 A = lj.Axes
 CASES = {

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax._peft.names import Name, escaped, inner, naming_of
+from lora_jax._hub.names import Name, escaped, inner, naming_of
 from lora_jax._tree import Path
 
 NUMBER = re.compile(r"\d+")

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_jax._adapters import Axes, axes_of_shapes
 from lora_jax._lorafy import ABSENT, RANK, factor_dims
-from lora_jax._peft.names import Naming, numbered
+from lora_jax._hub.names import Naming, numbered
 from lora_jax._targets import axes_of, is_adaptable
 from lora_jax._tree import Path, is_array, path_name, unbox
 

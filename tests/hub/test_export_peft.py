@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import freeze
 
 import lora_jax as lj
-from lora_jax._peft.checks import VLLM_RANKS
+from lora_jax._hub.export_checks import VLLM_RANKS
 
 
 def tree():

@@ -17,13 +17,13 @@ from lora_jax._adapters import (
     is_adapter,
     of_rank,
 )
-from lora_jax._peft.checkpoint import tensors_of
-from lora_jax._peft.layouts import CONV1D
-from lora_jax._peft.names import Name, escaped
-from lora_jax._peft.nearest import nearest
-from lora_jax._peft.patterns import readable, template_of
-from lora_jax._peft.proofs import Index, Proof, narrower, prove, values_of
-from lora_jax._peft.twins import resolve
+from lora_jax._hub.checkpoint import tensors_of
+from lora_jax._hub.tensor_keys import CONV1D
+from lora_jax._hub.names import Name, escaped
+from lora_jax._hub.closest_tensor import nearest
+from lora_jax._hub.name_patterns import readable, template_of
+from lora_jax._hub.match_tensors import Index, Proof, narrower, prove, values_of
+from lora_jax._hub.equal_tensors import resolve
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import Selector, choose, is_adaptable
 from lora_jax._tree import (

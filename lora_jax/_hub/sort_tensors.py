@@ -7,8 +7,8 @@ import numpy as np
 
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
-from lora_jax._peft.config import saves, targets, targets_parameter, unfilled
-from lora_jax._peft.layouts import (
+from lora_jax._hub.peft_config import saves, targets, targets_parameter, unfilled
+from lora_jax._hub.tensor_keys import (
     LINEAR,
     MAGNITUDE,
     PREFIX,
@@ -16,9 +16,9 @@ from lora_jax._peft.layouts import (
     stems_of,
     tensor_name,
 )
-from lora_jax._peft.modules import leaf_to_torch, tensor_shapes
-from lora_jax._peft.names import Names, Naming, check_names, naming_of, near, numbered
-from lora_jax._peft.plan import Plan
+from lora_jax._hub.modules import leaf_to_torch, tensor_shapes
+from lora_jax._hub.names import Names, Naming, check_names, naming_of, near, numbered
+from lora_jax._hub.module_plan import Plan
 from lora_jax._processes import whole
 from lora_jax._sample import differ, sample
 from lora_jax._targets import is_adaptable

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lora_jax._peft.config import (
+from lora_jax._hub.peft_config import (
     new_config,
     rank_and_scale,
     read_config,

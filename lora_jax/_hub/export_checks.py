@@ -10,12 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, dora_of, is_adapter
-from lora_jax._peft.config import within
-from lora_jax._peft.folder import DTYPES
-from lora_jax._peft.layouts import stems_of, tensor_name
-from lora_jax._peft.modules import Weight, tensor_shapes
-from lora_jax._peft.names import Names, Naming, naming_of, near
-from lora_jax._peft.plan import Plan, adapted_modules, copied_modules, orders_of
+from lora_jax._hub.peft_config import within
+from lora_jax._hub.peft_folder import DTYPES
+from lora_jax._hub.tensor_keys import stems_of, tensor_name
+from lora_jax._hub.modules import Weight, tensor_shapes
+from lora_jax._hub.names import Names, Naming, naming_of, near
+from lora_jax._hub.module_plan import Plan, adapted_modules, copied_modules, orders_of
 from lora_jax._targets import is_floating
 from lora_jax._tree import (
     Path,

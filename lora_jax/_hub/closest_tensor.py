@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lora_jax._peft.checkpoint import Tensor
-from lora_jax._peft.proofs import Weight, cuts, matrix
+from lora_jax._hub.checkpoint import Tensor
+from lora_jax._hub.match_tensors import Weight, cuts, matrix
 
 MOST = 64  # tensors of one size that are looked at
 CLOSE = 1e-2  # how near, beside its size, what is called the same is

@@ -18,11 +18,11 @@ from lora_jax._adapters import (
     of_copies,
     of_rank,
 )
-from lora_jax._peft.checks import VLLM_RANKS, check_loads, check_portable
-from lora_jax._peft.config import new_config
-from lora_jax._peft.folder import DTYPES, as_dtype, free_folder, write_folder
-from lora_jax._peft.layouts import MAGNITUDE, PREFIX, stems_of, suffixes, tensor_name
-from lora_jax._peft.modules import (
+from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
+from lora_jax._hub.peft_config import new_config
+from lora_jax._hub.peft_folder import DTYPES, as_dtype, free_folder, write_folder
+from lora_jax._hub.tensor_keys import MAGNITUDE, PREFIX, stems_of, suffixes, tensor_name
+from lora_jax._hub.modules import (
     Module,
     leaf_to_torch,
     magnitude_shape,
@@ -30,8 +30,8 @@ from lora_jax._peft.modules import (
     to_torch,
     turned,
 )
-from lora_jax._peft.names import Names, Naming, check_names, naming_of, near
-from lora_jax._peft.plan import (
+from lora_jax._hub.names import Names, Naming, check_names, naming_of, near
+from lora_jax._hub.module_plan import (
     Plan,
     check_inputs,
     copied_modules,

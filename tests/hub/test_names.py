@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from lora_jax._peft.names import Naming, captures, check_names, naming_of, numbered
+from lora_jax._hub.names import Naming, captures, check_names, naming_of, numbered
 
 PATHS = [
     ("layers_0", "attn", "query", "kernel"),

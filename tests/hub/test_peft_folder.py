@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_jax._peft import folder
-from lora_jax._peft.folder import as_dtype, free_folder, read_tensors, write_folder
+from lora_jax._hub import peft_folder as folder
+from lora_jax._hub.peft_folder import as_dtype, free_folder, read_tensors, write_folder
 
 TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.ones(2, ml_dtypes.bfloat16)}
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax._peft.checkpoint import Tensor
+from lora_jax._hub.checkpoint import Tensor
 from lora_jax._tree import Path, listed, path_name
 
 HEADS = ("head", "decoder", "output", "logits", "proj_out")
