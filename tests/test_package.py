@@ -16,9 +16,9 @@ ENGINE = (
     "rules uses"
 ).split()
 HUB = (
-    "names modules tensor_keys module_plan peft_config peft_folder export_checks "
-    "export_peft sort_tensors import_peft checkpoint match_tensors closest_tensor "
-    "equal_tensors name_patterns find_names"
+    "names module_types modules module_adapters module_plan tensor_keys peft_config "
+    "peft_folder export_checks export_peft sort_tensors import_peft checkpoint "
+    "match_tensors closest_tensor equal_tensors name_patterns find_names"
 ).split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (

@@ -1,91 +1,122 @@
-"""Tensors that are equal, number by number: which of them a weight is."""
+"""The choice between tensors that are equal in every value: by their names."""
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from lora_jax._hub.checkpoint import Tensor
+from lora_jax._hub.checkpoint import CheckpointTensor
 from lora_jax._tree import Path, listed, path_name
 
 HEADS = ("head", "decoder", "output", "logits", "proj_out")
 
 
-def resolve(
-    claims: Mapping[tuple[Path, tuple[int, ...], int], Sequence[Tensor]],
-) -> dict[tuple[Path, tuple[int, ...], int], tuple[str, ...]]:
-    """One module for each part of a weight: two for a table that is the head too.
+class WeightPart(NamedTuple):
+    """One matrix of a weight."""
 
-    Where values cannot tell, names do: the tensor beside those of the weight's
-    neighbours, of the same layer, or with its very name. Where these do not either,
-    nothing is guessed.
+    path: Path
+    stack_index: tuple[int, ...]
+    part: int  # of a fused weight
+
+
+def choose_modules(
+    candidates: Mapping[WeightPart, Sequence[CheckpointTensor]],
+) -> dict[WeightPart, tuple[str, ...]]:
+    """Returns one module for each part of a weight, or two for a tied embedding.
+
+    If several tensors have the same values, names decide: the tensor next to those of
+    the weight's neighbours, of the same layer, or with the most similar name. If that
+    leaves several, none is guessed.
+
+    Args:
+      candidates: The equal tensors that each part may be.
 
     Raises:
       ValueError: If a part may be several tensors, or two weights are one tensor.
     """
-    sure = {key: t[0] for key, t in claims.items() if len({x.name for x in t}) == 1}
-    chosen = {key: (tensor.module,) for key, tensor in sure.items()}
+    sure = {
+        part: tensors[0]
+        for part, tensors in candidates.items()
+        if len({tensor.name for tensor in tensors}) == 1
+    }
+    chosen: dict[WeightPart, tuple[str, ...]] = {
+        part: (tensor.module,) for part, tensor in sure.items()
+    }
     owned = {tensor.name for tensor in sure.values()}
-    for key, equals in claims.items():
-        if key in sure:
-            continue
+    open_parts = {part: t for part, t in candidates.items() if part not in sure}
+    for part, equals in open_parts.items():
         free = [t for t in equals if t.name not in owned] or list(equals)
-        rivals = [k for k, t in claims.items() if k != key and k not in sure]
-        others = [
-            k for k in rivals if {t.name for t in claims[k]} & {t.name for t in free}
-        ]
-        if not others and (pair := _tied(key[0], free)):
-            chosen[key] = pair
+        names = {t.name for t in free}
+        contested = any(
+            not names.isdisjoint(t.name for t in others)
+            for other, others in open_parts.items()
+            if other != part
+        )
+        if not contested and (pair := _tied_pair(part.path, free)):
+            chosen[part] = pair
             continue
-        best = _best(key, free, sure)
+        best = _best_by_name(part, free, sure)
         if best is None:
-            names = sorted(t.name for t in equals)
+            name = path_name(part.path)
             raise ValueError(
-                f"{path_name(key[0])!r} may be any of {listed(names)}: they are equal, "
-                "number by number, and their names do not tell. Leave the weight out, "
-                f"exclude=[{path_name(key[0])!r}], or write the map by hand."
+                f"{name!r} may be any of {listed(sorted(t.name for t in equals))}: "
+                "they are equal in every value, and their names do not decide. Leave "
+                f"the weight out, exclude=[{name!r}], or write the map by hand."
             )
-        chosen[key] = (best.module,)
-    _check_once(chosen)
+        chosen[part] = (best.module,)
+    _check_one_owner(chosen)
     return chosen
 
 
-def _tied(path: Path, equals: Sequence[Tensor]) -> tuple[str, str] | None:
-    """The lookup and the head of a table that both use."""
-    if len(equals) != 2 or len(equals[0].shape) != 2:
+def _tied_pair(
+    path: Path, equals: Sequence[CheckpointTensor]
+) -> tuple[str, str] | None:
+    """Returns the embedding and the head that share a table."""
+    name = path_name(path).lower()
+    is_table = "emb" in name or "wte" in name
+    if not is_table or len(equals) != 2 or len(equals[0].shape) != 2:
         return None
-    heads = [t for t in equals if any(h in t.module.split(".")[-1] for h in HEADS)]
-    heads = heads or [t for t in equals if any(h in t.module for h in HEADS)]
-    tables = [t for t in equals if t not in heads]
-    named = "emb" in path_name(path).lower() or "wte" in path_name(path).lower()
-    if len(heads) != 1 or not named:
+    modules = [t.module for t in equals]
+    is_head = lambda name: any(head in name for head in HEADS)
+    heads = [m for m in modules if is_head(m.split(".")[-1])]
+    heads = heads or [m for m in modules if is_head(m)]
+    if len(heads) != 1:
         return None
-    return tables[0].module, heads[0].module
+    (table,) = (m for m in modules if m not in heads)
+    return table, heads[0]
 
 
-def _best(
-    key: tuple[Path, tuple[int, ...], int],
-    equals: Sequence[Tensor],
-    sure: Mapping[tuple[Path, tuple[int, ...], int], Tensor],
-) -> Tensor | None:
-    """The one that stands where the weight does, if there is one such."""
-    path, index, _ = key
-    # Of a stack, or of a fused weight, the same place of its nearest neighbours.
-    near = [(k, t) for k, t in sure.items() if k[1] == index or k[0] != path]
-    ranks = {k: _common(k[0], path) + (k[1] == index) for k, _ in near}
-    most = max(ranks.values(), default=0)
-    beside = [t.module.split(".") for k, t in near if ranks[k] == most]
+def _best_by_name(
+    part: WeightPart,
+    equals: Sequence[CheckpointTensor],
+    sure: Mapping[WeightPart, CheckpointTensor],
+) -> CheckpointTensor | None:
+    """Returns the tensor whose name fits the weight best, if there is only one."""
+    path = path_name(part.path).lower()
+    # In a stack or a fused weight, the neighbours are the parts at the same index.
+    near = {
+        other: _common_start(other.path, part.path)
+        + (other.stack_index == part.stack_index)
+        for other in sure
+        if other.stack_index == part.stack_index or other.path != part.path
+    }
+    closest = max(near.values(), default=0)
+    neighbours = [sure[other].module for other, n in near.items() if n == closest]
 
-    def score(tensor: Tensor) -> tuple[int, int]:
+    def score(tensor: CheckpointTensor) -> tuple[int, int]:
         own = tensor.module.split(".")
-        shared = max((_common(own, other) for other in beside), default=0)
-        words = set(re.findall(r"[a-z]+|\d+", path_name(path).lower()))
-        named = set(re.findall(r"[a-z]+|\d+", tensor.module.lower()))
-        return shared, len(words & named)
+        shared = (_common_start(own, other.split(".")) for other in neighbours)
+        return max(shared, default=0), len(_words(path) & _words(tensor.module.lower()))
 
     scores = sorted(map(score, equals), reverse=True)
     return None if scores[0] in scores[1:] else max(equals, key=score)
 
 
-def _common(one: Sequence[object], other: Sequence[object]) -> int:
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]+|\d+", name))
+
+
+def _common_start(one: Sequence[object], other: Sequence[object]) -> int:
+    """Returns how many components two paths, or names, have in common at the start."""
     n = 0
     for x, y in zip(one, other, strict=False):
         if str(x) != str(y):
@@ -94,16 +125,14 @@ def _common(one: Sequence[object], other: Sequence[object]) -> int:
     return n
 
 
-def _check_once(
-    chosen: Mapping[tuple[Path, tuple[int, ...], int], tuple[str, ...]],
-) -> None:
+def _check_one_owner(chosen: Mapping[WeightPart, tuple[str, ...]]) -> None:
     owner: dict[str, Path] = {}
-    for (path, _, _), modules in chosen.items():
+    for part, modules in chosen.items():
         for module in modules:
-            if owner.setdefault(module, path) != path:
+            first, name = owner.setdefault(module, part.path), path_name(part.path)
+            if first != part.path:
                 raise ValueError(
-                    f"{path_name(owner[module])!r} and {path_name(path)!r} are both "
-                    f"{module!r}: there they are one weight, as a table and its tied "
-                    "head are. One adapter can serve only one of them: "
-                    f"exclude=[{path_name(path)!r}]."
+                    f"{path_name(first)!r} and {name!r} are both {module!r}: PyTorch "
+                    "has one weight there, as for an embedding and its tied head. One "
+                    f"adapter can serve only one of them: exclude=[{name!r}]."
                 )

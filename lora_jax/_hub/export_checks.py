@@ -1,6 +1,7 @@
-"""What PEFT, or vLLM, would not load as it was meant: the checks of an export's plan.
+"""The checks of an export's plan: PEFT, or vLLM too, must load it as it was meant.
 
-PEFT goes by names and their ends, and is silent about what it leaves out.
+PEFT goes by names and their ends, and leaves out without a warning what it does not
+find.
 """
 
 import re
@@ -9,26 +10,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._adapters import adapter_of, dora_of, is_adapter
-from lora_jax._hub.peft_config import within
-from lora_jax._hub.peft_folder import DTYPES
-from lora_jax._hub.tensor_keys import stems_of, tensor_name
-from lora_jax._hub.modules import Weight, tensor_shapes
-from lora_jax._hub.names import Names, Naming, naming_of, near
-from lora_jax._hub.module_plan import Plan, adapted_modules, copied_modules, orders_of
+from lora_jax._adapters import adapter_of, is_adapter
+from lora_jax._hub.module_plan import ModulePlan
+from lora_jax._hub.module_types import EXPERTS
+from lora_jax._hub.modules import MappedLeaf
+from lora_jax._hub.names import Names, module_names, similar_names
+from lora_jax._hub.peft_config import is_saved_by
+from lora_jax._hub.peft_folder import TORCH_DTYPES
+from lora_jax._hub.tensor_keys import parameter_stems, tensor_name
 from lora_jax._targets import is_floating
-from lora_jax._tree import (
-    Path,
-    components,
-    is_array,
-    listed,
-    path_name,
-    unbox,
-)
+from lora_jax._tree import Path, components, is_array, listed, path_name, unbox
 
 # https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# What PEFT adds to modules_to_save, for a model of such a task.
+# The heads that PEFT adds to modules_to_save for a task.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -37,65 +32,50 @@ TASK_HEADS = {
 
 
 def check_loads(
-    plan: Plan,
+    plan: ModulePlan,
     leaves: dict[Path, Any],
     names: Names,
     modules: Iterable[str] | None,
     task_type: str | None,
 ) -> None:
-    """PEFT loads the whole plan, each tensor into the module that it is of.
+    """Checks that PEFT loads every tensor of the plan into its own module.
 
     Raises:
       TypeError: If `modules` is one name.
       ValueError: If a name is no module or has two owners, an adapter is in a module
-        saved whole, such a module lacks a leaf, or there is no adapter.
+        that is trained in full, such a module lacks a leaf, or there is no adapter.
     """
     if not plan.adapted:
         raise ValueError(
             "There are trained copies and no low-rank adapter, and PEFT's format needs "
             "one. Write targets= in lorafy."
         )
-    _check_known(plan, leaves, modules)
-    _check_unique(plan, leaves)
-    saved, adapted = copied_modules(plan, leaves), adapted_modules(plan)
-    _check_apart(saved, adapted)
-    _check_task(saved, adapted, task_type)
-    _check_own(plan)
-    _check_beside(plan, leaves)
-    _check_below(plan, saved, names, leaves)
+    _check_known(plan, modules)
+    _check_unique(plan)
+    _check_separate(plan)
+    _check_task(plan, task_type)
+    _check_own_modules(plan)
+    _check_same_module(plan, leaves)
+    _check_submodules(plan, names, leaves)
     _check_magnitudes(plan, leaves)
-    stems_of(orders_of(plan))  # raises if the parameters of one module are in no order
+    parameter_stems(plan.parameter_orders)  # raises if a module's have no order
 
 
-def _check_magnitudes(plan: Plan, leaves: dict[Path, Any]) -> None:
-    """PEFT has DoRA for all modules or for none, and one norm for each update."""
-    own = {path for path in plan.adapted if dora_of(path).magnitude in leaves}
-    if own and (plain := [path for path in plan.adapted if path not in own]):
-        raise ValueError(
-            f"{listed(sorted(own))} have DoRA's magnitudes, and {listed(plain)} have "
-            "not: PEFT has use_dora for all or for none. Build them alike."
-        )
-    for path in own:
-        for name, slot in plan.adapted[path].slots.items():
-            if slot.kind in ("head", "experts"):
-                raise ValueError(
-                    f"{path_name(path)!r} has DoRA's magnitudes, and is {slot.kind} "
-                    f"{name!r} too: PEFT has no such norm. Leave it out of "
-                    "lorafy(..., dora=True)."
-                )
+def check_portable(plan: ModulePlan, leaves: dict[Path, Any], dtype: Any) -> None:
+    """Checks that every program with PEFT's format, vLLM included, loads the plan.
 
-
-def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
-    """Every program that knows PEFT's format, vLLM included, loads the plan."""
+    Raises:
+      ValueError: If one would not.
+    """
     for path in plan.copied:
         raise ValueError(
-            f"{path_name(path)!r} cannot be portable: vLLM takes no modules_to_save. "
+            f"{path_name(path)!r} cannot be portable: vLLM loads no modules_to_save. "
             "Leave it out of also= in lorafy, or write portable=False."
         )
     for path, weight in plan.adapted.items():
-        if dora_of(path).magnitude in leaves:
+        if _has_magnitude(path, leaves):
             raise ValueError(
-                f"{path_name(path)!r} cannot be portable: vLLM takes no DoRA. Write "
+                f"{path_name(path)!r} cannot be portable: vLLM loads no DoRA. Write "
                 "portable=False."
             )
         if why := _not_portable(weight, unbox(leaves[adapter_of(path).a]), dtype):
@@ -105,30 +85,53 @@ def check_portable(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> None:
             )
 
 
-def _check_known(
-    plan: Plan, leaves: dict[Path, Any], modules: Iterable[str] | None
-) -> None:
-    """The PyTorch model has each module, or the one that holds a bare parameter."""
+def _not_portable(weight: MappedLeaf, a: Any, dtype: Any) -> str | None:
+    """Returns why some programs do not load an adapter with such a factor A."""
+    refused = {"conv": "a convolution", "experts": "a parameter of experts"}
+    for name, part in weight.modules.items():
+        if part.type.name in refused:
+            return f"{name!r} is {refused[part.type.name]}"
+        if part.type.name == "embedding" and name.split(".")[-1] != "embed_tokens":
+            return f"vLLM adapts the embedding embed_tokens, not {name!r}"
+    if (r := a.shape[-1]) > VLLM_RANKS[-1]:
+        return f"vLLM loads ranks up to {VLLM_RANKS[-1]}, not {r}"
+    stored = jnp.dtype(a.dtype if dtype is None else dtype).name
+    if stored not in TORCH_DTYPES[:2]:
+        return f"it is {stored}, and float32 or bfloat16 loads everywhere"
+    return None
+
+
+def _has_magnitude(path: Path, leaves: dict[Path, Any]) -> bool:
+    return adapter_of(path, magnitude=True).magnitude in leaves
+
+
+def _each_module(plan: ModulePlan) -> Iterator[tuple[Path, str]]:
+    for path, leaf in (*plan.adapted.items(), *plan.copied.items()):
+        yield from ((path, name) for name in leaf.modules)
+
+
+def _check_known(plan: ModulePlan, modules: Iterable[str] | None) -> None:
+    """Checks that the PyTorch model has each module, or the one of a parameter."""
     if isinstance(modules, str):
         raise TypeError("modules is a list of names, or a mapping with them as keys.")
     if modules is None:
         return
     known = {*modules}
     known |= {name.rpartition(".")[0] for name in known}
-    parameters = orders_of(plan)
-    for path, name in _each_module(plan, leaves):
+    parameters = plan.parameter_orders
+    for path, name in _each_module(plan):
         holder = name.rpartition(".")[0] if name in parameters else name
         if holder not in known:
             raise ValueError(
                 f"{path_name(path)!r} has the name {name!r}, which is not in "
-                f"modules. Close: {listed(near(name, known))}. Correct names."
+                f"modules. Close: {similar_names(name, known)}. Correct names."
             )
 
 
-def _check_unique(plan: Plan, leaves: dict[Path, Any]) -> None:
-    """Each module has one adapter, and each tensor saved whole is of one leaf."""
+def _check_unique(plan: ModulePlan) -> None:
+    """Checks that two leaves have no module, or no tensor of it, in common."""
     owner: dict[str, Path] = {}
-    for path, name in _each_module(plan, leaves):
+    for path, name in _each_module(plan):
         key = name if path in plan.adapted else tensor_name(name, path)
         if key in owner:
             raise ValueError(
@@ -138,91 +141,87 @@ def _check_unique(plan: Plan, leaves: dict[Path, Any]) -> None:
         owner[key] = path
 
 
-def _each_module(plan: Plan, leaves: dict[Path, Any]) -> Iterator[tuple[Path, str]]:
-    layouts: dict[Path, Weight | Naming] = {**plan.adapted, **plan.copied}
-    for path, layout in layouts.items():
-        for name in tensor_shapes(layout, unbox(leaves[path]).shape):
-            yield path, name
+def _check_separate(plan: ModulePlan) -> None:
+    """Checks that PEFT finds no other module by the name of one that it saves.
 
-
-def _check_apart(saved: set[str], adapted: set[str]) -> None:
-    """PEFT finds modules to save by the ends of names, and leaves them no adapter."""
+    It finds modules to save by the ends of names, and drops the adapters in them.
+    """
+    saved = plan.copied_modules
     for module in sorted(saved):
-        for name in sorted(adapted):
-            if name.endswith(module) or within(re.escape(module), name):
+        for name in sorted(plan.adapted_modules):
+            if name.endswith(module) or is_saved_by(re.escape(module), name):
                 raise ValueError(
-                    f"{module!r} would be saved whole, and PEFT then ignores the "
-                    f"adapter of {name!r}. Leave that adapter out with exclude= in "
-                    "lorafy, or the module out of also=."
+                    f"{module!r} is trained in full, so that PEFT ignores the adapter "
+                    f"of {name!r}. Leave that adapter out with exclude= in lorafy, or "
+                    "the module out of also=."
                 )
         if longer := [name for name in saved - {module} if name.endswith(module)]:
             raise ValueError(
-                f"{module!r} would be saved whole, and PEFT, which goes by the ends of "
+                f"{module!r} is trained in full, and PEFT, which goes by the ends of "
                 f"names, takes {listed(sorted(longer))} for it. Leave it out of also= "
                 "in lorafy."
             )
 
 
-def _check_task(saved: set[str], adapted: set[str], task_type: str | None) -> None:
-    """For some tasks PEFT saves the head whole, by itself."""
+def _check_task(plan: ModulePlan, task_type: str | None) -> None:
+    """Checks the head, which PEFT saves in full for some tasks."""
     heads = TASK_HEADS.get(task_type or "", ())
-    if heads and not any(module.split(".")[-1] in heads for module in saved):
+    saved = {module.split(".")[-1] for module in plan.copied_modules}
+    if heads and saved.isdisjoint(heads):
         raise ValueError(
-            f"For {task_type} PEFT saves the head whole, a module called "
+            f"For {task_type} PEFT saves the whole head, a module called "
             f"{' or '.join(heads)}: train it, and name it in also= in lorafy."
         )
-    for name in sorted(adapted):
-        if any(within(head, name) for head in heads):
+    for name in sorted(plan.adapted_modules):
+        if any(is_saved_by(head, name) for head in heads):
             raise ValueError(
-                f"For {task_type} PEFT saves {name!r} whole, and it has an adapter. "
-                "Leave that out with exclude= in lorafy, and name the module in also=."
+                f"For {task_type} PEFT saves {name!r} as a whole, and it has an "
+                "adapter. Leave that out with exclude= in lorafy, and name the module "
+                "in also=."
             )
 
 
-def _check_own(plan: Plan) -> None:
-    """A leaf saved whole is of one module, all its own."""
-    parameters = lambda layout: (
-        isinstance(layout, Weight)
-        and any(slot.kind == "experts" for slot in layout.slots.values())
-    )
-    for path, layout in plan.copied.items():
-        templates = plan.namings[path].templates
-        if len(templates) > 1 or parameters(layout):
+def _check_own_modules(plan: ModulePlan) -> None:
+    """Checks that a leaf trained in full is a module, and no part of several."""
+    for path, leaf in plan.copied.items():
+        templates = plan.named[path].templates
+        types = {part.type for part in leaf.modules.values()}
+        if len(templates) > 1 or EXPERTS in types:
             raise ValueError(
-                f"{path_name(path)!r} trains as a whole, and its name is no module of "
-                f"its own: {listed(templates)}. Leave it out of also= in lorafy."
+                f"{path_name(path)!r} is trained in full, and is no module of its "
+                f"own: {listed(templates)}. Leave it out of also= in lorafy."
             )
 
 
-def _check_beside(plan: Plan, leaves: dict[Path, Any]) -> None:
-    """PEFT saves modules, not leaves: all of a mapping or none."""
+def _check_same_module(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
+    """Checks that all leaves of a module are trained in full, or none of them."""
     for path in plan.copied:
         for other, leaf in leaves.items():
-            module = components(other)[:-1] == components(path)[:-1]
-            beside = module and is_array(unbox(leaf))
-            if beside and other not in plan.copied and not is_adapter(other):
-                advice = f"add {path_name(other)!r} to also= in lorafy"
-                if not is_floating(other, leaf):
-                    advice = (
-                        f"leave it out of also= in lorafy, since {path_name(other)!r}, "
-                        f"of dtype {unbox(leaf).dtype}, cannot train"
-                    )
-                raise ValueError(
-                    f"{path_name(path)!r} trains as a whole, and PEFT saves whole "
-                    f"modules: {advice}."
+            if components(other)[:-1] != components(path)[:-1] or is_adapter(other):
+                continue
+            if other in plan.copied or not is_array(unbox(leaf)):
+                continue
+            advice = f"add {path_name(other)!r} to also= in lorafy"
+            if not is_floating(other, leaf):
+                advice = (
+                    f"leave it out of also= in lorafy, since {path_name(other)!r}, of "
+                    f"dtype {unbox(leaf).dtype}, cannot be trained"
                 )
+            raise ValueError(
+                f"{path_name(path)!r} is trained in full, and PEFT saves whole "
+                f"modules: {advice}."
+            )
 
 
-def _check_below(
-    plan: Plan, saved: set[str], names: Names, leaves: dict[Path, Any]
-) -> None:
-    """All that the map puts in a saved module, or below it, is saved with it."""
-    saved = saved | {plan.namings[path].templates[0] for path in plan.copied}
+def _check_submodules(plan: ModulePlan, names: Names, leaves: dict[Path, Any]) -> None:
+    """Checks that all leaves in a module trained in full, or below it, are trained."""
+    saved = {plan.named[path].templates[0] for path in plan.copied}
+    saved |= plan.copied_modules
     for path, leaf in leaves.items():
         if path in plan.copied or is_adapter(path) or not is_array(unbox(leaf)):
             continue
-        naming = naming_of(names, path) if saved else None
-        for template in naming.templates if naming else ():
+        named = module_names(names, path) if saved else None
+        for template in named.templates if named else ():
             if any(f"{template}.".startswith(f"{module}.") for module in saved):
                 raise ValueError(
                     f"PEFT saves whole modules, and {path_name(path)!r} is in one that "
@@ -230,17 +229,19 @@ def _check_below(
                 )
 
 
-def _not_portable(weight: Weight, a: Any, dtype: Any) -> str | None:
-    """Why an adapter with such a factor A is not for every program."""
-    for name, slot in weight.slots.items():
-        if slot.kind in ("conv", "experts"):
-            what = {"conv": "convolution", "experts": "parameter of experts"}
-            return f"{name!r} is a {what[slot.kind]}"
-        if slot.kind == "embedding" and name.split(".")[-1] != "embed_tokens":
-            return f"vLLM adapts the table embed_tokens, not {name!r}"
-    if (r := a.shape[-1]) > VLLM_RANKS[-1]:
-        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {r}"
-    kept = jnp.dtype(a.dtype if dtype is None else dtype).name
-    if kept not in DTYPES[:2]:
-        return f"it is {kept}, and float32 or bfloat16 loads everywhere"
-    return None
+def _check_magnitudes(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
+    """Checks that PEFT has DoRA's norms: for all modules, and one for each update."""
+    own = {path for path in plan.adapted if _has_magnitude(path, leaves)}
+    if own and (plain := [path for path in plan.adapted if path not in own]):
+        raise ValueError(
+            f"{listed(sorted(own))} have DoRA's magnitudes, and {listed(plain)} do "
+            "not: PEFT has use_dora for all or for none. Build them alike."
+        )
+    for path in own:
+        for name, part in plan.adapted[path].modules.items():
+            if not part.type.has_dora:
+                raise ValueError(
+                    f"{path_name(path)!r} has DoRA's magnitudes, and is the "
+                    f"{part.type.name} {name!r}, for which PEFT has no norm. Leave it "
+                    "out of lorafy(..., dora=True)."
+                )

@@ -1,4 +1,4 @@
-"""Adapters out to a folder that Hugging Face PEFT and vLLM load."""
+"""`export_peft`: adapters to a folder that Hugging Face PEFT and vLLM load."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -8,51 +8,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
+    Adapters,
     Axes,
-    Copy,
-    Ranked,
-    adapter_of,
-    axes_of_shapes,
+    LowRank,
     copy_of,
     find_adapters,
     of_copies,
     of_rank,
 )
 from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
-from lora_jax._hub.peft_config import new_config
-from lora_jax._hub.peft_folder import DTYPES, as_dtype, free_folder, write_folder
-from lora_jax._hub.tensor_keys import MAGNITUDE, PREFIX, stems_of, suffixes, tensor_name
-from lora_jax._hub.modules import (
-    Module,
-    leaf_to_torch,
-    magnitude_shape,
-    modules_of,
-    to_torch,
-    turned,
-)
-from lora_jax._hub.names import Names, Naming, check_names, naming_of, near
+from lora_jax._hub.module_adapters import is_reversed, split_adapter
 from lora_jax._hub.module_plan import (
-    Plan,
+    ModulePlan,
+    axes_by_path,
     check_inputs,
-    copied_modules,
-    given_axes,
-    orders_of,
-    plan_of,
+    plan_modules,
+)
+from lora_jax._hub.module_types import ModuleAdapter
+from lora_jax._hub.modules import leaf_to_torch
+from lora_jax._hub.names import (
+    ModuleNames,
+    Names,
+    check_names,
+    module_names,
+    similar_names,
+)
+from lora_jax._hub.peft_config import new_config
+from lora_jax._hub.peft_folder import (
+    TORCH_DTYPES,
+    as_dtype,
+    free_folder,
+    write_folder,
+)
+from lora_jax._hub.tensor_keys import (
+    MAGNITUDE_SUFFIX,
+    PREFIX,
+    parameter_stems,
+    tensor_name,
 )
 from lora_jax._processes import agreed, is_first, outline
-from lora_jax._tree import Path, flatten, listed, path_name, unbox
+from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
 from lora_jax._write import check_finite, check_savable, in_memory
 
 
 def export_peft(
     folder: str | os.PathLike[str],
-    params: Any,
+    params: PyTree,
     names: Names,
     *,
     axes: Mapping[str, Axes] | None = None,
     kinds: Mapping[str, str] | None = None,
     modules: Iterable[str] | None = None,
-    base_model: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     portable: bool = False,
@@ -62,46 +69,48 @@ def export_peft(
 
     The PyTorch model with the folder computes what `lora(fn)` does with `params`, up to
     rounding. Ranks and scales that differ become PEFT's `rank_pattern` and
-    `alpha_pattern`, exactly. The folder appears whole or not at all. Where JAX runs as
-    several processes, all of them call this, with a folder that all see; the first
-    writes.
+    `alpha_pattern`, exactly. The folder is written completely or not at all. If JAX
+    runs as several processes, all of them call this, with a folder that all of them
+    see; the first one writes.
 
     Args:
-      folder: Where. An old export is replaced; other files are never touched.
+      folder: The folder to write. An old export is replaced; a folder with other files
+        is refused.
       params: A tree from `lorafy`, trained or not, of concrete arrays. Its trained
         copies, `also=` in `lorafy`, become PEFT's `modules_to_save`.
-      names: Which modules of the PyTorch model the weights are: `{pattern: name}` or a
-        function of a path. A pattern is as in `lorafy`, with stars alone and without a
-        leading `params/`; the first that matches wins, and each must match a leaf. A
-        name has a place `{}` for what each star stands for, and `{layer}` or `{expert}`
-        for the number along a stacked dimension. Several names are the parts of a fused
-        weight, equal along its outputs; `{name: outputs}` unequal ones; for a table,
-        the lookup and its tied head. See `transformers_names`.
+      names: The modules of the PyTorch model that the weights are: `{pattern: name}` or
+        a function of a path. A pattern is as in `lorafy`, with `*` as the only special
+        character and without a leading `params/`; the first that matches wins, and each
+        must match a leaf. A name has a place `{}` for the text of each star, and
+        `{layer}` or `{expert}` for the number along a stacked dimension. Several names
+        are the parts of a fused weight, equal along its outputs, and `{name: outputs}`
+        are unequal ones. Two names of an embedding are its own and that of its tied
+        head. See `transformers_names` and `find_names`.
       axes: `{path: Axes}` from `find_axes`, for weights that are not stored as (inputs,
         outputs), unless `lorafy` was given them too.
-      kinds: `{pattern: kind}` where Flax's names do not tell: "linear", "conv" for a
-        kernel (window..., in, out), "embedding" for a table (vocabulary, features),
-        "experts" where PyTorch has a stack in one parameter of three dimensions.
-        Default: "embedding" for such a leaf, "conv" for the kernel of a module named
-        conv, else "linear".
+      kinds: `{pattern: kind}` for leaves whose names in Flax do not show it: "linear",
+        "conv" for a kernel (window..., in, out), "embedding" for a table (rows,
+        features), "experts" if PyTorch has a stack in one parameter of three
+        dimensions. Default: "embedding" for a leaf of that name, "conv" for the kernel
+        of a module named conv, else "linear".
       modules: The PyTorch model's modules, `dict(model.named_modules())`, or the names
         of its tensors. Each name must be among them.
       base_model: The name or path of the base model, for the config.
       task_type: PEFT's, such as "CAUSAL_LM", for the config.
       fan_in_fan_out: Whether the PyTorch layers store (inputs, outputs), as GPT-2's do.
-      portable: Write what everything loads, vLLM included: one rank that vLLM takes, by
-        padding with zeros, and each scale multiplied into B. What cannot be so written
-        is refused: convolutions, experts in one parameter, tables other than
-        embed_tokens, trained copies, float16.
+      portable: Write what every program loads, vLLM included: one rank that vLLM
+        supports, by padding with zeros, and each scale multiplied into B. An error if
+        that is not possible: for convolutions, experts in one parameter, embeddings
+        other than embed_tokens, DoRA, trained copies and float16.
       dtype: Of the tensors: float32, bfloat16 or float16. Default: that of the leaves.
 
     Raises:
-      ValueError: If a weight has no name or two have one, a name or pattern fits
-        nothing, a leaf is abstract, not finite or of another dtype, the folder holds
-        other files, or another process has other adapters or names. The folder is then
-        as it was.
+      ValueError: If a weight has no name or two have the same one, a name or pattern
+        matches nothing, a leaf is abstract, not finite or of another dtype, the folder
+        holds other files, or another process has other adapters or names. The folder
+        stays as it was.
       OSError: If the folder cannot be written.
-      RuntimeError: If it failed in another process, of which it tells.
+      RuntimeError: If the export failed in another process, whose error it quotes.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -114,31 +123,45 @@ def export_peft(
     """
     with agreed("export_peft") as same:
         target = free_folder(folder) if is_first() else os.fspath(folder)
-        dtype = _known_dtype(dtype)
+        if dtype is not None and jnp.dtype(dtype).name not in TORCH_DTYPES:
+            raise ValueError(
+                f"dtype is one of {', '.join(TORCH_DTYPES)}, found {dtype}."
+            )
         leaves = flatten(params)
         adapters = find_adapters(leaves)
-        plan = _plan(leaves, adapters, names, axes, kinds)
+        plan = _export_plan(leaves, adapters, names, axes, kinds)
         check_loads(plan, leaves, names, modules, task_type)
-        check_inputs(plan, leaves, fan_in_fan_out)
+        known = [p for p, own in of_rank(adapters).items() if own.aligned]
+        check_inputs(
+            plan, leaves, [*axes_by_path(axes, leaves), *known], fan_in_fan_out
+        )
         if portable:
             check_portable(plan, leaves, dtype)
         parts = [part for own in adapters.values() for part in own]
         for part in parts:
             check_savable(part, leaves[part])
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
-        same["names"] = {path_name(p): named for p, named in plan.namings.items()}
+        same["names"] = {path_name(p): named for p, named in plan.named.items()}
     leaves |= in_memory(leaves, parts)
     with agreed("export_peft"):
         for part in parts:
             check_finite(repr(path_name(part)), leaves[part])
-        found = _modules(plan, leaves, of_rank(adapters), portable)
-        tensors = _factors(plan, leaves, found, dtype) | _copies(plan, leaves, dtype)
-        config = _config(
-            found,
-            orders_of(plan).keys() & found.keys(),
+        own = {p: own.map(leaves.__getitem__) for p, own in of_rank(adapters).items()}
+        found: dict[str, ModuleAdapter] = {}
+        for path, weight in plan.adapted.items():
+            found |= split_adapter(weight, own[path], fold=portable)
+        if portable:
+            found = _pad_ranks(found)
+        tensors = _factor_tensors(plan, own, found, dtype)
+        tensors |= _copy_tensors(plan, leaves, dtype)
+        ranks = {name: module.a.shape[-1] for name, module in found.items()}
+        config = new_config(
+            ranks,
+            {name: _alpha(module.scale, ranks[name]) for name, module in found.items()},
+            plan.parameter_orders.keys() & found.keys(),
             base_model_name_or_path=base_model and str(base_model),
             fan_in_fan_out=fan_in_fan_out,
-            modules_to_save=sorted(copied_modules(plan, leaves)) or None,
+            modules_to_save=sorted(plan.copied_modules) or None,
             task_type=task_type,
             use_dora=any(module.magnitude is not None for module in found.values()),
         )
@@ -146,132 +169,87 @@ def export_peft(
             write_folder(target, config, tensors)
 
 
-def _known_dtype(dtype: Any) -> Any:
-    if dtype is not None and jnp.dtype(dtype).name not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, found {dtype}.")
-    return dtype
-
-
-def _plan(
+def _export_plan(
     leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked | Copy],
+    adapters: Adapters,
     names: Names,
     axes: Mapping[str, Axes] | None,
     kinds: Mapping[str, str] | None,
-) -> Plan:
-    """The plan of all that trains, which must have names."""
+) -> ModulePlan:
+    """Returns the plan of all adapted and copied leaves, which must have names."""
     check_names(names, leaves)
-    namings = {path: _placed(names, path) for path in adapters}
-    given = given_axes(axes, leaves)
-    own, aligned = _own_axes(leaves, of_rank(adapters))
+    named = {path: _required_names(names, path) for path in adapters}
+    given = axes_by_path(axes, leaves)
+    own = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
     for path, dims in own.items():  # raises if the two do not fit
-        turned(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
-    return plan_of(
-        leaves,
-        namings,
-        adapted=of_rank(adapters),
-        copied=of_copies(adapters),
-        axes=own | given,
-        told={*given, *aligned},
-        kinds=kinds,
-    )
+        is_reversed(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
+    return plan_modules(leaves, named, own, of_copies(adapters), own | given, kinds)
 
 
-def _placed(names: Names, path: Path) -> Naming:
-    naming = naming_of(names, path)
-    if naming is None:
-        known = [] if callable(names) else near(path_name(path), names)
+def _required_names(names: Names, path: Path) -> ModuleNames:
+    named = module_names(names, path)
+    if named is None:
+        patterns = similar_names(path_name(path), () if callable(names) else names)
         raise ValueError(
             f"names has no name for {path_name(path)!r}. Its patterns that come close: "
-            f"{listed(known)}. Write names={{{path_name(path)!r}: 'module.of.torch'}}."
+            f"{patterns}. Write names={{{path_name(path)!r}: 'module.of.torch'}}."
         )
-    return naming
+    return named
 
 
-def _own_axes(
-    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
-) -> tuple[dict[Path, Axes], set[Path]]:
-    """The dimensions for which each adapter was made, and which are aligned."""
-    own, aligned = {}, set()
-    for path, adapter in adapters.items():
-        w, a, *others = (unbox(leaves[p]).shape for p in (path, *adapter))
-        own[path] = axes_of_shapes(w, a, *others)
-        if len(a) == len(w) + 1:
-            aligned.add(path)
-    return own, aligned
-
-
-def _modules(
-    plan: Plan,
-    leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked],
-    portable: bool,
-) -> dict[str, Module]:
-    """The adapter of each module that has one: no rank is left to some."""
-    found: dict[str, Module] = {}
-    for path, weight in plan.adapted.items():
-        parts = [leaves[part] for part in adapters[path]]
-        found |= modules_of(weight, *parts, fold=portable)
-    return _of_one_rank(found) if portable else found
-
-
-def _of_one_rank(found: Mapping[str, Module]) -> dict[str, Module]:
-    """The modules padded with zeros to the least rank that vLLM takes."""
-    most = max(module.a.shape[-1] for module in found.values())
+def _pad_ranks(modules: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:
+    """Returns the adapters padded with zeros to the least rank that vLLM supports."""
+    most = max(module.a.shape[-1] for module in modules.values())
     r = next(n for n in VLLM_RANKS if n >= most)
     padded = {}
-    for name, (a, b, scale, _) in found.items():
-        more = r - a.shape[-1]
-        padded[name] = Module(
-            np.pad(a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), scale
-        )
+    for name, (a, b, scale, _) in modules.items():
+        more = (0, r - a.shape[-1])
+        a, b = np.pad(a, ((0, 0), more)), np.pad(b, (more, (0, 0)))
+        padded[name] = ModuleAdapter(a, b, scale)
     return padded
 
 
-def _factors(
-    plan: Plan, leaves: dict[Path, Any], found: Mapping[str, Module], dtype: Any
+def _factor_tensors(
+    plan: ModulePlan,
+    adapters: Mapping[Path, LowRank[np.ndarray]],
+    modules: Mapping[str, ModuleAdapter],
+    dtype: Any,
 ) -> dict[str, np.ndarray]:
-    """The tensors of the adapters, in the dtype of their leaves or in `dtype`."""
-    orders = orders_of(plan)
-    stems = stems_of({name: orders[name] for name in orders if name in found})
+    """Returns the tensors of the adapters, in `dtype` or in that of their leaves."""
+    orders = plan.parameter_orders
+    stems = parameter_stems({name: orders[name] for name in orders if name in modules})
     tensors = {}
     for path, weight in plan.adapted.items():
-        kept = unbox(leaves[adapter_of(path).a]).dtype if dtype is None else dtype
-        for name, slot in weight.slots.items():
-            if name not in found:
+        inputs = weight.sizes(weight.axes.inputs)
+        stored = adapters[path].a.dtype if dtype is None else dtype
+        for name, (kind, *_) in weight.modules.items():
+            if name not in modules:
                 continue
-            both = to_torch(slot.kind, found[name])
-            for suffix, x in zip(suffixes(slot.kind), both, strict=True):
-                key = PREFIX + stems.get(name, name) + suffix
-                tensors[key] = as_dtype(key, x, kept)
-            if (m := found[name].magnitude) is not None:
-                key = PREFIX + stems.get(name, name) + MAGNITUDE
-                shape = magnitude_shape(slot.kind, m, found[name].a)
-                tensors[key] = as_dtype(key, m.reshape(shape), dtype)
+            a, b, _, m = modules[name]
+            key = PREFIX + stems.get(name, name)
+            both = kind.factors_to_torch(a, b, inputs)
+            for suffix, x in zip(kind.suffixes, both, strict=True):
+                tensors[key + suffix] = as_dtype(key + suffix, x, stored)
+            if m is not None:
+                m = m.reshape(kind.magnitude_shape(len(m), inputs))
+                key += MAGNITUDE_SUFFIX
+                tensors[key] = as_dtype(key, m, dtype)
     return tensors
 
 
-def _copies(plan: Plan, leaves: dict[Path, Any], dtype: Any) -> dict[str, np.ndarray]:
-    """The tensors of the modules that are saved whole: the trained copies."""
+def _copy_tensors(
+    plan: ModulePlan, leaves: dict[Path, Any], dtype: Any
+) -> dict[str, np.ndarray]:
+    """Returns the tensors of the leaves that are trained in full."""
     tensors = {}
-    for path, layout in plan.copied.items():
-        copy = copy_of(path).w
-        own = leaf_to_torch(layout, leaves[copy])
-        for name, x in own.items():
+    for path, leaf in plan.copied.items():
+        for name, x in leaf_to_torch(leaf, leaves[copy_of(path).w]).items():
             key = PREFIX + tensor_name(name, path)
             tensors[key] = as_dtype(key, x, dtype)
     return tensors
 
 
-def _config(
-    found: Mapping[str, Module], parameters: Iterable[str], **settings: Any
-) -> dict[str, Any]:
-    ranks = {name: module.a.shape[-1] for name, module in found.items()}
-    alphas = {name: _alpha(module.scale, ranks[name]) for name, module in found.items()}
-    return new_config(ranks, alphas, parameters, **settings)
-
-
 def _alpha(scale: float, r: int) -> float:
-    """The shortest number that gives the scale, which is a float32."""
+    """Returns the shortest number whose quotient by r is the scale, a float32."""
     alphas = (float(f"{scale * r:.{digits}g}") for digits in range(1, 18))
     return next(x for x in alphas if np.float32(x / r) == np.float32(scale))

@@ -1,4 +1,4 @@
-"""A model's weights by their names in PyTorch, read off its checkpoint's values."""
+"""`find_names`: the map of names, found in the values of a checkpoint."""
 
 import itertools
 import math
@@ -8,26 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lora_jax._adapters import (
-    Axes,
-    Copy,
-    Ranked,
-    axes_of_shapes,
-    find_adapters,
-    is_adapter,
-    of_rank,
+from lora_jax._adapters import Adapters, Axes, find_adapters, is_adapter, of_rank
+from lora_jax._hub.checkpoint import open_checkpoint
+from lora_jax._hub.closest_tensor import describe_closest
+from lora_jax._hub.equal_tensors import WeightPart, choose_modules
+from lora_jax._hub.match_tensors import (
+    TensorIndex,
+    TensorMatch,
+    match_tensors,
+    rounded_values,
+    values_of_leaf,
 )
-from lora_jax._hub.checkpoint import tensors_of
-from lora_jax._hub.tensor_keys import CONV1D
-from lora_jax._hub.names import Name, escaped
-from lora_jax._hub.closest_tensor import nearest
-from lora_jax._hub.name_patterns import readable, template_of
-from lora_jax._hub.match_tensors import Index, Proof, narrower, prove, values_of
-from lora_jax._hub.equal_tensors import resolve
+from lora_jax._hub.module_types import CONV1D_NAMES
+from lora_jax._hub.name_patterns import stack_template, with_stars
+from lora_jax._hub.names import Name, escape_braces
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import Selector, choose, is_adaptable
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_abstract,
     is_traced,
@@ -37,12 +36,12 @@ from lora_jax._tree import (
     unbox,
 )
 
-TABLES = ("emb", "wte", "wpe")  # in the names of modules that are looked up
-SHOWN = 3  # weights without a tensor that a message speaks of
+EMBEDDINGS = ("emb", "wte", "wpe")  # in the names of PyTorch's embedding modules
+SHOWN = 3  # unmatched weights that a message describes
 
 
 def find_names(
-    params: Any,
+    params: PyTree,
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
     *,
     targets: Selector | None = None,
@@ -50,12 +49,12 @@ def find_names(
 ) -> dict[str, Name]:
     """Finds which PyTorch module each weight is, in the checkpoint they came from.
 
-    The values say it: some order of the dimensions of a tensor, or of several, is the
-    weight, in every value, to the rounding of its dtype. Transposed and reshaped
-    kernels are found, with heads apart or together, stacks of layers and of experts,
-    weights fused along their outputs, tables, tied heads and convolutions; also where
-    the weights are in another dtype than the checkpoint, in few bits, or on several
-    devices. Nothing is returned unproven.
+    Values decide: some order of the dimensions of a tensor, or of several, is the
+    weight, in every value, up to the rounding of its dtype. This finds transposed and
+    reshaped kernels, with heads apart or together, stacks of layers and of experts,
+    weights fused along their outputs, embeddings, tied heads and convolutions; also if
+    the weights are in another dtype than the checkpoint, quantized, or on several
+    devices. Nothing is returned without this comparison.
 
     Args:
       params: The parameters, plain or from `lorafy`: of concrete arrays, not trained
@@ -63,22 +62,22 @@ def find_names(
       checkpoint: A `.safetensors` file, a folder of them, with their index if it has
         one, or `{name: array}`. It is read a tensor at a time.
       targets: Which weights, as in `lorafy`. Default: those with adapters or trained
-        copies; where there are none, all of two or more dimensions.
+        copies; if there are none, all of two or more dimensions.
       exclude: Which of them not.
 
     Returns:
-      The map that `export_peft` and `import_peft` take, a plain dict: with patterns
-      where layers repeat, `{layer}` for a stack, several names for a fused weight. A
-      table under another name than `embedding` also needs `kinds=` there.
+      The map that `export_peft` and `import_peft` take, a plain dict: with patterns for
+      layers that repeat, `{layer}` for a stack, several names for a fused weight. An
+      embedding under another name than `embedding` also needs `kinds=` there.
 
     Raises:
       FileNotFoundError: If there is no checkpoint, or one of its files is missing.
-      ValueError: If a weight is abstract, or no tensor: the message says what came
-        nearest, such as the same rows in another order, or the tensor plus one; if
-        tensors are equal and their names do not tell which one it is; if what is the
-        input there is the output of the adapter here; a file is truncated; or another
-        process has other weights or tensors.
-      RuntimeError: If it failed in another process, of which it tells.
+      ValueError: If a weight is abstract, or no tensor: the message names the closest
+        one and how it differs, such as the same rows in another order, or the tensor
+        plus one; if tensors are equal and their names do not decide which one it is; if
+        the input in PyTorch is the output of the adapter here; if a file is truncated;
+        or if another process has other weights or tensors.
+      RuntimeError: If the search failed in another process, whose error it quotes.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, numpy as np
@@ -92,33 +91,36 @@ def find_names(
     with agreed("find_names") as same:
         leaves = flatten(params)
         adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
-        chosen = _chosen(leaves, adapters, targets, exclude)
+        chosen = _chosen_weights(leaves, adapters, targets, exclude)
         _check_values(chosen, leaves)
-        own = _own_axes(leaves, of_rank(adapters))
-        tensors = tensors_of(checkpoint)
+        tensors = open_checkpoint(checkpoint)
         same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
-    proofs: dict[Path, list[Proof]] = {}
+    found: dict[Path, list[TensorMatch]] = {}
     lost: dict[Path, str] = {}
     with _progress(len(chosen)) as tick:
-        index = Index(tensors)
+        index = TensorIndex(tensors)
         for path in chosen:
-            weight = values_of(unbox(leaves[path]))
-            forms = itertools.chain([weight], narrower(weight))
-            if found := next(filter(None, (prove(w, index) for w in forms)), None):
-                proofs[path] = found
+            weight = values_of_leaf(unbox(leaves[path]))
+            each = itertools.chain([weight], rounded_values(weight))
+            if matches := next(
+                filter(None, (match_tensors(w, index) for w in each)), None
+            ):
+                found[path] = matches
             else:
-                lost[path] = nearest(weight, tensors) if len(lost) < SHOWN else ""
+                close = len(lost) < SHOWN
+                lost[path] = describe_closest(weight, tensors) if close else ""
             tick()
     if lost:
-        raise ValueError(_lost(lost, len(chosen)))
-    picked = {p: _picked(p, found, own.get(p)) for p, found in proofs.items()}
-    return readable(_names(picked))
+        raise ValueError(_lost_message(lost, len(chosen)))
+    own = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
+    picked = {path: _pick(path, each, own.get(path)) for path, each in found.items()}
+    return with_stars(_names_of_matches(picked))
 
 
-def _chosen(
+def _chosen_weights(
     leaves: dict[Path, Any],
-    adapters: Mapping[Path, Ranked | Copy],
+    adapters: Adapters,
     targets: Selector | None,
     exclude: Selector,
 ) -> list[Path]:
@@ -131,45 +133,35 @@ def _chosen(
 
 def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
     for path in chosen:
-        w = unbox(leaves[path])
+        w, name = unbox(leaves[path]), path_name(path)
         if is_abstract(w) or is_traced(w):
             raise ValueError(
-                f"{path_name(path)!r} has no values to compare: it is a "
-                f"{type(w).__name__}. Pass the parameters themselves, outside jit; or "
-                "see transformers_names, which goes by names alone."
+                f"{name!r} has no values to compare: it is a {type(w).__name__}. Pass "
+                "concrete parameters, outside jit; or see transformers_names, which "
+                "goes by paths alone."
             )
         if not math.prod(w.shape):
             raise ValueError(
-                f"{path_name(path)!r} is empty, of shape {w.shape}: nothing tells "
-                f"which tensor it is. Write exclude=[{path_name(path)!r}]."
+                f"{name!r} is empty, of shape {w.shape}, so that no tensor can be "
+                f"found for it. Write exclude=[{name!r}]."
             )
 
 
-def _own_axes(
-    leaves: dict[Path, Any], adapters: Mapping[Path, Ranked]
-) -> dict[Path, Axes]:
-    """The inputs and outputs of each adapter."""
-    shapes = lambda parts: [unbox(leaves[part]).shape for part in parts]
-    return {p: axes_of_shapes(*shapes((p, *own))) for p, own in adapters.items()}
-
-
-def _picked(path: Path, proofs: Sequence[Proof], own: Axes | None) -> Proof:
-    """The cut that the adapter agrees with; without one, the most that is a stack."""
+def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> TensorMatch:
+    """Returns the match with the adapter's axes; without one, the largest stack."""
     if own is None:
-        order = sorted(proofs, key=lambda proof: -len(proof.cut.batch))
-        return next((proof for proof in order if _counts(proof)), order[-1])
-    for proof in proofs:
-        thin = {d for d, n in enumerate(proof.shape) if n == 1}
-        same = lambda one, other, thin=thin: {*one} - thin == {*other} - thin
-        batch, rows, columns = proof.cut
-        if not same(batch, own.batch):
-            continue
-        if same(rows, own.outputs) and same(columns, own.inputs):
-            return proof
-        if same(rows, own.inputs) and same(columns, own.outputs):
-            if _is_table(path, proof):
-                return proof
-    first = proofs[0]
+        order = sorted(matches, key=lambda match: -len(match.cut.batch))
+        return next((match for match in order if _is_counted(match)), order[-1])
+    for match in matches:
+        wide = lambda dims, match=match: {d for d in dims if match.shape[d] > 1}
+        batch, inputs, outputs = map(wide, own)
+        stack, rows, columns = map(wide, match.cut)
+        if stack == batch and (rows, columns) == (outputs, inputs):
+            return match
+        if stack == batch and (rows, columns) == (inputs, outputs):
+            if _has_input_rows(path, match):
+                return match
+    first = matches[0]
     raise ValueError(
         f"{path_name(path)!r}, of shape {first.shape}, has an adapter with the inputs "
         f"{own.inputs}, the outputs {own.outputs} and the stacked dimensions "
@@ -179,97 +171,94 @@ def _picked(path: Path, proofs: Sequence[Proof], own: Axes | None) -> Proof:
     )
 
 
-def _counts(proof: Proof) -> bool:
+def _is_counted(match: TensorMatch) -> bool:
     """Whether the names of a stack's modules count it, as far as they are known."""
-    if not proof.cut.batch or any(
-        len(x) > 1 for own in proof.parts.values() for x in own
-    ):
+    parts = [*match.parts.values()]
+    if not match.cut.batch or any(len(equals) > 1 for own in parts for equals in own):
         return True
-    if len({len(own) for own in proof.parts.values()}) > 1:
+    if len({len(own) for own in parts}) > 1:
         return False
-    counts = [proof.shape[d] for d in proof.cut.batch]
+    counts = [match.shape[d] for d in match.cut.batch]
+    columns = zip(*([equals[0].module for equals in own] for own in parts), strict=True)
     return all(
-        template_of({at: own[j][0].module for at, own in proof.parts.items()}, counts)
-        for j in range(len(next(iter(proof.parts.values()))))
+        stack_template(dict(zip(match.parts, names, strict=True)), counts)
+        for names in columns
     )
 
 
-def _is_table(path: Path, proof: Proof) -> bool:
-    """Whether PyTorch's rows are inputs: those of a table, or of GPT-2's layers."""
-    last = [name.split(".")[-1].lower() for name in _modules(proof)]
-    looked = any(word in name for name in last for word in TABLES)
-    table = leaf_name(path) == "embedding" or looked
-    return table or any(name in CONV1D for name in last)
+def _has_input_rows(path: Path, match: TensorMatch) -> bool:
+    """Whether the rows in PyTorch are inputs: for embeddings and GPT-2's layers."""
+    last = [name.split(".")[-1].lower() for name in _modules(match)]
+    named = any(word in name for name in last for word in EMBEDDINGS)
+    is_embedding = leaf_name(path) == "embedding" or named
+    return is_embedding or any(name in CONV1D_NAMES for name in last)
 
 
-def _modules(proof: Proof) -> list[str]:
-    return [t.module for own in proof.parts.values() for equals in own for t in equals]
+def _modules(match: TensorMatch) -> list[str]:
+    return [t.module for own in match.parts.values() for equals in own for t in equals]
 
 
-def _names(proofs: Mapping[Path, Proof]) -> dict[Path, Name]:
-    """What the map says of each weight, once equal tensors are told apart."""
-    claims = {
-        (path, at, j): equals
-        for path, proof in proofs.items()
-        for at, own in proof.parts.items()
-        for j, equals in enumerate(own)
-    }
-    chosen = resolve(claims)
-    return {path: _name(path, proof, chosen) for path, proof in proofs.items()}
+def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
+    """Returns the name of each weight in the map, after the choice of equal tensors."""
+    chosen = choose_modules(
+        {
+            WeightPart(path, at, i): equals
+            for path, match in matches.items()
+            for at, own in match.parts.items()
+            for i, equals in enumerate(own)
+        }
+    )
+    return {path: _name(path, match, chosen) for path, match in matches.items()}
 
 
 def _name(
-    path: Path,
-    proof: Proof,
-    chosen: Mapping[tuple[Path, tuple[int, ...], int], tuple[str, ...]],
+    path: Path, match: TensorMatch, chosen: Mapping[WeightPart, tuple[str, ...]]
 ) -> Name:
-    counts = [proof.shape[d] for d in proof.cut.batch]
-    at, first = next(iter(proof.parts.items()))
-    sizes = [[equals[0].shape[0] for equals in own] for own in proof.parts.values()]
-    columns = [
-        {at: chosen[path, at, j][k] for at in proof.parts}
-        for j in range(len(first))
-        for k in range(len(chosen[path, at, j]))
-    ]
-    templates = [
-        template_of(names, counts) if counts else escaped(names[()])
-        for names in columns
-    ]
-    if None in templates or any(own != sizes[0] for own in sizes):
-        names = [*columns[0].values()]
-        raise ValueError(
-            f"{path_name(path)!r} is a stack, and the names of its modules do not "
-            f"count it from 0: {listed(names)}. Write the map by hand, a function of "
-            "the path, or keep these layers apart."
-        )
+    counts = [match.shape[d] for d in match.cut.batch]
+    names = {  # at each index of the stack: a tied embedding has two for its one part
+        at: [name for i in range(len(own)) for name in chosen[WeightPart(path, at, i)]]
+        for at, own in match.parts.items()
+    }
+    sizes = {tuple(part[0].shape[0] for part in own) for own in match.parts.values()}
+    templates: list[str] = []
+    for column in zip(*names.values(), strict=False):
+        own = dict(zip(names, column, strict=True))
+        template = stack_template(own, counts) if counts else escape_braces(column[0])
+        if template is None or len(sizes) > 1:
+            raise ValueError(
+                f"{path_name(path)!r} is a stack, and the names of its modules do not "
+                f"count it from 0: {listed(column)}. Write the map by hand, a function "
+                "of the path, or keep these layers apart."
+            )
+        templates.append(template)
+    (widths,) = sizes
     if len(templates) == 1:
         return templates[0]
-    if len(first) > 1 and len({*sizes[0]}) > 1:
-        return dict(zip(templates, sizes[0], strict=True))
+    if len({*widths}) > 1:
+        return dict(zip(templates, widths, strict=True))
     return tuple(templates)
 
 
-def _lost(lost: Mapping[Path, str], count: int) -> str:
-    told = "; ".join(f"{path_name(p)!r}: {why}" for p, why in lost.items() if why)
+def _lost_message(lost: Mapping[Path, str], count: int) -> str:
+    found = count - len(lost)
+    each = "; ".join(f"{path_name(p)!r}: {why}" for p, why in lost.items() if why)
     more = f"; and {listed([*lost][SHOWN:])}" if len(lost) > SHOWN else ""
-    share = (
-        "none of the weights is a tensor of the checkpoint"
-        if len(lost) == count
-        else f"{len(lost)} of {count} weights are no tensors of the checkpoint, and "
-        f"{count - len(lost)} are"
-    )
-    hint = (
-        "Is it another model's?"
-        if len(lost) == count
-        else "Pass the parameters as they came from it, or leave these out: "
-        f"exclude=[{path_name(next(iter(lost)))!r}]."
-    )
-    return f"No map is found: {share}. {told}{more}. {hint}"
+    if not found:
+        share = "none of the weights is a tensor of the checkpoint"
+        advice = "Is it the checkpoint of another model?"
+    else:
+        share = f"{len(lost)} of {count} weights are no tensors of the checkpoint, and "
+        share += f"{found} are"
+        advice = (
+            "Pass the parameters as they came from it, or leave these out: "
+            f"exclude=[{path_name(next(iter(lost)))!r}]."
+        )
+    return f"No map is found: {share}. {each}{more}. {advice}"
 
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Gives what counts a weight as done: a bar on a terminal, else nothing."""
+    """Yields a function that counts a weight as done: in a bar on a terminal."""
     done, shown = 0, sys.stderr.isatty()
 
     def tick() -> None:

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face PEFT in: its adapters beside the weights of a tree."""
+"""`import_peft`: the adapters of a Hugging Face PEFT folder, next to their weights."""
 
 import os
 from collections.abc import Mapping
@@ -7,53 +7,43 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._adapters import Axes, adapter_of, copy_of, dora_of, is_adapter
+from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
-from lora_jax._lorafy import beside, trained_copy
-from lora_jax._hub.peft_config import rank_and_scale, read_config
-from lora_jax._hub.peft_folder import read_tensors
-from lora_jax._hub.tensor_keys import MAGNITUDE, suffixes, tensor_name
-from lora_jax._hub.modules import (
-    Module,
-    Weight,
-    factors_of,
-    from_torch,
-    leaf_from_torch,
-    magnitude_shape,
-    shapes_of,
-    tensor_shapes,
-    to_torch,
-)
-from lora_jax._hub.names import Names, Naming
+from lora_jax._hub.module_adapters import factor_shapes, join_adapters
+from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
+from lora_jax._hub.module_types import ModuleAdapter
+from lora_jax._hub.modules import MappedLeaf, leaf_from_torch, tensor_shapes
+from lora_jax._hub.names import Names
+from lora_jax._hub.peft_config import rank_and_scale
+from lora_jax._hub.peft_folder import PeftFolder, read_folder
 from lora_jax._hub.sort_tensors import (
-    Index,
-    Parts,
+    check_base_weights,
     check_complete,
-    check_originals,
-    index_of,
-    parts_of,
+    index_leaves,
+    sort_tensors,
 )
-from lora_jax._hub.module_plan import Plan, check_inputs, given_axes, plan_of
+from lora_jax._hub.tensor_keys import MAGNITUDE_SUFFIX, tensor_name
+from lora_jax._lorafy import beside, trained_copy
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import is_floating
-from lora_jax._tree import Path, flatten, listed, path_name, unbox
+from lora_jax._tree import Path, PyTree, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite
 
 
 def import_peft(
     folder: str | os.PathLike[str],
-    base: Any,
+    base: PyTree,
     names: Names,
     *,
     axes: Mapping[str, Axes] | None = None,
     kinds: Mapping[str, str] | None = None,
     dtype: Any = None,
-) -> Any:
-    """Puts the adapters of a PEFT folder beside the weights of a plain tree.
+) -> PyTree:
+    """Adds the adapters of a PEFT folder next to the weights of a plain tree.
 
-    `lora(fn)` computes on it what the PyTorch model does with the folder, up to
-    rounding. Every tensor must find its weight, and every module that the folder's
+    With the result `lora(fn)` computes what the PyTorch model does with the folder, up
+    to rounding. Every tensor must find its weight, and every module that the folder's
     config names must find its tensors.
 
     Args:
@@ -61,22 +51,23 @@ def import_peft(
       base: The plain parameters, before `lorafy`. Adapters and copies take their boxes
         and shardings from it.
       names: As in `export_peft`.
-      axes: As in `export_peft`: `{path: Axes}` where Flax's names do not tell which
-        dimensions are which, as in Flax GPT-2, which stores (outputs, inputs).
+      axes: As in `export_peft`: `{path: Axes}` for weights whose names in Flax do not
+        show which dimensions are which, as in Flax GPT-2, which stores (outputs,
+        inputs).
       kinds: As in `export_peft`.
-      dtype: Of A and B. Default: float32 beside a narrower weight, else the weight's.
+      dtype: Of A and B. Default: float32 for a narrower weight, else the weight's.
 
     Returns:
-      A new tree that shares every leaf of `base`, with the adapters beside them, and
-      with the folder's `modules_to_save` as trained copies, in float32 beside a
-      narrower leaf: what `also=` in `lorafy` would have made and trained.
+      A new tree that shares every leaf of `base`, with the adapters next to them, and
+      with the folder's `modules_to_save` as trained copies, in float32 for a narrower
+      leaf: as `also=` in `lorafy` would have made and trained them.
 
     Raises:
       FileNotFoundError: If a file is missing.
       ValueError: If the folder is no LoRA or DoRA (aLoRA, biases and other methods are
         refused), is truncated, or does not fit `base` and `names` exactly; or another
         process has another folder, base or names.
-      RuntimeError: If it failed in another process, of which it tells.
+      RuntimeError: If the import failed in another process, whose error it quotes.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj, os, tempfile
@@ -87,28 +78,41 @@ def import_peft(
       >>> lj.import_peft(folder, base, names)["layer_0"]["query"]["lora_a"].shape
       (4, 2)
     """
-    source = os.fspath(folder)
     with agreed("import_peft") as same:
-        config, tensors = read_config(source), read_tensors(source)
-        leaves = _plain(base, dtype)
-        given = given_axes(axes, leaves)
-        index = index_of(names, leaves, given)
-        named = {path_name(p): naming for p, naming in index.namings.items()}
-        same["folder"] = [config, tensors]
+        source = read_folder(folder)
+        leaves = _plain_leaves(base, dtype)
+        given = axes_by_path(axes, leaves)
+        index = index_leaves(names, leaves, given)
+        named = {path_name(p): own for p, own in index.named.items()}
+        same["folder"] = [source.config, source.tensors]
         same["names"] = [named, axes and dict(axes), kinds and dict(kinds), str(dtype)]
-        same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.namings}
-    parts = parts_of(source, config, tensors, index, leaves)
-    plan = _plan(leaves, index, parts, given, kinds)
-    check_inputs(plan, leaves, bool(config.get("fan_in_fan_out")))
-    check_originals(source, parts.originals, plan, leaves)
-    modules = _modules(source, config, plan, parts)
-    values = _values(source, plan, parts, leaves)
-    check_complete(source, config, index, parts)
-    new = _adapters(plan, modules, leaves, dtype) | _copies(values, leaves)
+        same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.named}
+    tensors = sort_tensors(source, index, leaves)
+    used = {index.modules[name] for name in tensors.factors}
+    adapted = [path for path in leaves if path in used]
+    plan = plan_modules(leaves, index.named, adapted, tensors.copies, given, kinds)
+    check_inputs(plan, leaves, given, bool(source.config.get("fan_in_fan_out")))
+    check_base_weights(source, tensors, plan, leaves)
+    adapters: dict[Path, dict[str, ModuleAdapter]] = {}
+    for path, weight in plan.adapted.items():
+        stored = wider(unbox(leaves[path]).dtype) if dtype is None else dtype
+        adapters[path] = {
+            name: _module_adapter(source, name, weight, tensors.factors[name], stored)
+            for name in weight.modules
+            if name in tensors.factors
+        }
+    copies = {
+        path: _copied_values(source, leaf, leaves[path], tensors.copies[path])
+        for path, leaf in plan.copied.items()
+    }
+    check_complete(source, index, tensors)
+    new = {copy_of(p).w: trained_copy(leaves[p], x) for p, x in copies.items()}
+    for path, modules in adapters.items():
+        new |= beside(path, leaves[path], join_adapters(plan.adapted[path], modules))
     return attached(base, leaves, new)
 
 
-def _plain(base: Any, dtype: Any) -> dict[Path, Any]:
+def _plain_leaves(base: PyTree, dtype: Any) -> dict[Path, Any]:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is floating, found {dtype}.")
     leaves = flatten(base)
@@ -120,151 +124,78 @@ def _plain(base: Any, dtype: Any) -> dict[Path, Any]:
     return leaves
 
 
-def _plan(
-    leaves: dict[Path, Any],
-    index: Index,
-    parts: Parts,
-    axes: Mapping[Path, Axes],
-    kinds: Mapping[str, str] | None,
-) -> Plan:
-    """The plan of the leaves for which the folder has tensors."""
-    used = {index.modules[name] for name in parts.factors}
-    return plan_of(
-        leaves,
-        index.namings,
-        adapted=[path for path in leaves if path in used],
-        copied=parts.copies,
-        axes=axes,
-        told=axes,
-        kinds=kinds,
-    )
-
-
-def _modules(
-    source: str, config: Mapping[str, Any], plan: Plan, parts: Parts
-) -> dict[str, Module]:
-    """The adapter of each module of which the folder has one."""
-    return {
-        name: _checked(source, config, name, weight, parts.factors[name])
-        for weight in plan.adapted.values()
-        for name in weight.slots
-        if name in parts.factors
-    }
-
-
-def _checked(
-    source: str,
-    config: Mapping[str, Any],
+def _module_adapter(
+    folder: PeftFolder,
     name: str,
-    weight: Weight,
-    parts: Mapping[str, np.ndarray],
-) -> Module:
-    """One module's adapter, whose tensors must be those of its kind and rank."""
-    kind = weight.slots[name].kind
-    ends = suffixes(kind)
-    if config.get("use_dora"):
-        ends = (*ends, MAGNITUDE)
-        if kind in ("head", "experts"):
+    weight: MappedLeaf,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
+) -> ModuleAdapter:
+    """Returns a module's adapter, after a check of its tensors' shapes."""
+    kind, own = weight.modules[name].type, path_name(weight.path)
+    suffixes: tuple[str, ...] = kind.suffixes
+    if folder.config.get("use_dora"):
+        suffixes = (*suffixes, MAGNITUDE_SUFFIX)
+        if not kind.has_dora:
             raise ValueError(
-                f"{source}: DoRA of {path_name(weight.path)!r}, {kind} {name!r}, "
-                "cannot be imported: there one update would have two norms."
+                f"{folder.path}: DoRA of {own!r}, {kind.name} {name!r}, cannot be "
+                "imported: its update would have two norms."
             )
-    if parts.keys() != {*ends}:
+    if tensors.keys() != {*suffixes}:
         raise ValueError(
-            f"{source}: {name!r}, of the weight {path_name(weight.path)!r}, has the "
-            f"tensors {sorted(parts)}, and {list(ends)} are needed."
+            f"{folder.path}: {name!r}, of the weight {own!r}, has the tensors "
+            f"{sorted(tensors)}, and {list(suffixes)} are needed."
         )
-    r, scale = rank_and_scale(config, name)
-    shapes = shapes_of(weight, name, r)
-    a, b = (np.broadcast_to(np.int8(0), shape) for shape in shapes)
-    wanted = [x.shape for x in to_torch(kind, Module(a, b, scale))]
-    wanted.append(magnitude_shape(kind, b[0], a))
-    for end, shape in zip(ends, wanted, strict=False):  # the last is of DoRA alone
-        found = parts[end].shape
+    r, scale = rank_and_scale(folder.config, name)
+    inputs = weight.sizes(weight.axes.inputs)
+    a_shape, b_shape = factor_shapes(weight, name, r)
+    factors = (np.broadcast_to(np.int8(0), shape) for shape in (a_shape, b_shape))
+    wanted = [x.shape for x in kind.factors_to_torch(*factors, inputs)]
+    wanted.append(kind.magnitude_shape(b_shape[-1], inputs))
+    for suffix, shape in zip(suffixes, wanted, strict=False):  # the last is for DoRA
+        found = tensors[suffix].shape
         if found != shape:
             hint = " It looks transposed." if found == shape[::-1] else ""
             raise ValueError(
-                f"{source}: {name + end!r} must be of shape {shape}, by rank {r} of "
-                f"the config and the weight {path_name(weight.path)!r} {weight.shape}; "
-                f"found {found}.{hint}"
+                f"{folder.path}: {name + suffix!r} must be of shape {shape}, by rank "
+                f"{r} of the config and the weight {own!r} {weight.shape}; found "
+                f"{found}.{hint}"
             )
-    a, b = (parts[end] for end in ends[:2])
-    module = from_torch(kind, a, b, scale, shapes)
-    if MAGNITUDE in parts:
-        return module._replace(magnitude=parts[MAGNITUDE].reshape(-1))
-    return module
+    stored = (_cast(name, tensors[suffix], dtype) for suffix in kind.suffixes)
+    a, b = kind.factors_from_torch(*stored, a_shape)
+    magnitude = tensors.get(MAGNITUDE_SUFFIX)
+    if magnitude is not None:
+        magnitude = _cast(name, magnitude, np.float32).reshape(-1)
+    return ModuleAdapter(a, b, scale, magnitude)
 
 
-def _values(
-    source: str, plan: Plan, parts: Parts, leaves: dict[Path, Any]
-) -> dict[Path, np.ndarray]:
-    """The leaves that the folder holds whole, in the shapes of base's own."""
-    values = {}
-    for path, layout in plan.copied.items():
-        _check_whole(source, path, leaves[path], layout, parts.copies[path])
-        shape = unbox(leaves[path]).shape
-        values[path] = leaf_from_torch(layout, shape, parts.copies[path])
-    return values
-
-
-def _check_whole(
-    source: str,
-    path: Path,
-    leaf: Any,
-    layout: Weight | Naming,
-    tensors: Mapping[str, np.ndarray],
-) -> None:
-    w = unbox(leaf)
-    if not is_floating(path, leaf):
+def _copied_values(
+    folder: PeftFolder, leaf: MappedLeaf, old: Any, tensors: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Returns the values of a leaf that was trained in full, in the shape of base's."""
+    own = path_name(leaf.path)
+    if not is_floating(leaf.path, old):
         raise ValueError(
-            f"{source} holds {path_name(path)!r}, which is {w.dtype} in base, and what "
-            "trains is floating. Cast it in base."
+            f"{folder.path} holds {own!r}, which is {unbox(old).dtype} in base, and "
+            "only floating leaves can be trained. Cast it in base."
         )
-    for name, shape in tensor_shapes(layout, w.shape).items():
+    for name, shape in tensor_shapes(leaf).items():
         if name not in tensors:
             raise ValueError(
-                f"{source}: {path_name(path)!r} of base is a stack, of which it "
-                f"has {listed(sorted(tensors))}, and not {name!r}."
+                f"{folder.path}: {own!r} of base is a stack. The folder has "
+                f"{listed(sorted(tensors))} of it, and not {name!r}."
             )
         if tensors[name].shape != shape:
             raise ValueError(
-                f"{source}: {tensor_name(name, path)!r}, of shape "
-                f"{tensors[name].shape}, must be {shape} for {path_name(path)!r} of "
-                f"base, {w.shape}."
+                f"{folder.path}: {tensor_name(name, leaf.path)!r}, of shape "
+                f"{tensors[name].shape}, must be {shape} for {own!r} of base, "
+                f"{leaf.shape}."
             )
-
-
-def _adapters(
-    plan: Plan, modules: Mapping[str, Module], leaves: dict[Path, Any], dtype: Any
-) -> dict[Path, Any]:
-    new: dict[Path, Any] = {}
-    for path, weight in plan.adapted.items():
-        kept = wider(unbox(leaves[path]).dtype) if dtype is None else dtype
-        own = {
-            name: Module(
-                _cast(name, x, kept), _cast(name, y, kept), scale, _magnitude(name, m)
-            )
-            for name, (x, y, scale, m) in modules.items()
-            if name in weight.slots
-        }
-        factors = factors_of(weight, own)
-        parts = adapter_of(path) if len(factors) == 3 else dora_of(path)
-        new |= beside(leaves[path], parts, factors, weight.axes)
-    return new
-
-
-def _magnitude(name: str, m: np.ndarray | None) -> np.ndarray | None:
-    return None if m is None else _cast(name, m, np.float32)
-
-
-def _copies(
-    values: Mapping[Path, np.ndarray], leaves: dict[Path, Any]
-) -> dict[Path, Any]:
-    return {copy_of(p).w: trained_copy(leaves[p], x) for p, x in values.items()}
+    return leaf_from_torch(leaf, tensors)
 
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the check says it with the name
+    with np.errstate(over="ignore"):  # check_finite below reports it with the name
         x = x.astype(dtype)
     check_finite(f"The adapter of {name!r} in {x.dtype}", x)
     return x

@@ -1,6 +1,6 @@
-"""Which modules the leaves that train are: one plan for the way out and the way in.
+"""The plan of an export or import: the PyTorch modules of all leaves that are trained.
 
-Made once, from names and shapes, before any array is touched.
+It is made from names and shapes alone, before any array is read.
 """
 
 import math
@@ -8,104 +8,166 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
-from lora_jax._hub.tensor_keys import CONV1D, kinds_of, layouts_of
-from lora_jax._hub.modules import Weight, tensor_shapes, weight_of
-from lora_jax._hub.names import Naming
-from lora_jax._targets import check_axes
-from lora_jax._tree import (
-    Path,
-    is_array,
-    leaf_name,
-    path_name,
-    sibling,
-    unbox,
-)
+from lora_jax._hub.module_types import CONV1D_NAMES, EXPERTS, KINDS, Linear
+from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
+from lora_jax._hub.names import ModuleNames
+from lora_jax._targets import check_axes, is_adaptable, match_each, matches, own_names
+from lora_jax._tree import Path, is_array, leaf_name, path_name, sibling, unbox
 
 
-class Plan(NamedTuple):
-    """What the leaves that train are in PyTorch."""
+class ModulePlan(NamedTuple):
+    """The PyTorch modules of the leaves that are trained."""
 
-    adapted: dict[Path, Weight]  # the weights with an adapter
-    copied: dict[Path, Weight | Naming]  # the leaves saved whole, and their layouts
-    namings: Mapping[Path, Naming]  # what the map says of each
-    told: set[Path]  # those whose dimensions something better than their names tells
+    adapted: dict[Path, MappedLeaf]  # weights with a low-rank adapter
+    copied: dict[Path, MappedLeaf]  # leaves that are trained in full
+    named: Mapping[Path, ModuleNames]
+
+    @property
+    def adapted_modules(self) -> set[str]:
+        return {name for leaf in self.adapted.values() for name in leaf.modules}
+
+    @property
+    def copied_modules(self) -> set[str]:
+        return {name for leaf in self.copied.values() for name in leaf.modules}
+
+    @property
+    def parameter_orders(self) -> dict[str, int | None]:
+        """The adapted parameters, such as experts: positions of their map patterns."""
+        return {
+            name: self.named[path].order
+            for path, leaf in self.adapted.items()
+            for name, part in leaf.modules.items()
+            if part.type is EXPERTS
+        }
 
 
-def plan_of(
+def plan_modules(
     leaves: dict[Path, Any],
-    namings: Mapping[Path, Naming],
+    named: Mapping[Path, ModuleNames],
     adapted: Iterable[Path],
     copied: Iterable[Path],
     axes: Mapping[Path, Axes],
-    told: Iterable[Path],
     kinds: Mapping[str, str] | None,
-) -> Plan:
-    """The plan of the leaves that have an adapter and of those that are saved whole.
+) -> ModulePlan:
+    """Returns the plan of the adapted leaves and of those that are trained in full.
 
     Raises:
       ValueError: If a leaf cannot be what the map and `kinds` say, or its dimensions or
         its layout in PyTorch are not known.
     """
-    kind_of = kinds_of(kinds, namings)
+    types = module_types(kinds, named)
     weights = {
-        path: weight_of(path, leaves, namings[path], axes.get(path), kind_of[path])
+        path: map_weight(path, leaves, named[path], axes.get(path), types[path])
         for path in adapted
     }
-    known = {**axes, **{path: weight.axes for path, weight in weights.items()}}
-    whole = {path: namings[path] for path in copied}
-    layouts = layouts_of(whole, leaves, known, kind_of, kinds)
-    return Plan(weights, layouts, namings, {*told})
+    known = [*axes.values(), *(weight.axes for weight in weights.values())]
+    stack_first = all(own.batch == tuple(range(len(own.batch))) for own in known)
+    copies = {}
+    for path in copied:
+        shape = unbox(leaves[path]).shape
+        is_vector = len(shape) - named[path].stacked < 2
+        if is_vector or not is_adaptable(path, leaves[path]):
+            _check_vector(path, named[path], stack_first)
+            copies[path] = map_vector(path, shape, named[path])
+        else:
+            copies[path] = map_weight(
+                path, leaves, named[path], axes.get(path), types[path]
+            )
+            _check_matrix(copies[path], kinds or {})
+    return ModulePlan(weights, copies, named)
 
 
-def given_axes(
+def module_types(
+    kinds: Mapping[str, str] | None, paths: Iterable[Path]
+) -> dict[Path, Linear]:
+    """Returns the type of the module of each leaf: by Flax's names, or by `kinds`."""
+    paths, found = list(paths), {}
+    if not isinstance(kinds or {}, Mapping):
+        raise TypeError(f"kinds is {{pattern: kind}}, found {type(kinds).__name__}.")
+    for path in paths:
+        name, module = own_names(path)
+        is_conv = name == "kernel" and module.startswith("conv")
+        kind = "embedding" if name == "embedding" else "conv" if is_conv else "linear"
+        found[path] = KINDS[kind]
+    for pattern, kind in reversed([*(kinds or {}).items()]):  # the first one wins
+        if kind not in KINDS:
+            raise ValueError(
+                f"kinds of {pattern!r} is one of {', '.join(KINDS)}, found {kind!r}."
+            )
+        found |= dict.fromkeys(match_each([pattern], paths, "kinds"), KINDS[kind])
+    return found
+
+
+def axes_by_path(
     axes: Mapping[str, Axes] | None, leaves: dict[Path, Any]
 ) -> dict[Path, Axes]:
+    """Returns the axes that the caller gave, checked, by the paths of the weights."""
     by_name = check_axes(axes or {}, leaves)
     return {p: by_name[path_name(p)] for p in leaves if path_name(p) in by_name}
 
 
-def adapted_modules(plan: Plan) -> set[str]:
-    return {name for weight in plan.adapted.values() for name in weight.slots}
+def check_inputs(
+    plan: ModulePlan,
+    leaves: Mapping[Path, Any],
+    known: Iterable[Path],
+    fan_in_fan_out: bool,
+) -> None:
+    """Checks that the inputs of kernels like GPT-2's are known.
 
+    Flax stores them in either order. A bias next to a kernel shows which dimension is
+    the output, unless the kernel is square.
 
-def copied_modules(plan: Plan, leaves: Mapping[Path, Any]) -> set[str]:
-    shape = lambda path: unbox(leaves[path]).shape
-    return {
-        name
-        for path, layout in plan.copied.items()
-        for name in tensor_shapes(layout, shape(path))
-    }
-
-
-def orders_of(plan: Plan) -> dict[str, int | None]:
-    """The bare parameters with an adapter, and the place of each in the map."""
-    return {
-        name: plan.namings[path].order
-        for path, weight in plan.adapted.items()
-        for name, slot in weight.slots.items()
-        if slot.kind == "experts"
-    }
-
-
-def check_inputs(plan: Plan, leaves: Mapping[Path, Any], fan_in_fan_out: bool) -> None:
-    """A kernel of GPT-2 does not say by itself which dimension is the input.
-
-    A bias beside it does, with a number for each output, unless the kernel is square.
+    Args:
+      plan: All adapted leaves.
+      leaves: Of the tree.
+      known: Weights whose axes come from the function, not from their names.
+      fan_in_fan_out: Whether PyTorch stores (inputs, outputs).
     """
+    known = {*known}
     for path, weight in plan.adapted.items():
-        if path in plan.told or leaf_name(path) == "embedding":
+        if path in known or leaf_name(path) == "embedding":
             continue
-        n, n_in, n_out = (math.prod(weight.sizes(dims)) for dims in weight.axes)
-        like = any(name.split(".")[-1] in CONV1D for name in weight.slots)
+        batch, n_in, n_out = weight.matrix
+        is_conv1d = any(name.split(".")[-1] in CONV1D_NAMES for name in weight.modules)
         bias = unbox(leaves.get(sibling(path, "bias")))
         size = math.prod(bias.shape) if is_array(bias) else 0
-        why = ""
-        if n_in == n_out and (fan_in_fan_out or like):
-            why = "is square, and a name like GPT-2's says nothing: which"
-        elif n_in != n_out and size == n * n_in:
-            why = f"has {n_out} outputs by its name, and its bias has {n_in}: which"
-        if why:
-            raise ValueError(
-                f"{path_name(path)!r}, of shape {weight.shape}, {why} dimension is the "
-                "input must be told. Write axes=find_axes(fn, params, *args)."
-            )
+        if n_in == n_out and (fan_in_fan_out or is_conv1d):
+            why = "is square, and layers like GPT-2's store it either way"
+        elif n_in != n_out and size == math.prod(batch) * n_in:
+            why = f"has {n_out} outputs by its name, and its bias has {n_in}"
+        else:
+            continue
+        raise ValueError(
+            f"{path_name(path)!r}, of shape {weight.shape}, {why}: its inputs are not "
+            "known. Write axes=find_axes(fn, params, *args)."
+        )
+
+
+def _check_vector(path: Path, named: ModuleNames, stack_first: bool) -> None:
+    if named.stacked and not stack_first:
+        raise _unknown_layout(path, "which of its dimensions is the stack is not known")
+    if leaf_name(path) in ("mean", "var"):
+        raise _unknown_layout(path, "PyTorch has more of such statistics than Flax")
+
+
+def _check_matrix(weight: MappedLeaf, kinds: Iterable[str]) -> None:
+    path = weight.path
+    name, module = own_names(path)
+    if module.startswith("convtranspose"):
+        raise _unknown_layout(path, "PyTorch flips the windows of such layers")
+    if any(name.split(".")[-1] in CONV1D_NAMES for name in weight.modules):
+        raise _unknown_layout(path, "PyTorch's layer of that name may store (in, out)")
+    by_name = name in ("kernel", "embedding")
+    if not by_name and not any(matches(pattern, path) for pattern in kinds):
+        raise ValueError(
+            f"{path_name(path)!r} is trained in full, and its name does not show its "
+            f"kind. Write kinds={{{path_name(path)!r}: ...}}, one of linear, conv, "
+            "embedding."
+        )
+
+
+def _unknown_layout(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"{path_name(path)!r} is trained in full, and {why}. Leave it out of also= in "
+        "lorafy, or of PEFT's modules_to_save: it can have an adapter, or stay frozen."
+    )

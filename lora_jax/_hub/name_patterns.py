@@ -1,19 +1,31 @@
-"""A map that a reader can check: patterns where layers repeat, and no path twice."""
+"""The map in as few lines as possible: patterns for the numbers of layers.
+
+Names that only differ in numbers become one template: with {layer} and {expert} for the
+modules of a stack, and with a star and a place {} for paths that differ, too.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax._hub.names import Name, escaped, inner, naming_of
+from lora_jax._hub.names import Name, escape_braces, map_path, module_names
 from lora_jax._tree import Path
 
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"(\d+)")  # re.split gives text and numbers in turn, text first
 
 
-def template_of(
+def stack_template(
     names: Mapping[tuple[int, ...], str], counts: Sequence[int]
 ) -> str | None:
-    """The one name that counts a stack: "layers.{layer}.q"; `None` if there is none."""
-    split = {at: _split(name) for at, name in names.items()}
+    """Returns the template of the names of a stack, as "layers.{layer}.q".
+
+    Args:
+      names: Of the module at each index.
+      counts: The sizes of the stacked dimensions.
+
+    Returns:
+      The template, or `None` if the names do not count each dimension from 0.
+    """
+    split = {at: NUMBER.split(name) for at, name in names.items()}
     tokens = next(iter(split.values()))
     if len({len(own) for own in split.values()}) > 1:
         return None
@@ -29,97 +41,89 @@ def template_of(
         if len(numbered) != 1 or numbered[0] in used:
             return None
         used.add(numbered[0])
-    # The outer one is the layer, or the expert where the name says so.
+    # The outer number is the layer's, or the expert's if the name has that word.
     order = sorted(used)
     labels = ["layer", "expert"] if len(order) == 2 else ["layer"]
     if len(order) == 1 and "expert" in tokens[order[0] - 1].rpartition(".")[0][-8:]:
         labels = ["expert"]
-    made = [escaped(text) for text in tokens]
+    tokens = [escape_braces(text) for text in tokens]
     for i, label in zip(order, labels, strict=True):
-        made[i] = f"{{{label}}}"
-    template = "".join(made)
+        tokens[i] = f"{{{label}}}"
+    template = "".join(tokens)
     for at, name in names.items():
-        filled = dict(zip(labels, at, strict=True))
-        if template.format(**filled) != name:
+        if template.format(**dict(zip(labels, at, strict=True))) != name:
             return None
     return template
 
 
-def readable(found: Mapping[Path, Name]) -> dict[str, Name]:
-    """The same map with a star for each number that counts layers, where it can be."""
-    groups: dict[str, list[Path]] = {}
+def with_stars(found: Mapping[Path, Name]) -> dict[str, Name]:
+    """Returns the map with a star for each number that counts layers, if possible."""
+    groups: dict[tuple[str, ...], list[Path]] = {}
     for path in found:
-        groups.setdefault(NUMBER.sub("#", inner(path)), []).append(path)
+        texts = tuple(NUMBER.split(map_path(path))[::2])
+        groups.setdefault(texts, []).append(path)
     names: dict[str, Name] = {}
     for members in groups.values():
-        made = _pattern(members, found) if len(members) > 1 else None
-        names |= made or {inner(path): found[path] for path in members}
-    if any(_said(names, p) != _said({inner(p): found[p]}, p) for p in found):
-        # A pattern of one group meets another's path.
-        return {inner(path): name for path, name in found.items()}
+        pattern = _pattern(members, found) if len(members) > 1 else None
+        names |= pattern or {map_path(path): found[path] for path in members}
+    for path, name in found.items():
+        if _names_at(names, path) != _names_at({map_path(path): name}, path):
+            # A pattern of one group matches a path of another.
+            return {map_path(path): name for path, name in found.items()}
     return names
 
 
 def _pattern(
     members: Sequence[Path], found: Mapping[Path, Name]
 ) -> dict[str, Name] | None:
-    """One pattern, and its name, for paths that differ in numbers alone."""
-    numbers = [NUMBER.findall(inner(path)) for path in members]
-    stars = [i for i, own in enumerate(zip(*numbers, strict=True)) if len({*own}) > 1]
-    counted = {i: [own[i] for own in numbers] for i in stars}
-    texts = NUMBER.split(inner(members[0]))
-    pattern = texts[0]
-    for i, text in enumerate(texts[1:]):
-        pattern += ("*" if i in stars else numbers[0][i]) + text
-    made = _with_places([_names(found[p]) for p in members], counted)
-    if made is None:
+    """Returns one pattern, and its name, for paths that differ in numbers alone."""
+    split = [NUMBER.split(map_path(path)) for path in members]
+    columns = list(zip(*split, strict=True))
+    pattern = "".join("*" if len({*own}) > 1 else own[0] for own in columns)
+    stars = [own for own in columns if len({*own}) > 1]
+    names = [found[path] for path in members]
+    templates = _templates([_parts(name) for name in names], stars)
+    if templates is None:
         return None
-    first = found[members[0]]
-    if isinstance(first, str):
-        return {pattern: made[0]}
-    if isinstance(first, Mapping):
-        sizes = {tuple(found[p].values()) for p in members}
-        if len(sizes) > 1:
-            return None
-        return {pattern: dict(zip(made, first.values(), strict=True))}
-    return {pattern: made}
+    if isinstance(names[0], str):
+        return {pattern: templates[0]}
+    if not isinstance(names[0], Mapping):
+        return {pattern: templates}
+    sizes = {tuple(name.values()) for name in names if isinstance(name, Mapping)}
+    if len(sizes) > 1:
+        return None
+    return {pattern: dict(zip(templates, sizes.pop(), strict=True))}
 
 
-def _with_places(
-    names: Sequence[tuple[str, ...]], counted: Mapping[int, Sequence[str]]
+def _templates(
+    names: Sequence[tuple[str, ...]], stars: Sequence[tuple[str, ...]]
 ) -> tuple[str, ...] | None:
-    """The names of the first, with a place for what each star stands for."""
+    """Returns the names of all paths in one, with a place for the text of each star."""
     if len({len(own) for own in names}) > 1:
         return None
-    made = []
-    for column in zip(*names, strict=True):
-        split = [_split(name) for name in column]
+    templates = []
+    for parts in zip(*names, strict=True):
+        split = [NUMBER.split(name) for name in parts]
         if len({len(own) for own in split}) > 1:
             return None
         text, used = "", []
         for i, tokens in enumerate(zip(*split, strict=True)):
             if len({*tokens}) == 1:
                 text += tokens[0]
-                continue
-            stars = [s for s, own in counted.items() if [*own] == [*tokens]]
-            if i % 2 == 0 or not stars:
+            elif i % 2 and tokens in stars:
+                used.append(stars.index(tokens))
+                text += f"{{{used[-1]}}}"
+            else:
                 return None
-            used.append([*counted].index(stars[0]))
-            text += f"{{{used[-1]}}}"
-        in_order = used == list(range(len(counted)))
-        made.append(re.sub(r"\{\d+\}", "{}", text) if in_order else text)
-    return tuple(made)
+        in_order = used == list(range(len(stars)))
+        templates.append(re.sub(r"\{\d+\}", "{}", text) if in_order else text)
+    return tuple(templates)
 
 
-def _names(name: Name) -> tuple[str, ...]:
+def _parts(name: Name) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else tuple(name)
 
 
-def _said(names: Mapping[str, Name], path: Path) -> object:
-    found = naming_of(names, path)
+def _names_at(names: Mapping[str, Name], path: Path) -> object:
+    found = module_names(names, path)
     return found and found._replace(order=None)
-
-
-def _split(name: str) -> list[str]:
-    """Text and numbers in turn, text first."""
-    return re.split(r"(\d+)", name)

@@ -1,6 +1,6 @@
-"""Which PyTorch modules a weight is: our paths and Hugging Face's names.
+"""The map of names: which PyTorch modules each leaf of a tree is.
 
-Knows names and shapes, not files or values.
+It needs paths and patterns alone, no file and no values.
 """
 
 import difflib
@@ -8,39 +8,46 @@ import itertools
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_jax._adapters import is_adapter
 from lora_jax._targets import as_patterns
-from lora_jax._tree import Path, flatten, listed, path_name
+from lora_jax._tree import Path, PyTree, flatten, listed, path_name
 
 Name = str | Sequence[str] | Mapping[str, int]
 Names = Mapping[str, Name] | Callable[[str], Name | None]
 
-STACKS = ("layer", "expert")  # what a name may count, the outer one first
+STACK_FIELDS = ("layer", "expert")  # what a name can count, the outer dimension first
 
-# Flax models of transformers, by a path that each has, with its head's root or without.
+# Flax models of transformers: the module around the model if it has a head, and the
+# start of paths that each model has.
 FAMILIES = {
     "bert": "encoder/layer/0/attention/self/",
     "transformer": "h/0/attn/c_attn/",
     "model": "layers/0/self_attn/",
 }
+# Their embeddings of tokens, and the heads that share those unless they have a kernel.
+TIED_HEADS = {
+    "bert/embeddings/word_embeddings": "cls/predictions/decoder",
+    "transformer/wte": "lm_head",
+    "model/embed_tokens": "lm_head",
+}
 
 
-class Naming(NamedTuple):
-    """What a map says of one leaf: the modules that it is, or is a stack of."""
+class ModuleNames(NamedTuple):
+    """The names of the PyTorch modules that the map gives one leaf."""
 
-    templates: tuple[str, ...]  # names, in which {layer} and {expert} still stand
-    sizes: tuple[int, ...] | None  # outputs of each, where the map says them
+    templates: tuple[str, ...]  # with {layer} and {expert} still in them
+    sizes: tuple[int, ...] | None  # the outputs of each, if the map has them
     stacked: int  # how many dimensions, from the first, the names count
-    order: int | None  # of the pattern in the map
+    order: int | None  # the position of the pattern in the map
 
 
-def transformers_names(params: Any) -> dict[str, Name]:
+def transformers_names(params: PyTree) -> dict[str, Name]:
     """Names the modules of a Flax model of Hugging Face transformers.
 
-    Their PyTorch twins have the same paths, with dots. A table of tokens that is the
-    head too has two names there, the lookup's and the head's.
+    The same model in PyTorch has the same paths, with dots. An embedding of tokens that
+    is also the head has two names there, its own and the head's.
 
     Args:
       params: The parameters of a Flax BERT, GPT-2 or Llama with any head, or none; or
@@ -59,30 +66,20 @@ def transformers_names(params: Any) -> dict[str, Name]:
       >>> lj.transformers_names({"transformer": params})["transformer/wte/embedding"]
       ('transformer.wte', 'lm_head')
     """
-    paths = {inner(path) for path in flatten(params) if not is_adapter(path)}
-    for root, mark in FAMILIES.items():
-        if any(path.startswith((mark, f"{root}/{mark}")) for path in paths):
-            break
-    else:
+    paths = {map_path(path) for path in flatten(params) if not is_adapter(path)}
+    starts = tuple(s for root, own in FAMILIES.items() for s in (own, f"{root}/{own}"))
+    if not any(path.startswith(starts) for path in paths):
         raise ValueError(
             "These are not the parameters of a Flax BERT, GPT-2 or Llama of "
             "transformers: none of their paths starts with "
-            f"{listed(list(FAMILIES.values()))}. Write the map: names={{path: name}}."
+            f"{listed([*FAMILIES.values()])}. Write the map: names={{path: name}}."
         )
-    head = "lm_head/kernel", "lm_head"
-    tables = {
-        "bert/embeddings/word_embeddings": (
-            "cls/predictions/decoder/kernel",
-            "cls.predictions.decoder",
-        ),
-        "transformer/wte": head,
-        "model/embed_tokens": head,
-    }
     names: dict[str, Name] = {}
-    for table, (own, head) in tables.items():
-        has_head = table[:4] != "bert" or "cls/predictions/bias" in paths
-        if f"{table}/embedding" in paths and has_head and own not in paths:
-            names[f"{table}/embedding"] = (table.replace("/", "."), head)
+    for table, head in TIED_HEADS.items():
+        has_head = head == "lm_head" or "cls/predictions/bias" in paths
+        if f"{table}/embedding" in paths and has_head and f"{head}/kernel" not in paths:
+            both = table.replace("/", "."), head.replace("/", ".")
+            names[f"{table}/embedding"] = both
     for leaf in ("kernel", "embedding", "bias", "scale", "weight"):
         if any(path.endswith(f"/{leaf}") for path in paths):
             names[f"*/{leaf}"] = "{}"
@@ -90,7 +87,12 @@ def transformers_names(params: Any) -> dict[str, Name]:
 
 
 def check_names(names: Names, paths: Iterable[Path]) -> None:
-    """Every pattern of a map must match a leaf: one that does not is a slip."""
+    """Checks that every pattern of a map matches a leaf.
+
+    Raises:
+      TypeError: If `names` is no map.
+      ValueError: If a pattern matches nothing.
+    """
     if callable(names):
         return
     if not isinstance(names, Mapping):
@@ -100,117 +102,126 @@ def check_names(names: Names, paths: Iterable[Path]) -> None:
         )
     own = [path for path in paths if not is_adapter(path)]
     for pattern in as_patterns(names, "names"):
-        if not any(captures(pattern, path) is not None for path in own):
+        if not any(match_stars(pattern, path) is not None for path in own):
             raise ValueError(
                 f"No leaf matches {pattern!r} of names. Close: "
-                f"{listed(near(pattern, map(path_name, own)))}. Correct the pattern or "
-                "remove it."
+                f"{similar_names(pattern, map(path_name, own))}. Correct the pattern "
+                "or remove it."
             )
 
 
-def naming_of(names: Names, path: Path) -> Naming | None:
-    """The modules of one leaf, or `None` if the map does not speak of it."""
+def module_names(names: Names, path: Path) -> ModuleNames | None:
+    """Returns the modules that the map gives a leaf, or `None` if it has no such leaf.
+
+    Raises:
+      TypeError: If it gives something else than names.
+      ValueError: If a name has braces that cannot be filled in.
+    """
+    value, order, stars = None, None, []
     if callable(names):
-        value, found, order = names(inner(path)), (), None
+        value = names(map_path(path))
     else:
-        value = order = None
         for i, (pattern, name) in enumerate(names.items()):
-            found = captures(pattern.strip("/"), path)
+            found = match_stars(pattern.strip("/"), path)
             if found is not None:
-                value, order = name, i
+                value, order, stars = name, i, found
                 break
     if value is None:
         return None
-    where = f"The name of {path_name(path)!r}, {value!r},"
-    sizes = tuple(value.values()) if isinstance(value, Mapping) else None
+    where = f"The name {value!r} of {path_name(path)!r}"
     several = isinstance(value, Sequence | Mapping) and not isinstance(value, str)
-    templates = tuple(value) if several else (value,)
-    if not templates or not all(isinstance(t, str) and t for t in templates):
+    given = list(value) if several else [value]
+    templates = [template for template in given if isinstance(template, str)]
+    if not all(templates) or not templates or len(templates) < len(given):
         raise TypeError(
-            f"{where} is no module name. Write a name, several for parts of one weight "
-            "side by side, or {name: outputs} for parts of unequal size."
+            f"{where} is no module name. Write a name, several for the parts of a "
+            "fused weight, or {name: outputs} for parts of unequal size."
         )
+    sizes = tuple(value.values()) if isinstance(value, Mapping) else None
     if sizes is not None and not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(f"{where} must give each part's outputs, a whole number.")
-    counted = {_counted(template, where) for template in templates}
+    counted = {_stack_fields(template, where) for template in templates}
     if len(counted) > 1:
         raise ValueError(f"{where} counts layers or experts in some of its parts only.")
-    # A captured path becomes a dotted name; layers and experts are filled in later, by
-    # a second format, which takes its braces for ours.
-    found = [escaped(text.replace("/", ".")) for text in found]
-    kept = {stack: f"{{{stack}}}" for stack in STACKS}
+    # The stars are filled in now, {layer} and {expert} by a second format: braces that
+    # the path has are escaped, so that the second one leaves them.
+    stars = [escape_braces(text.replace("/", ".")) for text in stars]
+    kept = {field: f"{{{field}}}" for field in STACK_FIELDS}
     try:
-        templates = tuple(template.format(*found, **kept) for template in templates)
+        filled = tuple(template.format(*stars, **kept) for template in templates)
     except IndexError:
         raise ValueError(
-            f"{where} has more places {{}} than its pattern has stars: {len(found)}."
+            f"{where} has more places {{}} than its pattern has stars: {len(stars)}."
         ) from None
-    return Naming(templates, sizes, len(counted.pop()), order)
+    return ModuleNames(filled, sizes, len(counted.pop()), order)
 
 
-def numbered(
-    naming: Naming, sizes: Sequence[int]
+def each_index(
+    named: ModuleNames, sizes: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """For each layer and expert that the names count, its index and its names."""
-    if len(sizes) < naming.stacked:
+    """Yields each index along stacked dimensions of these sizes, and the names there.
+
+    Raises:
+      ValueError: If the names count more dimensions.
+    """
+    if len(sizes) < named.stacked:
         raise ValueError(
-            f"The name {naming.templates[0]!r} counts {naming.stacked} stacked "
-            f"dimensions, and a leaf of that name has {len(sizes)}. Take {{layer}} or "
-            "{expert} out of it."
+            f"The name {named.templates[0]!r} counts {named.stacked} stacked "
+            f"dimensions, and a leaf of that name has {len(sizes)}. Remove {{layer}} "
+            "or {expert} from it."
         )
-    stacks = [s for s in STACKS if f"{{{s}}}" in naming.templates[0]]
+    fields = [s for s in STACK_FIELDS if f"{{{s}}}" in named.templates[0]]
     for index in itertools.product(*map(range, sizes)):
-        counts = dict(zip(stacks, index, strict=True))
-        yield index, tuple(template.format(**counts) for template in naming.templates)
+        counts = dict(zip(fields, index, strict=True))
+        yield index, tuple(template.format(**counts) for template in named.templates)
 
 
-def captures(pattern: str, path: Path) -> list[str] | None:
-    """What the stars of a pattern stand for, or `None` if it does not match.
+def match_stars(pattern: str, path: Path) -> list[str] | None:
+    """Returns the text of each star of a pattern, or `None` if it does not match.
 
     It matches a run of whole components, as patterns do everywhere, that begins as
     early as it can: the star of "*/kernel" is all that comes before.
     """
     star = "([^/](?:.*?[^/])??)"
     middle = star.join(map(re.escape, pattern.split("*")))
-    # A whole tree of variables has one component more, which PyTorch knows nothing of.
-    for name in dict.fromkeys([inner(path), path_name(path)]):
+    for name in dict.fromkeys([map_path(path), path_name(path)]):
         found = re.fullmatch(rf"(?:.*?/)??{middle}(?:/.*)?", name)
         if found:
             return list(found.groups())
     return None
 
 
-def near(name: str, names: Iterable[str]) -> list[str]:
-    """The names most like one that is not there."""
-    return difflib.get_close_matches(name, sorted(set(names)), n=6, cutoff=0.0)
+def similar_names(name: str, names: Iterable[str]) -> str:
+    """Returns the names most similar to one that is not there, for a message."""
+    return listed(difflib.get_close_matches(name, sorted(set(names)), n=6, cutoff=0.0))
 
 
-def inner(path: Path) -> str:
-    """The path as maps write it: PyTorch knows nothing of a tree of variables."""
+def map_path(path: Path) -> str:
+    """Returns the path as maps have it: without the "params/" of Flax's variables."""
     return path_name(path).removeprefix("params/")
 
 
-def escaped(name: str) -> str:
-    """A name as a template that says the same."""
+def escape_braces(name: str) -> str:
+    """Returns the template that `str.format` turns into this name."""
     return re.sub(r"([{}])", r"\1\1", name)
 
 
-def _counted(template: str, where: str) -> tuple[str, ...]:
-    """Which of layers and experts a template counts."""
+def _stack_fields(template: str, where: str) -> tuple[str, ...]:
+    """Returns those of "layer" and "expert" that stand in a template."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"{where} is no template: {error}.") from None
     if any("{" in text or "}" in text or spec or how for text, _, spec, how in parsed):
         raise ValueError(
-            f"{where} is no template: braces stand around {{}}, a number, "
-            "{layer} or {expert} alone."
+            f"{where} is no template: only {{}}, a number in braces, {{layer}} and "
+            "{expert} are places to fill in."
         )
     fields = [field for _, field, *_ in parsed]
     for field in fields:
-        if field and not field.isdecimal() and field not in STACKS:
+        if field and not field.isdecimal() and field not in STACK_FIELDS:
             raise ValueError(
-                f"{where} has a place {{{field}}}. There are {{}} for the stars of the "
-                "pattern, {layer} and {expert} for what is stacked."
+                f"{where} has a place {{{field}}}. Write {{}} for a star of the "
+                "pattern, {layer} or {expert} for the number along a stack."
             )
-    return tuple(stack for stack in STACKS if stack in fields)
+    return tuple(stack for stack in STACK_FIELDS if stack in fields)

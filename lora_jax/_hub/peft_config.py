@@ -1,6 +1,6 @@
-"""PEFT's adapter_config.json: which modules it speaks of, with which rank and scale.
+"""PEFT's adapter_config.json: the modules that have an adapter, its rank and scale.
 
-Facts of the format: https://huggingface.co/docs/peft/package_reference/lora
+The fields: https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import json
@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# What a reader need not know to compute what the writer did.
-HARMLESS = {
+# Fields that do not change the result of a trained adapter.
+IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout"),
     *("megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # for the start
@@ -24,8 +24,8 @@ UNDERSTOOD = {
     *("layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
     "use_dora",
 }
-# These ways to start leave the base as it is; the others change it.
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Ways to initialize an adapter that leave the base weights as they are.
+INITIALIZERS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def new_config(
@@ -34,16 +34,17 @@ def new_config(
     parameters: Iterable[str],
     **settings: Any,
 ) -> dict[str, Any]:
-    """The config of modules with these ranks and alphas, all by their full names.
+    """Returns the config of modules with these ranks and alphas.
 
     Args:
-      ranks: Of each module.
-      alphas: Of each module: its scale times its rank.
+      ranks: The rank of each module, by its full name.
+      alphas: Its scale times its rank.
       parameters: Those of the modules that are bare parameters, such as experts.
       **settings: Further entries.
     """
     parameters = sorted(parameters)
-    # PEFT warns of a pattern for a parameter, though it heeds it.
+    # PEFT warns about a pattern for a parameter, although it uses it: the parameters
+    # get the most common values, which need no pattern.
     first = parameters or list(ranks)
     r = Counter(ranks[name] for name in first).most_common(1)[0][0]
     alpha = Counter(alphas[name] for name in first).most_common(1)[0][0]
@@ -62,17 +63,17 @@ def new_config(
         "use_dora": False,
         "use_rslora": False,
     }
-    if parameters:  # a field that older versions of PEFT do not know
+    if parameters:  # a field that older versions of PEFT do not have
         config["target_parameters"] = parameters
     return config | settings
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """The config in a folder, refused unless all that it says is understood.
+    """Returns the config in a folder, if every entry that changes a result is known.
 
     Raises:
       FileNotFoundError: If there is none.
-      ValueError: If it is no config of a plain LoRA.
+      ValueError: If it is no config of a plain LoRA or DoRA.
     """
     path = os.path.join(folder, "adapter_config.json")
     with open(path, encoding="utf-8") as file:
@@ -87,7 +88,7 @@ def read_config(folder: str) -> dict[str, Any]:
             f"{path} is of the PEFT method {config.get('peft_type')!r}. Only 'LORA' "
             "can be imported."
         )
-    _check_fields(path, config)
+    _check_types(path, config)
     if config.get("target_modules") == "all-linear":
         raise ValueError(
             f"{path} has target_modules 'all-linear', which only the PyTorch model can "
@@ -97,51 +98,41 @@ def read_config(folder: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} has bias {config['bias']!r}. Only 'none' can be imported."
         )
-    start = config.get("init_lora_weights", True)
-    if start not in STARTS:
+    if config.get("init_lora_weights", True) not in INITIALIZERS:
         raise ValueError(
-            f"{path} has init_lora_weights {start!r}, which also changes the base "
-            "weights. Make it a plain LoRA, with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)."
+            f"{path} has init_lora_weights {config['init_lora_weights']!r}, which also "
+            "changes the base weights. Convert it to a plain LoRA, with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     for field, value in config.items():
-        if value and field not in HARMLESS | UNDERSTOOD:
+        if value and field not in IGNORED | UNDERSTOOD:
             raise ValueError(
                 f"{path} has {field} {value!r}. That is no plain LoRA, or unknown "
                 "here, and could change the result: it cannot be imported."
             )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in config.get(field) or ():
-            _compiled(path, field, rf"(.*\.)?({key})$")
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str):
-            _compiled(path, field, config[field])
-    for field in ("modules_to_save", "layers_pattern"):
-        entries = config.get(field) or ()
-        for entry in [entries] if isinstance(entries, str) else entries:
-            _compiled(path, field, entry)
+    _check_patterns(path, config)
     return config
 
 
-def _check_fields(path: str, config: dict[str, Any]) -> None:
+def _check_types(path: str, config: dict[str, Any]) -> None:
     whole = lambda n: type(n) is int and 0 < n < 2**31
     real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32
-    each = lambda ok: lambda x: isinstance(x, dict) and all(map(ok, x.values()))
+    each = lambda fits: lambda x: isinstance(x, dict) and all(map(fits, x.values()))
     names = lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x)
-    named = lambda x: isinstance(x, str) or names(x)
-    count = lambda n: type(n) is int
-    counts = lambda x: count(x) or (isinstance(x, list) and all(map(count, x)))
+    chosen = lambda x: isinstance(x, str) or names(x)
+    integer = lambda n: type(n) is int
+    layers = lambda x: integer(x) or (isinstance(x, list) and all(map(integer, x)))
     needed = {
         "r": (whole, "a whole number above 0"),
         "lora_alpha": (real, "a number"),
         "rank_pattern": (each(whole), "{module: rank}"),
         "alpha_pattern": (each(real), "{module: alpha}"),
-        "target_modules": (named, "a list of modules, or a regular expression"),
-        "exclude_modules": (named, "a list of modules, or a regular expression"),
+        "target_modules": (chosen, "a list of modules, or a regular expression"),
+        "exclude_modules": (chosen, "a list of modules, or a regular expression"),
         "target_parameters": (names, "a list of parameters"),
         "modules_to_save": (names, "a list of modules"),
-        "layers_pattern": (named, "a list of names"),
-        "layers_to_transform": (counts, "a list of numbers"),
+        "layers_pattern": (chosen, "a list of names"),
+        "layers_to_transform": (layers, "a list of numbers"),
     }
     for field, (fits, what) in needed.items():
         value = config.get(field)
@@ -152,98 +143,115 @@ def _check_fields(path: str, config: dict[str, Any]) -> None:
             )
 
 
+def _check_patterns(path: str, config: dict[str, Any]) -> None:
+    patterns = [
+        (field, rf"(.*\.)?({key})$")
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in config.get(field) or ()
+    ]
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            patterns.append((field, config[field]))
+    for field in ("modules_to_save", "layers_pattern"):
+        patterns += [(field, entry) for entry in _entries(config, field)]
+    for field, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{path} has a {field} that is no pattern: {error}."
+            ) from error
+
+
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """What the config says of one module, its patterns included."""
-    r = _of_pattern(config, "rank_pattern", module, config["r"])
-    alpha = _of_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+    """Returns the rank and the scale of one module, by its patterns if it has any."""
+    found = []
+    for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        own = (x for key, x in (config.get(field) or {}).items() if _ends(key, module))
+        found.append(next(own, config[default]))
+    r, alpha = found
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def targets(config: Mapping[str, Any], module: str) -> bool:
+def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would adapt a module of this name, if the model has it."""
-    if _named(config.get("exclude_modules"), module) or saves(config, module):
+    if _is_named(config.get("exclude_modules"), module) or is_saved(config, module):
         return False
-    chosen = config.get("target_modules")
-    if not _named(chosen, module):
+    chosen = config.get("target_modules") or ()
+    if not _is_named(chosen, module):
         return False
     layers = config.get("layers_to_transform")
     if layers in (None, []) or isinstance(chosen, str) or module in chosen:
         return True
-    patterns, lead = config.get("layers_pattern"), r"(?:^|.*?\.)"
+    patterns, lead = _entries(config, "layers_pattern"), r"(?:^|.*?\.)"
     if not patterns:
         patterns, lead = [r"[^.]*"], r".*?\."
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         found = re.match(rf"{lead}{pattern}\.(\d+)\.", module)
         if found:
             return int(found[1]) in ([layers] if type(layers) is int else layers)
     return False
 
 
-def saves(config: Mapping[str, Any], module: str) -> bool:
-    """Whether the config keeps a module whole."""
-    return any(within(name, module) for name in config.get("modules_to_save") or ())
+def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
+    return _is_named(config.get("target_parameters"), name)
 
 
-def within(saved: str, module: str) -> bool:
-    """Whether PEFT keeps a module whole by this entry of modules_to_save."""
-    return re.match(rf"(^|.*\.){saved}($|\..*)", module) is not None
+def is_saved(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the config has a module among those that are trained in full."""
+    return any(is_saved_by(e, module) for e in _entries(config, "modules_to_save"))
 
 
-def targets_parameter(config: Mapping[str, Any], name: str) -> bool:
-    return _named(config.get("target_parameters"), name)
+def is_saved_by(entry: str, module: str) -> bool:
+    """Whether PEFT trains a module in full for this entry of modules_to_save."""
+    return re.match(rf"(^|.*\.){entry}($|\..*)", module) is not None
 
 
-def unfilled(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """The entries of the config that name none of these modules.
+def unmatched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Returns the entries of the config's targets that match none of these modules.
 
-    Those of modules_to_save may do so: PEFT names heads there that few models have.
+    Entries of modules_to_save may do so: PEFT adds names of heads to them that few
+    models have.
     """
     modules = list(modules)
     missing = []
     for field in ("target_modules", "target_parameters"):
-        entries = config.get(field) or ()
-        for entry in [entries] if isinstance(entries, str) else entries:
-            each = entry if entries is entry else [entry]
-            if not any(_named(each, module) for module in modules):
+        is_expression = isinstance(config.get(field), str)
+        for entry in _entries(config, field):
+            own = entry if is_expression else [entry]
+            if not any(_is_named(own, module) for module in modules):
                 missing.append(f"{field} {entry!r}")
     return missing
 
 
-def _named(entries: Any, module: str) -> bool:
-    """Whether a list of names, or of last parts of names, or an expression has it."""
+def _entries(config: Mapping[str, Any], field: str) -> list[str]:
+    value = config.get(field) or []
+    return [value] if isinstance(value, str) else value
+
+
+def _is_named(entries: Any, module: str) -> bool:
+    """Whether an expression matches a module, or one of several names is its end."""
     if isinstance(entries, str):
         return re.fullmatch(entries, module) is not None
     return any(module == e or module.endswith(f".{e}") for e in entries or ())
 
 
+def _ends(pattern: str, module: str) -> bool:
+    """Whether a key of a pattern field, an expression, matches the end of a name."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The entries of those that differ, each under a key that no other matches."""
+    """Returns values other than the default, each by a key that no other name matches.
+
+    A key is an expression for the end of a name, so that "q" would match "a.q" too.
+    """
     found = {}
     for module, value in values.items():
-        # A key is an expression that may match the last part of a longer name.
-        others = [other for other in values if other != module]
-        plain, key = rf"(.*\.)?({module})$", module
+        if value == default:
+            continue
         special = not re.fullmatch(r"[\w.-]+", module)
-        if special or any(re.match(plain, other) for other in others):
-            key = "^" + re.escape(module)
-        if value != default:
-            found[key] = value
+        if special or any(_ends(module, name) for name in values if name != module):
+            module = "^" + re.escape(module)
+        found[module] = value
     return found
-
-
-def _of_pattern(
-    config: Mapping[str, Any], field: str, module: str, default: Any
-) -> Any:
-    for key, value in (config.get(field) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _compiled(path: str, field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{path} has a {field} that is no pattern: {error}."
-        ) from error

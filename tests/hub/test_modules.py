@@ -1,4 +1,4 @@
-"""Modules: every layout goes to PyTorch's and comes back, and moves what it should."""
+"""Leaves and adapters as tensors of PyTorch's modules, and back, in every layout."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax._adapters import adapter_of
-from lora_jax._hub.tensor_keys import kinds_of, stems_of
+from lora_jax._adapters import arrays_of, find_adapters
+from lora_jax._hub.module_adapters import factor_shapes, join_adapters, split_adapter
+from lora_jax._hub.module_plan import module_types
+from lora_jax._hub.module_types import EXPERTS, KINDS, LINEAR
 from lora_jax._hub.modules import (
-    factors_of,
-    from_torch,
     leaf_from_torch,
     leaf_to_torch,
-    modules_of,
-    shapes_of,
+    map_vector,
+    map_weight,
     tensor_shapes,
-    to_torch,
-    weight_of,
 )
-from lora_jax._hub.names import Naming, naming_of
+from lora_jax._hub.names import ModuleNames, module_names
+from lora_jax._hub.tensor_keys import parameter_stems
 
 A = lj.Axes
 CASES = {
@@ -60,9 +59,21 @@ CASES = {
 }
 
 
+def mapped(path, w, name, axes, kind):
+    named = module_names({"m": name}, path)
+    assert named is not None
+    return map_weight(path, {path: w}, named, axes, KINDS[kind])
+
+
+def numpy_adapter(params, path):
+    """The adapter next to a weight, in NumPy."""
+    leaves = {("m", name): np.asarray(x) for name, x in params["m"].items()}
+    return arrays_of(find_adapters(leaves)[path], leaves)
+
+
 @pytest.fixture(params=CASES)
 def case(request, randomized):
-    """A weight with an adapter, and how PyTorch has it."""
+    """A weight with an adapter, the update of the weight, and the weight itself."""
     shape, axes, name, kind = CASES[request.param]
     w = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     leaf = "embedding" if kind == "embedding" else "kernel"
@@ -71,17 +82,17 @@ def case(request, randomized):
     r = 1 if 1 in (shape[0], shape[-1]) else 2
     params = randomized(lj.lorafy(tree, r, alpha=3, targets="*", axes=given))
     path = "m", leaf
-    naming = naming_of({"m": name}, path)
-    weight = weight_of(path, {path: w}, naming, axes, kind)
-    factors = [np.asarray(params["m"][n[-1]]) for n in adapter_of(path)]
     delta = np.asarray(jax.jit(lj.merge)(params)["m"][leaf]) - w
-    return weight, factors, delta, w
+    weight = mapped(path, w, name, axes, kind)
+    return weight, numpy_adapter(params, path), delta, w
 
 
-def product(kind, module):
-    """The update as PyTorch has the weight: NumPy, by the rules of the format."""
-    a, b = to_torch(kind, module)
-    if kind == "experts":
+def product(weight, name, module):
+    """The update in PyTorch's layout, in NumPy, by the rules of the format."""
+    kind = weight.modules[name].type
+    inputs = weight.sizes(weight.axes.inputs)
+    a, b = kind.factors_to_torch(module.a, module.b, inputs)
+    if kind is EXPERTS:
         n, r = module.a.shape[0], module.a.shape[-1]
         b = b.reshape(len(b), r, n)
         return module.scale * np.einsum("ore,eri->eoi", b, a.reshape(n, r, -1))
@@ -89,109 +100,119 @@ def product(kind, module):
     return module.scale * np.einsum("or,r...->o...", b, a)
 
 
-def test_each_module_moves_as_the_weight(case):
-    weight, factors, delta, _ = case
-    modules = modules_of(weight, *factors, fold=False)
-    assert modules.keys() == weight.slots.keys()
-    if next(iter(weight.slots.values())).kind == "experts":
+def has_experts(weight):
+    return any(part.type is EXPERTS for part in weight.modules.values())
+
+
+def test_split_adapter_gives_each_module_the_update_of_the_weight(case):
+    weight, adapter, delta, _ = case
+    modules = split_adapter(weight, adapter, fold=False)
+    assert modules.keys() == weight.modules.keys()
+    if has_experts(weight):
         return
     for name, want in leaf_to_torch(weight, delta).items():
-        kind = weight.slots[name].kind
-        got = product(kind, modules[name])
-        got = got.T if kind == "embedding" else got
+        got = product(weight, name, modules[name])
+        got = got.T if weight.modules[name].type is KINDS["embedding"] else got
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
 
 
-def test_experts_are_in_one_parameter(randomized):
+def test_split_adapter_of_experts_in_one_parameter(randomized):
     shape, axes, name, kind = CASES["layers of experts"]
     w = np.zeros(shape, np.float32)
     params = lj.lorafy({"m": {"kernel": w}}, 2, axes={"m/kernel": axes})
     params = randomized(params)
     path = "m", "kernel"
-    weight = weight_of(path, {path: w}, naming_of({"m": name}, path), axes, kind)
-    factors = [np.asarray(params["m"][n[-1]]) for n in adapter_of(path)]
+    weight = mapped(path, w, name, axes, kind)
     delta = np.asarray(lj.merge(params)["m"]["kernel"])
+    scales = np.array([[1, 2, 3], [4, 4, 4]], np.float32)  # PEFT has one for each layer
+    params["m"]["lora_scale"] = scales
+    adapter = numpy_adapter(params, path)
+    want = delta * scales.reshape(2, 3, 1, 1)
     for fold in (False, True):
-        factors[2] = np.float32([[1, 2, 3], [4, 4, 4]])  # no two formats agree on it
-        want = delta * factors[2][..., None, None]
         for i in range(2):
-            module = modules_of(weight, *factors, fold=fold)[f"m.{i}.w"]
+            name = f"m.{i}.w"
+            module = split_adapter(weight, adapter, fold=fold)[name]
             assert module.scale == (4 if i == 1 and not fold else 1)
-            np.testing.assert_allclose(product(kind, module), want[i], atol=1e-5)
+            got = product(weight, name, module)
+            np.testing.assert_allclose(got, want[i], atol=1e-5)
 
 
-def test_there_and_back(case):
-    weight, factors, _, w = case
-    modules = modules_of(weight, *factors, fold=False)
+def test_join_adapters_inverts_split_adapter(case):
+    weight, adapter, _, _ = case
+    inputs = weight.sizes(weight.axes.inputs)
     through = {}
-    for name, module in modules.items():
-        kind = weight.slots[name].kind
-        shapes = shapes_of(weight, name, module.a.shape[-1])
-        assert [x.shape for x in module[:2]] == list(shapes)
-        through[name] = from_torch(kind, *to_torch(kind, module), module.scale, shapes)
-    for x, y in zip(factors_of(weight, through), factors, strict=True):
+    for name, module in split_adapter(weight, adapter, fold=False).items():
+        kind = weight.modules[name].type
+        shapes = factor_shapes(weight, name, module.a.shape[-1])
+        assert (module.a.shape, module.b.shape) == shapes
+        tensors = kind.factors_to_torch(module.a, module.b, inputs)
+        a, b = kind.factors_from_torch(*tensors, shapes[0])
+        through[name] = module._replace(a=a, b=b)
+    joined = join_adapters(weight, through)
+    assert joined.axes == weight.axes
+    for x, y in zip(joined, adapter, strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
-    if not any(slot.kind == "experts" for slot in weight.slots.values()):
-        tensors = leaf_to_torch(weight, w)
-        shapes = {name: x.shape for name, x in tensors.items()}
-        assert shapes == tensor_shapes(weight, w.shape)
-        back = leaf_from_torch(weight, w.shape, tensors)
-        np.testing.assert_array_equal(back, w)
 
 
-def test_a_vector_there_and_back():
-    naming = Naming(("m.{layer}",), None, 1, 0)
+def test_leaf_from_torch_inverts_leaf_to_torch(case):
+    weight, _, _, w = case
+    if has_experts(weight):
+        return
+    tensors = leaf_to_torch(weight, w)
+    assert {n: x.shape for n, x in tensors.items()} == tensor_shapes(weight)
+    np.testing.assert_array_equal(leaf_from_torch(weight, tensors), w)
+
+
+def test_map_vector_there_and_back():
     x = np.arange(12.0).reshape(2, 3, 2)
-    tensors = leaf_to_torch(naming, x)
+    leaf = map_vector(("m", "bias"), x.shape, ModuleNames(("m.{layer}",), None, 1, 0))
+    tensors = leaf_to_torch(leaf, x)
     assert {k: v.tolist() for k, v in tensors.items()} == {
         "m.0": [0, 1, 2, 3, 4, 5],
         "m.1": [6, 7, 8, 9, 10, 11],
     }
-    assert tensor_shapes(naming, x.shape) == {"m.0": (6,), "m.1": (6,)}
-    np.testing.assert_array_equal(leaf_from_torch(naming, x.shape, tensors), x)
+    assert tensor_shapes(leaf) == {"m.0": (6,), "m.1": (6,)}
+    np.testing.assert_array_equal(leaf_from_torch(leaf, tensors), x)
 
 
-def fused(a, b):
-    path = "m", "kernel"
-    w, axes = np.zeros((4, 6), np.float32), A((), (0,), (1,))
-    naming = naming_of({"m": ("q", "k", "v")}, path)
-    weight = weight_of(path, {path: w}, naming, axes, "linear")
-    return modules_of(weight, a, b, np.float32(1), fold=False)
+def test_split_adapter_leaves_out_ranks_of_other_modules():
+    """The adapters that PEFT trained for parts of a fused weight are blocks of it."""
 
+    def ranks(a, b):
+        kernel = np.zeros((4, 6), np.float32)
+        scale = np.ones((), np.float32)
+        leaves = {"kernel": kernel, "lora_a": a, "lora_b": b, "lora_scale": scale}
+        axes, path = A((), (0,), (1,)), ("m", "kernel")
+        weight = mapped(path, kernel, ("q", "k", "v"), axes, "linear")
+        modules = split_adapter(weight, numpy_adapter({"m": leaves}, path), fold=False)
+        return {name: module.a.shape[-1] for name, module in modules.items()}
 
-def test_ranks_of_other_modules_are_left_out():
-    """What PEFT trained apart, the fused weight has as blocks."""
     a, b = np.ones((4, 3), np.float32), np.zeros((3, 6), np.float32)
-    assert {n: m.a.shape[-1] for n, m in fused(a, b).items()} == dict(q=3, k=3, v=3)
+    assert ranks(a, b) == dict(q=3, k=3, v=3)
     b[0, :2] = b[1, 4:] = b[2, 4] = 1
-    assert {n: m.a.shape[-1] for n, m in fused(a, b).items()} == dict(q=1, v=2)
-    a[:, 0] = b[0] = 0  # padding of a stack, which cannot learn
-    assert {n: m.a.shape[-1] for n, m in fused(a, b).items()} == dict(v=2)
-    a[:], b[:] = 0, 0  # an adapter that does nothing at all is still one
-    assert {n: m.a.shape[-1] for n, m in fused(a, b).items()} == dict(q=3, k=3, v=3)
+    assert ranks(a, b) == dict(q=1, v=2)
+    a[:, 0] = b[0] = 0  # the padding of a stack, which cannot learn
+    assert ranks(a, b) == dict(v=2)
+    a[:], b[:] = 0, 0  # an adapter of zeros alone is still one
+    assert ranks(a, b) == dict(q=3, k=3, v=3)
 
 
-def test_kinds():
+def test_module_types():
     paths = [
         ("conv_in", "kernel"),
         ("Conv", "bias"),
         ("t", "embedding"),
         ("p", "kernel"),
     ]
-    assert list(kinds_of(None, paths).values()) == [
-        "conv",
-        "linear",
-        "embedding",
-        "linear",
-    ]
-    kinds = kinds_of({"p": "conv", "*": "linear"}, paths)
-    assert list(kinds.values()) == ["linear", "linear", "linear", "conv"]
+    names = lambda kinds: [t.name for t in module_types(kinds, paths).values()]
+    assert names(None) == ["conv", "linear", "embedding", "linear"]
+    assert names({"p": "conv", "*": "linear"}) == ["linear", "linear", "linear", "conv"]
 
 
-def test_parameters_of_one_module_are_wrapped_in_its_order():
+def test_parameter_stems_wrap_a_module_in_the_order_of_its_parameters():
     orders = {"l.0.e.down": 1, "l.0.e.up": 0, "l.1.e.up": 0, "x.w": None}
-    assert stems_of(orders) == {
+    assert parameter_stems(orders) == {
         "l.0.e.down": "l.0.e",
         "l.0.e.up": "l.0.e.base_layer",
         "l.1.e.up": "l.1.e",
@@ -199,25 +220,23 @@ def test_parameters_of_one_module_are_wrapped_in_its_order():
     }
 
 
-def test_a_stack_is_told_by_its_name():
-    """Behind the stacked dimension, Flax's names say what they always do."""
+def test_map_weight_reads_axes_from_flax_names_after_the_stacked_dimensions():
     leaves = {
         ("query", "kernel"): jnp.ones((2, 4, 2, 3)),
         ("query", "bias"): jnp.ones((2, 2, 3)),
         ("up", "kernel"): jnp.ones((2, 4, 5)),
         ("vectors", "w"): jnp.ones((2, 4)),
     }
-    naming = lambda path: naming_of({"*": "{}.{layer}"}, path)
-    find = lambda path: weight_of(path, leaves, naming(path), None, "linear").axes
-    assert find(("query", "kernel")) == A((0,), (1,), (2, 3))
-    assert find(("up", "kernel")) == A((0,), (1,), (2,))
+
+    def axes(path):
+        named = module_names({"*": "{}.{layer}"}, path)
+        assert named is not None
+        return map_weight(path, leaves, named, None, LINEAR).axes
+
+    assert axes(("query", "kernel")) == A((0,), (1,), (2, 3))
+    assert axes(("up", "kernel")) == A((0,), (1,), (2,))
     with pytest.raises(ValueError, match="too few dimensions for 1 stacked ones"):
-        find(("vectors", "w"))
+        axes(("vectors", "w"))
+    path, named = ("e", "up"), ModuleNames(("m",), None, 0, 0)
     with pytest.raises(ValueError, match=r"axes=find_axes\(fn, params"):
-        weight_of(
-            ("e", "up"),
-            {("e", "up"): jnp.ones((2, 3, 4))},
-            Naming(("m",), None, 0, 0),
-            None,
-            "linear",
-        )
+        map_weight(path, {path: jnp.ones((2, 3, 4))}, named, None, LINEAR)
