@@ -1,7 +1,9 @@
 """Adapters beside their weights in a tree: by names and shapes, without an array."""
 
+import dataclasses
 import re
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 
@@ -26,42 +28,9 @@ FROZEN = "frozen"
 KERAS = re.compile(r"lora_(kernel|embeddings)_[ab]")
 
 
-class Adapter(NamedTuple):
-    """The paths of the leaves beside a weight that make a low-rank update of it."""
-
-    a: Path
-    b: Path
-    scale: Path
-
-    @property
-    def trained(self) -> tuple[Path, ...]:
-        return self.a, self.b
-
-
-class Dora(NamedTuple):
-    """An adapter, and the magnitudes of the outputs of the sum: DoRA."""
-
-    a: Path
-    b: Path
-    scale: Path
-    magnitude: Path
-
-    @property
-    def trained(self) -> tuple[Path, ...]:
-        return self.a, self.b, self.magnitude
-
-
-class Copy(NamedTuple):
-    """The path of the leaf beside another that trains in its place."""
-
-    w: Path
-
-    @property
-    def trained(self) -> tuple[Path, ...]:
-        return (self.w,)
-
-
-Ranked = Adapter | Dora
+Shape = tuple[int, ...]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Axes(NamedTuple):
@@ -78,19 +47,82 @@ class Axes(NamedTuple):
         return order == tuple(range(len(order)))
 
 
-def adapter_of(weight: Path) -> Adapter:
-    """The paths beside a weight where its adapter lives."""
-    return Adapter(*(_beside(weight, part) for part in FACTORS))
+UNKNOWN = Axes((), (), ())
 
 
-def dora_of(weight: Path) -> Dora:
-    """The paths beside a weight where its adapter with magnitudes lives."""
-    return Dora(*adapter_of(weight), _beside(weight, MAGNITUDE))
+@dataclasses.dataclass(frozen=True)
+class LowRank(Generic[T]):
+    """The low-rank adapter of one weight, as the paths, arrays or shapes of its leaves.
+
+    Iterating yields the leaves that there are: only DoRA has a magnitude.
+
+    Attributes:
+      a: The factor with the weight's inputs.
+      b: The factor with its outputs.
+      scale: What multiplies the product of the factors.
+      magnitude: The norms of the outputs in DoRA, or `None`.
+      axes: The dimensions of the weight, which `find_adapters` reads from shapes.
+        `UNKNOWN` in a record of paths that was not read from a tree.
+      aligned: Whether both factors have every dimension of the weight, and the rank
+        last: the layout for weights that are not stored as (batch, inputs, outputs).
+    """
+
+    a: T
+    b: T
+    scale: T
+    magnitude: T | None = None
+    _: dataclasses.KW_ONLY
+    axes: Axes = UNKNOWN
+    aligned: bool = False
+
+    def __iter__(self) -> Iterator[T]:
+        yield from (self.a, self.b, self.scale)
+        if self.magnitude is not None:
+            yield self.magnitude
+
+    def map(self, fn: Callable[[T], U]) -> "LowRank[U]":
+        """Applies a function to each leaf; the axes stay."""
+        return LowRank(*map(fn, self), axes=self.axes, aligned=self.aligned)
+
+    @property
+    def trained(self) -> tuple[T, ...]:
+        """The leaves that are trained: all except the scale."""
+        return self.a, self.b, *(() if self.magnitude is None else (self.magnitude,))
 
 
-def copy_of(leaf: Path) -> Copy:
-    """The path beside a leaf where its trained copy lives."""
-    return Copy(_beside(leaf, COPY))
+class FullCopy(NamedTuple):
+    """The path of a leaf that is trained in the place of the leaf next to it."""
+
+    w: Path
+
+    @property
+    def trained(self) -> tuple[Path, ...]:
+        return (self.w,)
+
+
+Adapters = dict[Path, LowRank[Path] | FullCopy]  # by the path of the adapted leaf
+
+
+def adapter_of(weight: Path, *, magnitude: bool = False) -> LowRank[Path]:
+    """The paths next to a weight where its adapter is, in DoRA with a magnitude."""
+    names = (*FACTORS, MAGNITUDE) if magnitude else FACTORS
+    return LowRank(*(_beside(weight, name) for name in names))
+
+
+def copy_of(leaf: Path) -> FullCopy:
+    """The path next to a leaf where its trained copy is."""
+    return FullCopy(_beside(leaf, COPY))
+
+
+def arrays_of(own: LowRank[Path], leaves: dict[Path, Any]) -> LowRank[Any]:
+    """The arrays of an adapter, out of their boxes."""
+    return own.map(lambda path: unbox(leaves[path]))
+
+
+def with_axes(own: LowRank[T], w: Shape, shapes: LowRank[Shape]) -> LowRank[T]:
+    """The record with the axes of a weight of shape `w`, which its shapes fit."""
+    aligned = len(shapes.a) == len(w) + 1
+    return dataclasses.replace(own, axes=axes_of_shapes(w, *shapes), aligned=aligned)
 
 
 def is_adapter(path: Path) -> bool:
@@ -105,9 +137,7 @@ def label_of(path: Path) -> str:
     return FROZEN
 
 
-def find_adapters(
-    leaves: dict[Path, Any], *, stacks: bool = False
-) -> dict[Path, Ranked | Copy]:
+def find_adapters(leaves: dict[Path, Any], *, stacks: bool = False) -> Adapters:
     """Every adapted leaf and what adapts it, checked from names and shapes alone.
 
     Args:
@@ -118,13 +148,12 @@ def find_adapters(
       ValueError: If there is no adapter, a broken one, or one of another library.
     """
     check_own(leaves)
-    found: dict[Path, Ranked | Copy] = {}
+    found: Adapters = {}
     for path in leaves:
         if is_adapter(path):
             weight = _weight_of(path, leaves)
-            factored, copied = dora_of(weight), copy_of(weight)
-            if factored.magnitude not in leaves:
-                factored = adapter_of(weight)
+            dora = _beside(weight, MAGNITUDE) in leaves
+            factored, copied = adapter_of(weight, magnitude=dora), copy_of(weight)
             own = factored if path in factored else copied
             if path not in own:
                 raise ValueError(
@@ -152,6 +181,11 @@ def find_adapters(
             "jax.vmap(lora(fn), in_axes=(in_axes(params), ...)), or take one: "
             "take(params, 0)."
         )
+    for weight, own in found.items():
+        if isinstance(own, LowRank):
+            first = 0 if sizes[weight] is None else 1  # of a stack, that of one
+            shapes = arrays_of(own, leaves).map(lambda x, first=first: x.shape[first:])
+            found[weight] = with_axes(own, unbox(leaves[weight]).shape, shapes)
     return found
 
 
@@ -227,9 +261,7 @@ def check_stack(sizes: dict[Path, int | None]) -> None:
         )
 
 
-def adapters_if_any(
-    leaves: dict[Path, Any], *, stacks: bool = False
-) -> dict[Path, Ranked | Copy]:
+def adapters_if_any(leaves: dict[Path, Any], *, stacks: bool = False) -> Adapters:
     """Those of `find_adapters`; none where there are weights in few bits instead.
 
     Raises:
@@ -240,26 +272,24 @@ def adapters_if_any(
     return find_adapters(leaves, stacks=stacks)
 
 
-def of_rank(adapters: dict[Path, Ranked | Copy]) -> dict[Path, Ranked]:
+def of_rank(adapters: Adapters) -> dict[Path, LowRank[Path]]:
     """Those that are low-rank updates, with magnitudes or without."""
-    return {p: own for p, own in adapters.items() if isinstance(own, Ranked)}
+    return {p: own for p, own in adapters.items() if isinstance(own, LowRank)}
 
 
-def of_copies(adapters: dict[Path, Ranked | Copy]) -> dict[Path, Copy]:
+def of_copies(adapters: Adapters) -> dict[Path, FullCopy]:
     """Those that are trained copies."""
-    return {p: own for p, own in adapters.items() if isinstance(own, Copy)}
+    return {p: own for p, own in adapters.items() if isinstance(own, FullCopy)}
 
 
-def without_adapters(
-    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
-) -> dict[Path, Any]:
+def without_adapters(leaves: dict[Path, Any], adapters: Adapters) -> dict[Path, Any]:
     """The plain tree's leaves: all but those that `find_adapters` found."""
     gone = {part for adapter in adapters.values() for part in adapter}
     return {path: leaf for path, leaf in leaves.items() if path not in gone}
 
 
 def check_adapter(
-    leaves: dict[Path, Any], weight: Path, adapter: Ranked | Copy
+    leaves: dict[Path, Any], weight: Path, adapter: LowRank[Path] | FullCopy
 ) -> int | None:
     """Raises if an adapter is broken; gives how many there are in a stack, if it is."""
     for path in (weight, *adapter):
@@ -272,13 +302,13 @@ def check_adapter(
                 "combine(adapters, base) if it was split." + others * no_scale
             )
     shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
-    fit = fits if isinstance(adapter, Ranked) else lambda w, copy: w == copy
+    fit = fits if isinstance(adapter, LowRank) else lambda w, copy: w == copy
     own = [shape[1:] for shape in shapes[1:]]
     first = {shape[:1] for shape in shapes[1:]}
     n = None
     if len(first) == 1 and not fit(*shapes) and fit(shapes[0], *own):
         ((n,),) = first
-    if isinstance(adapter, Copy):
+    if isinstance(adapter, FullCopy):
         check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight], stacks=n)
     elif n is None and not fits(*shapes):
         w, a, b, scale, *magnitude = shapes

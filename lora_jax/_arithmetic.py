@@ -1,5 +1,6 @@
 """Sums and multiples of adapters over one base, exactly."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
+    Adapters,
     Axes,
-    Copy,
-    Dora,
-    Ranked,
-    adapter_of,
-    axes_of_shapes,
+    FullCopy,
+    LowRank,
+    arrays_of,
     copy_of,
     find_adapters,
     without_adapters,
@@ -38,6 +38,8 @@ from lora_jax._tree import (
 )
 
 Number = float | jax.Array
+# What a tree adds to a sum: a number, and an adapter's arrays or a trained copy.
+Term = tuple[Number, LowRank[Any] | jax.Array]
 
 
 def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
@@ -91,17 +93,17 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for own in adapters for path in own):
         terms = [
-            (c, [unbox(leaves[part]) for part in own[path]])
+            (c, _values(leaves, own[path]))
             for c, leaves, own in zip(weights, trees, adapters, strict=True)
             if path in own
         ]
         w = unbox(base[path])
-        if any(len(parts) == 1 for _, parts in terms):  # a copy: whole already
+        factored = [(c, x) for c, x in terms if isinstance(x, LowRank)]
+        if len(factored) < len(terms):  # a copy: whole already
             total = _copies(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
-            parts, axes = _ranks(path, w, terms)
-            new |= beside(base[path], adapter_of(path), parts, axes)
+            new |= beside(path, base[path], _ranks(path, w, factored))
     return unflatten(params[0], base | new)
 
 
@@ -139,19 +141,19 @@ def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
     new = {}
     for path, c in factors.items():
         own = adapters[path]
-        if isinstance(own, Ranked):
+        if isinstance(own, LowRank):
             scale = unbox(leaves[own.scale])
             new[own.scale] = rebox(leaves[own.scale], _times(scale, c))
         else:
             copy = unbox(leaves[own.w])
-            total = _copies(unbox(leaves[path]), [(c, [copy])]).astype(copy.dtype)
+            total = _copies(unbox(leaves[path]), [(c, copy)]).astype(copy.dtype)
             new[own.w] = rebox(leaves[own.w], total)
     return unflatten(params, leaves | new)
 
 
 def check_values(
     leaves: dict[Path, Any],
-    adapters: dict[Path, Ranked | Copy],
+    adapters: Adapters,
     *,
     finite: bool = True,
 ) -> None:
@@ -171,10 +173,10 @@ def check_values(
                 )
 
 
-def _check_linear(adapters: dict[Path, Ranked | Copy], verb: str) -> None:
+def _check_linear(adapters: Adapters, verb: str) -> None:
     """Raises for DoRA: of weights with norms neither sums nor multiples are such."""
     for path, own in adapters.items():
-        if isinstance(own, Dora):
+        if isinstance(own, LowRank) and own.magnitude is not None:
             raise ValueError(
                 f"{verb} cannot be exact for {path_name(path)!r}, which has DoRA's "
                 "magnitudes: no adapter is that. Take extract(merge(params), base, "
@@ -225,58 +227,61 @@ def _equal(x: Any, y: Any) -> bool:
     return unknown or bool(jnp.array_equal(x, y))
 
 
-def _copies(w: Any, terms: Sequence[tuple[Number, Sequence[Any]]]) -> jax.Array:
+def _values(leaves: dict[Path, Any], own: LowRank[Path] | FullCopy) -> Any:
+    return arrays_of(own, leaves) if isinstance(own, LowRank) else unbox(leaves[own.w])
+
+
+def _copies(w: Any, terms: Sequence[Term]) -> jax.Array:
     """W + sum c_i (w_i - W), and the updates of adapters beside it, in full."""
     w = dequantize(w)
-    wide = wider(w.dtype, *(parts[0].dtype for _, parts in terms))
+    firsts = (x.a if isinstance(x, LowRank) else x for _, x in terms)
+    wide = wider(w.dtype, *(x.dtype for x in firsts))
     w = total = jnp.asarray(w, wide)
-    for c, parts in terms:
+    for c, x in terms:
         moved = (
-            jnp.asarray(parts[0], wide) - w
-            if len(parts) == 1
-            else delta(align(w, *parts)).astype(wide)
+            delta(align(w, *x)).astype(wide)
+            if isinstance(x, LowRank)
+            else jnp.asarray(x, wide) - w
         )
         total = total + _times(moved, c)
     return total
 
 
 def _ranks(
-    path: Path, w: Any, terms: Sequence[tuple[Number, Sequence[Any]]]
-) -> tuple[list[jax.Array], Axes]:
-    """The leaves of the sum of several low-rank updates, and their dimensions."""
-    shapes = [[x.shape for x in parts] for _, parts in terms]
-    axes, at = layout_of(path, w, shapes)
+    path: Path, w: Any, terms: Sequence[tuple[Number, LowRank[Any]]]
+) -> LowRank[jax.Array]:
+    """The leaves of the sum of several low-rank updates."""
+    first = terms[0][1]
+    axes, at = layout_of(path, [own for _, own in terms])
     if len(terms) == 1:
-        ((c, (a, b, scale)),) = terms
-        return [a, b, _times(scale, c)], axes
-    dtype = wider(*(x.dtype for _, (a, b, _) in terms for x in (a, b)))
+        return dataclasses.replace(first, scale=_times(first.scale, terms[0][0]))
+    dtype = wider(*(x.dtype for _, own in terms for x in (own.a, own.b)))
     folded = []
-    for c, (_, b, scale) in terms:
-        if at == len(w.shape):  # of a batch, each dimension stands as in the weight
+    for c, own in terms:
+        b, scale = own.b, own.scale
+        if own.aligned:  # of a batch, each dimension stands as in the weight
             batch = {*axes.batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
             sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
         scale = jnp.reshape(_times(scale, c).astype(dtype), sizes)
         folded.append(b.astype(dtype) * scale)
-    a = jnp.concatenate([a.astype(dtype) for _, (a, _, _) in terms], -1)
-    scale = jnp.ones_like(terms[0][1][2])
-    return [a, jnp.concatenate(folded, at), scale], axes
+    a = jnp.concatenate([own.a.astype(dtype) for _, own in terms], -1)
+    b, scale = jnp.concatenate(folded, at), jnp.ones_like(first.scale)
+    return dataclasses.replace(first, a=a, b=b, scale=scale)
 
 
-def layout_of(
-    path: Path, w: Any, shapes: Sequence[Sequence[tuple]]
-) -> tuple[Axes, int]:
+def layout_of(path: Path, adapters: Sequence[LowRank[Any]]) -> tuple[Axes, int]:
     """The dimensions that adapters say a weight has, and which of B is the rank.
 
     Of A it is the last. Of B too where the two are aligned, else that after the batch.
     """
-    found = {(axes_of_shapes(w.shape, *own), len(own[0])): None for own in shapes}
+    found = dict.fromkeys((own.axes, own.aligned) for own in adapters)
     if len(found) > 1:
         raise ValueError(
             f"The adapters of {path_name(path)!r} have different inputs and outputs, "
             f"{listed([str(axes) for axes, _ in found])}, and make no adapter "
             "together. Build them with the same axes."
         )
-    ((axes, length),) = found
-    return axes, len(w.shape) if length == len(w.shape) + 1 else len(axes.batch)
+    ((axes, aligned),) = found
+    return axes, sum(map(len, axes)) if aligned else len(axes.batch)

@@ -6,12 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax._adapters import (
-    Ranked,
-    adapters_if_any,
-    axes_of_shapes,
-    without_adapters,
-)
+from lora_jax._adapters import LowRank, adapters_if_any, without_adapters
 from lora_jax._arguments import (
     chosen,
     leaves_of,
@@ -198,10 +193,9 @@ def _row(
     w, rank, full = unbox(leaves[path]), None, None
     if own is w:
         rank, full = 0, 0
-    elif isinstance(own, Ranked):
-        shapes = [unbox(leaves[part]).shape for part in own]
-        rank, axes = shapes[0][-1], axes_of_shapes(w.shape, *shapes)
-        full = min(math.prod(w.shape[d] for d in dims) for dims in axes[1:])
+    elif isinstance(own, LowRank):
+        rank = unbox(leaves[own.a]).shape[-1]
+        full = min(math.prod(w.shape[d] for d in dims) for dims in own.axes[1:])
     formed = dict.fromkeys((n.primitive, n.place) for n in notes if n.formed)
     return Row(
         path=name,

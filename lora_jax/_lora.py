@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._adapters import Copy, Ranked, adapters_if_any, of_rank
+from lora_jax._adapters import Adapters, LowRank, adapters_if_any, of_rank
 from lora_jax._arguments import (
     Where,
     check_elsewhere,
@@ -161,7 +161,7 @@ def call(
             own, name = adapters[key].get(path), named(key, path, given)
             if own is not None:
                 names[i] = name
-            if isinstance(own, Ranked):
+            if isinstance(own, LowRank):
                 parts = (canonical(unbox(leaves[key][p])) for p in (path, *own))
                 factors[i] = weight(*parts, name=name)
             elif is_quantized(operands[i]):
@@ -195,9 +195,7 @@ def _check_transformation(args: Any, kwargs: Any) -> None:
         )
 
 
-def _in_shard_map(
-    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
-) -> dict[Path, Any]:
+def _in_shard_map(leaves: dict[Path, Any], adapters: Adapters) -> dict[Path, Any]:
     """The leaves, with weights that vary along the axes of their adapters."""
     new = {}
     for path, own in of_rank(adapters).items():

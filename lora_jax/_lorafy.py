@@ -15,13 +15,12 @@ from flax.core.meta import AxisMetadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax._adapters import (
+    Adapters,
     Axes,
-    Copy,
-    Dora,
-    Ranked,
+    LowRank,
+    Shape,
     adapter_of,
     copy_of,
-    dora_of,
     of_copies,
     without_adapters,
 )
@@ -185,7 +184,7 @@ def lorafy(
         )
     several = () if stack is None else (stack,)
     # Each new leaf must find its place before any array is made.
-    parts_of = dora_of if dora else adapter_of
+    parts_of = functools.partial(adapter_of, magnitude=dora)
     trial = {part: leaves[path] for path in plans for part in parts_of(path)}
     trial |= {copy_of(path).w: leaves[path] for path in copied}
     unflatten(params, leaves | trial)
@@ -208,7 +207,7 @@ def lorafy(
         sizes = dict(enumerate(w.shape)) | {RANK: r, ABSENT: 1}
         all_dims = factor_dims(dims, w.shape, aligned=not dims.standard)
         parts = parts_of(path)
-        # The magnitudes are the last of four, and not of all adapters.
+        # Only DoRA has a part for the last fill, that of the magnitude.
         for part, own, fill, kind in zip(parts, all_dims, fills, dtypes, strict=False):
             shape = tuple(sizes[d] for d in own)
             own = (*(ABSENT for _ in several), *own)
@@ -251,9 +250,7 @@ def trained_copy(leaf: Any, value: Any = None, *, stack: int | None = None) -> A
     return box(x, dims, leaf)
 
 
-def with_copies(
-    leaves: dict[Path, Any], adapters: dict[Path, Ranked | Copy]
-) -> dict[Path, Any]:
+def with_copies(leaves: dict[Path, Any], adapters: Adapters) -> dict[Path, Any]:
     """The plain tree's leaves, the trained copies in their places, in their dtypes."""
     plain = without_adapters(leaves, adapters)
     for path, copy in of_copies(adapters).items():
@@ -266,7 +263,7 @@ def with_copies(
     return plain
 
 
-def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Dora:
+def factor_dims(axes: Axes, shape: Shape, *, aligned: bool) -> LowRank[Shape]:
     """Which of the weight's dimensions each dimension of an adapter's leaves is."""
     if aligned:
         # A dimension of size 1 is in neither factor: their shapes could not say which.
@@ -279,28 +276,22 @@ def factor_dims(axes: Axes, shape: tuple[int, ...], *, aligned: bool) -> Dora:
         )
         batch = tuple(n if shape[n] > 1 else ABSENT for n in axes.batch)
         lengths = tuple(d for d in in_b if d != ABSENT)
-        return Dora((*in_a, RANK), (*in_b, RANK), batch, lengths)
+        return LowRank((*in_a, RANK), (*in_b, RANK), batch, lengths)
     a, b = (*axes.batch, *axes.inputs, RANK), (*axes.batch, RANK, *axes.outputs)
-    return Dora(a, b, axes.batch, (*axes.batch, *axes.outputs))
+    return LowRank(a, b, axes.batch, (*axes.batch, *axes.outputs))
 
 
 def beside(
-    leaf: Any,
-    parts: Ranked,
-    values: Sequence[Any],
-    axes: Axes,
-    *,
-    stacked: bool = False,
+    weight: Path, leaf: Any, values: LowRank[Any], *, stacked: bool = False
 ) -> dict[Path, Any]:
     """An adapter's leaves for a tree: in the weight's box, where the weight is.
 
     Or several, `stacked`: one for each along the first dimension of the values.
     """
-    w = unbox(leaf)
-    aligned = len(values[0].shape) == len(w.shape) + 1 + stacked
-    all_dims = factor_dims(axes, w.shape, aligned=aligned)
+    parts = adapter_of(weight, magnitude=values.magnitude is not None)
+    all_dims = factor_dims(values.axes, unbox(leaf).shape, aligned=values.aligned)
     new = {}
-    for part, own, value in zip(parts, all_dims[: len(parts)], values, strict=True):
+    for part, own, value in zip(parts, all_dims, values, strict=False):
         dims = (*[ABSENT] * stacked, *own)
         x = place(value, dims, leaf)
         new[part] = box(x, dims, leaf, trains=part in parts.trained)

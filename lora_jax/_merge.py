@@ -147,7 +147,11 @@ def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
 
 def _sum(
     w: Any,
-    *adapter: Any,
+    a: Any,
+    b: Any,
+    scale: Any,
+    magnitude: Any = None,
+    *,
     dtype: Any,
     loops: tuple[tuple[int, int], ...],
     measured: bool,
@@ -157,11 +161,10 @@ def _sum(
     If measured, with the squared norms of what rounding the sum to the dtype changes,
     and of the update. They cost one more pass over the weight.
     """
-    a, b, scale, *magnitude = adapter
     f = align(w, a, b, scale)
-    if magnitude:  # with the dimensions of the weight, as the factors
+    if magnitude is not None:  # with the dimensions of the weight, as the factors
         sizes = [n if f.b.shape[d] != 1 else 1 for d, n in enumerate(f.shape)]
-        magnitude = [jnp.reshape(*magnitude, sizes)]
+        magnitude = jnp.reshape(magnitude, sizes)
     for d, _ in loops:
         if is_quantized(f.w):
             f = dataclasses.replace(f, w=spread(f.w, d))
@@ -177,9 +180,7 @@ def _sum(
             # sum to one operation, which rounds once.
             w = lax.optimization_barrier(w)
         w = w.astype(wider(w.dtype, to))
-        total = materialize(
-            with_magnitude(dataclasses.replace(f, w=w), *magnitude or [None])
-        )
+        total = materialize(with_magnitude(dataclasses.replace(f, w=w), magnitude))
         if not measured:
             return (total.astype(to),)
         result = rounded(total, to)

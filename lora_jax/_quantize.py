@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from lora_jax._adapters import (
-    Axes,
-    adapter_of,
-    axes_of_shapes,
-)
+from lora_jax._adapters import Axes, adapter_of, find_adapters
 from lora_jax._engine.quantized import (
     FORMATS,
     Quantized,
@@ -181,7 +177,8 @@ def _axes(path: Path, leaves: dict[Path, Any], others: bool) -> Axes:
     """The dimensions of a weight, from an adapter next to it or from its name."""
     parts = (path, *adapter_of(path))
     if all(part in leaves for part in parts):
-        return axes_of_shapes(*(unbox(leaves[part]).shape for part in parts))
+        found = find_adapters({part: leaves[part] for part in parts}, stacks=True)
+        return found[path].axes
     return axes_of(path, leaves, others)
 
 

@@ -5,6 +5,7 @@ JSON: the format's version, each adapter's weight path, rank, scale and weight s
 the trained copies, a sample of each adapted weight, and digests.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -17,19 +18,17 @@ import safetensors
 import safetensors.numpy
 
 from lora_jax._adapters import (
-    Adapter,
-    Copy,
-    Ranked,
+    Adapters,
+    LowRank,
     adapter_of,
     adapters_if_any,
-    axes_of_shapes,
     check_copy,
     copy_of,
-    dora_of,
     find_adapters,
     fits,
     of_copies,
     of_rank,
+    with_axes,
 )
 from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
@@ -106,7 +105,7 @@ def save(path: str | os.PathLike[str], params: Any) -> None:
 
 def _said(
     leaves: dict[Path, Any],
-    adapters: dict[Path, Ranked | Copy],
+    adapters: Adapters,
     tensors: dict[str, np.ndarray],
     samples: dict[str, np.ndarray | None],
 ) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         leaves = flatten(base)
         paths = {path_name(p): p for p in leaves}
         weights, copies = _placed(path, header, tensors, paths, leaves)
-        plain = {name: unbox(leaves[weight]) for name, (weight, *_) in weights.items()}
+        plain = {name: unbox(leaves[weight]) for name, (weight, _) in weights.items()}
         same["file"] = header
         same["base"] = {name: outline(w) for name, w in plain.items()}
     samples = {name: sample(w) for name, w in plain.items()} if same_base else {}
@@ -182,10 +181,8 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
         for name, found in samples.items():
             _check_base(path, name, found, header["samples"].get(name))
     new: dict[Path, Any] = {}
-    for weight, parts, values in weights.values():
-        shapes = [value.shape for value in values]
-        axes = axes_of_shapes(unbox(leaves[weight]).shape, *shapes)
-        new |= beside(leaves[weight], parts, values, axes)
+    for weight, values in weights.values():
+        new |= beside(weight, leaves[weight], values)
     for leaf, copy in copies.items():
         new[copy_of(leaf).w] = trained_copy(leaves[leaf], copy)
     return attached(base, leaves, new)
@@ -197,20 +194,22 @@ def _placed(
     tensors: dict[str, np.ndarray],
     paths: dict[str, Path],
     leaves: dict[Path, Any],
-) -> tuple[dict[str, tuple[Path, Ranked, list[np.ndarray]]], dict[Path, np.ndarray]]:
+) -> tuple[dict[str, tuple[Path, LowRank[np.ndarray]]], dict[Path, np.ndarray]]:
     """Each weight's adapter and each leaf's copy in the file, which fit base."""
     weights, copies = {}, {}
     for name, adapter in header["adapters"].items():
-        parts_of = adapter_of if len(adapter["tensors"]) == 3 else dora_of
+        names = LowRank(*adapter["tensors"])
+        dora = names.magnitude is not None
+        parts_of = functools.partial(adapter_of, magnitude=dora)
         weight = _find(path, name, paths, leaves, adapter, parts_of)
-        values = [tensors[part] for part in adapter["tensors"]]
-        shape, shapes = unbox(leaves[weight]).shape, [value.shape for value in values]
+        values = names.map(tensors.__getitem__)
+        shape, shapes = unbox(leaves[weight]).shape, values.map(np.shape)
         if not fits(shape, *shapes):
             raise ValueError(
                 f"{path} was tampered with: the factors of {name!r}, of shapes "
-                f"{shapes}, make no update of its weight {shape}."
+                f"{[*shapes]}, make no update of its weight {shape}."
             )
-        weights[name] = weight, parts_of(weight), values
+        weights[name] = weight, with_axes(values, shape, shapes)
     for name, copy in header["copies"].items():
         (part,) = copy["tensors"]
         leaf = _find(path, name, paths, leaves, copy, copy_of)
@@ -245,7 +244,8 @@ def _find(
             f"{path} was tampered with: {said['tensors']} are not the adapter's "
             f"leaves of {name!r}."
         )
-    if any(p in leaves for p in (*dora_of(paths[name]), *copy_of(paths[name]))):
+    own = adapter_of(paths[name], magnitude=True)
+    if any(part in leaves for part in (*own, *copy_of(paths[name]))):
         raise ValueError(
             f"{path}: {name!r} has an adapter in base already. Pass the plain "
             "parameters: load(path, strip(params))."
@@ -300,7 +300,7 @@ def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 "Write jax.config.update('jax_enable_x64', True)."
             )
     for name, adapter in header["adapters"].items():
-        parts = Adapter(*adapter["tensors"][:3])
+        parts = LowRank(*adapter["tensors"])
         rank, scale = tensors[parts.a].shape[-1:], tensors[parts.scale].tolist()
         if rank != (adapter["rank"],) or scale != adapter["scale"]:
             raise ValueError(

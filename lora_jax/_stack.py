@@ -1,5 +1,6 @@
 """Many adapters over one base, each along the first dimension of its leaves."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import (
-    Axes,
-    Copy,
-    Dora,
-    axes_of_shapes,
+    FullCopy,
+    LowRank,
+    arrays_of,
     check_adapter,
     check_stack,
     copy_of,
-    dora_of,
     find_adapters,
     is_adapter,
     without_adapters,
@@ -87,21 +86,23 @@ def stack(trees: Sequence[Any]) -> Any:
         check_values(own, found, finite=False)
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for found in adapters for path in found):
-        kind = _kind(path, [type(found[path]) for found in adapters if path in found])
-        each = [
-            [unbox(own[part]) for part in found[path]] if path in found else None
-            for own, found in zip(leaves, adapters, strict=True)
-        ]
+        each = [found.get(path) for found in adapters]
+        _check_kind(path, [own for own in each if own is not None])
         leaf, w = base[path], unbox(base[path])
-        if kind is Copy:
-            copies = _of_one_dtype([w if x is None else x[0] for x in each])
+        if any(isinstance(own, FullCopy) for own in each):
+            copies = [
+                unbox(tree[own.w]) if isinstance(own, FullCopy) else w
+                for tree, own in zip(leaves, each, strict=True)
+            ]
             new[copy_of(path).w] = trained_copy(
-                leaf, jnp.stack(copies), stack=len(trees)
+                leaf, jnp.stack(_of_one_dtype(copies)), stack=len(trees)
             )
         else:
-            values, axes = _padded(path, w, each)
-            parts = kind(*dora_of(path)[: len(values)])
-            new |= beside(leaf, parts, [*map(jnp.stack, values)], axes, stacked=True)
+            arrays = [
+                arrays_of(own, tree) if isinstance(own, LowRank) else None
+                for tree, own in zip(leaves, each, strict=True)
+            ]
+            new |= beside(path, leaf, _padded(path, w, arrays), stacked=True)
     return unflatten(trees[0], base | new)
 
 
@@ -138,7 +139,7 @@ def take(stacked: Any, ids: Any) -> Any:
     adapters = find_adapters(leaves, stacks=True)
     n = check_adapter(leaves, *next(iter(adapters.items())))
     if n is None:
-        raise ValueError(_no_stack(next(iter(adapters.values()))[0]))
+        raise ValueError(_no_stack(next(iter(adapters.values())).trained[0]))
     ids, there = _checked(ids, n)
     several = ids.shape[0] if ids.ndim else None
 
@@ -152,17 +153,17 @@ def take(stacked: Any, ids: Any) -> Any:
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
         leaf, w = leaves[path], unbox(leaves[path])
-        values = [unbox(leaves[part]) for part in own]
-        taken = [jnp.take(x, ids, axis=0, mode="clip") for x in values]
-        if isinstance(own, Copy):
-            new[own.w] = trained_copy(leaf, where(taken[0], w), stack=several)
+        pick = lambda part: jnp.take(unbox(leaves[part]), ids, axis=0, mode="clip")
+        if isinstance(own, FullCopy):
+            new[own.w] = trained_copy(leaf, where(pick(own.w), w), stack=several)
             continue
-        axes = axes_of_shapes(w.shape, *(x.shape[1:] for x in values))
-        taken[2] = where(taken[2], jnp.zeros(()))
-        if there is not None and isinstance(own, Dora):
-            norm = jnp.reshape(norms(w, axes.inputs), values[3].shape[1:])
-            taken[3] = where(taken[3], norm)
-        new |= beside(leaf, own, taken, axes, stacked=several is not None)
+        taken = own.map(pick)
+        taken = dataclasses.replace(taken, scale=where(taken.scale, jnp.zeros(())))
+        if there is not None and own.magnitude is not None:
+            shape = unbox(leaves[own.magnitude]).shape[1:]
+            norm = jnp.reshape(norms(w, own.axes.inputs), shape)
+            taken = dataclasses.replace(taken, magnitude=where(taken.magnitude, norm))
+        new |= beside(path, leaf, taken, stacked=several is not None)
     return unflatten(stacked, leaves | new)
 
 
@@ -201,40 +202,41 @@ def in_axes(stacked: Any) -> Any:
     return unflatten(stacked, {path: 0 if path in own else None for path in leaves})
 
 
-def _kind(path: Path, kinds: Sequence[type]) -> type:
-    """Of which kind the adapters of a leaf are, all of them."""
-    if len({*kinds}) > 1:
+def _check_kind(path: Path, adapters: Sequence[LowRank[Path] | FullCopy]) -> None:
+    """Raises unless the adapters of a leaf train leaves of the same names."""
+    if len({own.trained for own in adapters}) > 1:
         raise ValueError(
             f"{path_name(path)!r} trains differently in these trees: whole (also=), in "
             "low rank, or with magnitudes (dora=True). Stack those of one kind."
         )
-    return kinds[0]
 
 
 def _padded(
-    path: Path, w: Any, each: Sequence[list[jax.Array] | None]
-) -> tuple[list[list[jax.Array]], Axes]:
-    """The parts of adapters of one weight, all of the largest rank, and its dimensions.
+    path: Path, w: Any, each: Sequence[LowRank[Any] | None]
+) -> LowRank[jax.Array]:
+    """The adapters of one weight in a stack, all of the largest rank.
 
     Where there is none, one of zeros.
     """
-    given = [parts for parts in each if parts is not None]
-    axes, at = layout_of(path, w, [[x.shape for x in parts] for parts in given])
-    r = max(a.shape[-1] for a, *_ in given)
-    nothing = [jnp.zeros_like(x) for x in given[0][:3]]
-    if len(given[0]) > 3 and len(given) < len(each):
-        nothing.append(jnp.reshape(norms(w, axes.inputs), given[0][3].shape))
+    given = [own for own in each if own is not None]
+    axes, at = layout_of(path, given)
+    first, r = given[0], max(own.a.shape[-1] for own in given)
+    nothing = first.map(jnp.zeros_like)
+    if first.magnitude is not None and len(given) < len(each):
+        norm = jnp.reshape(norms(w, axes.inputs), first.magnitude.shape)
+        nothing = dataclasses.replace(nothing, magnitude=norm)
 
     def pad(x: jax.Array, axis: int) -> jax.Array:
         edges = [(0, 0)] * x.ndim
         edges[axis] = (0, r - x.shape[axis])
         return jnp.pad(x, edges)
 
-    whole = [
-        [pad(a, -1), pad(b, at), *others]
-        for a, b, *others in (nothing if parts is None else parts for parts in each)
+    padded = [
+        dataclasses.replace(own, a=pad(own.a, -1), b=pad(own.b, at))
+        for own in (nothing if own is None else own for own in each)
     ]
-    return [_of_one_dtype(parts) for parts in zip(*whole, strict=True)], axes
+    parts = (jnp.stack(_of_one_dtype(xs)) for xs in zip(*padded, strict=True))
+    return LowRank(*parts, axes=first.axes, aligned=first.aligned)
 
 
 def _of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:

@@ -1,5 +1,6 @@
 """Adapters from singular values: of another rank, a fine-tune, or the weight."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,9 +11,8 @@ import numpy as np
 
 from lora_jax._adapters import (
     Axes,
-    Ranked,
-    adapter_of,
-    axes_of_shapes,
+    LowRank,
+    arrays_of,
     find_adapters,
     of_rank,
     without_adapters,
@@ -101,7 +101,7 @@ def resize(
         ranks = dict.fromkeys(adapters, ranks)
     key = jax.random.key(0) if key is None else key
     for path, r in ranks.items():
-        full = _full_rank(leaves, path)
+        full = min(_sizes(unbox(leaves[path]).shape, adapters[path].axes)[1:])
         if r > max(full, unbox(leaves[adapters[path].a]).shape[-1]):
             raise ValueError(
                 f"{path_name(path)!r} holds at most {full} directions, and rank {r} is "
@@ -109,16 +109,14 @@ def resize(
             )
     new: dict[Path, Any] = {}
     for path, r in ranks.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *adapters[path][:3]))
-        axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
-        if r < a.shape[-1]:
-            thin = _truncated(_thin(w.shape, axes, a, b), r)
-        elif r > a.shape[-1]:
-            thin = _padded(w.shape, axes, a, b, r, path_key(key, path))
+        w, own = unbox(leaves[path]), arrays_of(adapters[path], leaves)
+        if r < own.a.shape[-1]:
+            thin = _truncated(_thin(w.shape, own), r)
+        elif r > own.a.shape[-1]:
+            thin = _padded(w.shape, own, r, path_key(key, path))
         else:
             continue
-        values = [*_leaves(thin, w.shape, axes, a, b), scale]
-        new |= beside(leaves[path], adapter_of(path), values, axes)
+        new |= beside(path, leaves[path], _like(own, thin))
     return unflatten(params, leaves | new)
 
 
@@ -194,17 +192,16 @@ def extract(
         )
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        if not isinstance(own, Ranked):
+        if not isinstance(own, LowRank):
             new[own.w] = trained_copy(before[path], unbox(after[path]))
             continue
-        w, a, b, scale = (unbox(start[p]) for p in (path, *own[:3]))
-        dims = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
+        w, own = unbox(start[path]), arrays_of(own, start)
         change = _change(unbox(after[path]), w)
         if not (is_traced(change) or jnp.isfinite(change).all()):
             raise ValueError(f"The change of {path_name(path)!r} is not finite.")
-        thin = _nearest(_matrices(change, dims), _thin(w.shape, dims, a, b))
-        values = [*_leaves(thin, w.shape, dims, a, b), jnp.ones_like(scale)]
-        new |= beside(start[path], adapter_of(path), values, dims)
+        thin = _nearest(_matrices(change, own.axes), _thin(w.shape, own))
+        values = dataclasses.replace(_like(own, thin), scale=jnp.ones_like(own.scale))
+        new |= beside(path, start[path], values)
     return unflatten(base, start | new)
 
 
@@ -253,16 +250,16 @@ def kept(tuned: Any, params: Any) -> Kept:
     _check_alike(without_adapters(leaves, found), after)
     rows = []
     for path, own in of_rank(found).items():
-        parts = [unbox(leaves[p]) for p in (path, *own)]
-        change = _change(unbox(after[path]), parts[0])
-        if len(parts) == 4:
-            update = delta(align(*parts)).astype(change.dtype)
+        w, arrays = unbox(leaves[path]), arrays_of(own, leaves)
+        change = _change(unbox(after[path]), w)
+        if own.magnitude is None:
+            update = delta(align(w, *arrays)).astype(change.dtype)
         else:  # with DoRA's magnitudes the update is no product
-            update = _change(materialize(weight(*parts)), parts[0])
+            update = _change(materialize(weight(w, *arrays)), w)
         left = change - update
         whole = jnp.sum(change**2)
         share = 1 - float(jnp.sum(left**2) / whole) if whole else 1.0
-        rows.append((path_name(path), parts[1].shape[-1], share))
+        rows.append((path_name(path), arrays.a.shape[-1], share))
     return Kept(tuple(rows))
 
 
@@ -320,30 +317,28 @@ def principal(params: Any) -> Any:
             raise ValueError(f"{path_name(path)!r} is not finite. Restore it.")
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
-        w, a, b, scale = (unbox(leaves[p]) for p in (path, *own[:3]))
-        axes = axes_of_shapes(w.shape, a.shape, b.shape, scale.shape)
+        w, old = unbox(leaves[path]), arrays_of(own, leaves)
         wide = jnp.asarray(w, wider(w.dtype))
-        start = _thin(w.shape, axes, a, b)
-        thin = _nearest(_matrices(wide, axes), start)
-        each = jnp.sqrt(jnp.reshape(scale, (-1, 1, 1)).astype(thin.a.dtype))
-        thin = Thin(thin.a / each, thin.b / each)
-        values = [*_leaves(thin, w.shape, axes, a, b), scale]
+        thin = _nearest(_matrices(wide, own.axes), _thin(w.shape, old))
+        each = jnp.sqrt(jnp.reshape(old.scale, (-1, 1, 1)).astype(thin.a.dtype))
+        values = _like(old, Thin(thin.a / each, thin.b / each))
         rest = wide - delta(align(w, *values)).astype(wide.dtype)
         rest = place(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= beside(leaves[path], adapter_of(path), values, axes)
+        new |= beside(path, leaves[path], values)
     return unflatten(params, leaves | new)
 
 
 # Factors as matrices, and back.
 
 
-def _thin(shape: tuple[int, ...], axes: Axes, a: Any, b: Any) -> Thin:
+def _thin(shape: tuple[int, ...], own: LowRank[Any]) -> Thin:
     """The factors of a weight as matrices, in float32 or wider."""
+    a, b = own.a, own.b
     dtype, r = wider(a.dtype, b.dtype), a.shape[-1]
-    n, n_in, n_out = _sizes(shape, axes)
-    if a.ndim == len(shape) + 1:  # aligned: the rank last, and size 1 elsewhere
-        a, b = (jnp.transpose(x, _order(axes, x)) for x in (a, b))
+    n, n_in, n_out = _sizes(shape, own.axes)
+    if own.aligned:  # the rank last, and size 1 elsewhere
+        a, b = (jnp.transpose(x, _order(own.axes, x)) for x in (a, b))
         b = jnp.swapaxes(jnp.reshape(b, (n, n_out, r)), 1, 2)
     return Thin(
         jnp.reshape(a, (n, n_in, r)).astype(dtype),
@@ -351,23 +346,24 @@ def _thin(shape: tuple[int, ...], axes: Axes, a: Any, b: Any) -> Thin:
     )
 
 
-def _leaves(
-    thin: Thin, shape: tuple[int, ...], axes: Axes, a: Any, b: Any
-) -> list[jax.Array]:
-    """Matrices as the leaves that they came from, of another rank perhaps."""
-    r = thin.a.shape[-1]
-    if a.ndim < len(shape) + 1:
-        n = len(axes.batch)
+def _like(own: LowRank[Any], thin: Thin) -> LowRank[Any]:
+    """An adapter with matrices for factors, of another rank perhaps.
+
+    Without its magnitude, which stays in the tree as it is.
+    """
+    a, b, r = own.a, own.b, thin.a.shape[-1]
+    if not own.aligned:
+        n = len(own.axes.batch)
         sizes = (*a.shape[:-1], r), (*b.shape[:n], r, *b.shape[n + 1 :])
-        pairs = zip(thin, sizes, (a, b), strict=True)
-        return [jnp.reshape(x, size).astype(old.dtype) for x, size, old in pairs]
-    leaves = []
-    for x, old in ((thin.a, a), (jnp.swapaxes(thin.b, 1, 2), b)):
-        order = _order(axes, old)
-        sizes = [(*old.shape[:-1], r)[d] for d in order]
-        x = jnp.transpose(jnp.reshape(x, sizes), np.argsort(order))
-        leaves.append(x.astype(old.dtype))
-    return leaves
+        new = [jnp.reshape(x, size) for x, size in zip(thin, sizes, strict=True)]
+    else:
+        new = []
+        for x, old in ((thin.a, a), (jnp.swapaxes(thin.b, 1, 2), b)):
+            order = _order(own.axes, old)
+            sizes = [(*old.shape[:-1], r)[d] for d in order]
+            new.append(jnp.transpose(jnp.reshape(x, sizes), np.argsort(order)))
+    a, b = (x.astype(old.dtype) for x, old in zip(new, (a, b), strict=True))
+    return dataclasses.replace(own, a=a, b=b, magnitude=None)
 
 
 def _order(axes: Axes, x: Any) -> tuple[int, ...]:
@@ -376,11 +372,6 @@ def _order(axes: Axes, x: Any) -> tuple[int, ...]:
 
 def _sizes(shape: tuple[int, ...], axes: Axes) -> list[int]:
     return [math.prod(shape[d] for d in dims) for dims in axes]
-
-
-def _full_rank(leaves: dict[Path, Any], path: Path) -> int:
-    shapes = [unbox(leaves[p]).shape for p in (path, *adapter_of(path))]
-    return min(_sizes(shapes[0], axes_of_shapes(*shapes))[1:])
 
 
 def _matrices(w: jax.Array, axes: Axes) -> jax.Array:
@@ -427,11 +418,9 @@ def _truncated(thin: Thin, r: int) -> Thin:
     )
 
 
-def _padded(
-    shape: tuple[int, ...], axes: Axes, a: Any, b: Any, r: int, key: jax.Array
-) -> Thin:
+def _padded(shape: tuple[int, ...], own: LowRank[Any], r: int, key: jax.Array) -> Thin:
     """The same product of a larger rank: zeros in B, new directions in A."""
-    old = _thin(shape, axes, a, b)
+    old = _thin(shape, own)
     n, n_in, r_old = old.a.shape
     keys = jax.random.split(key, n)
     more = jax.vmap(lambda key: gaussian(key, (n_in, r - r_old), old.a.dtype))(keys)

@@ -27,7 +27,6 @@ from lora_jax._adapters import (
     adapter_of,
     check_own,
     copy_of,
-    dora_of,
     is_adapter,
 )
 from lora_jax._tree import (
@@ -581,8 +580,8 @@ def check_axes(axes: Mapping[str, Any], leaves: dict[Path, Any]) -> dict[str, Ax
 
 def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
     """The mapping of a leaf has room for an adapter, or a copy, beside it."""
-    if any(part in leaves for part in (*dora_of(path), *copy_of(path))):
-        own = adapter_of(path)
+    own = adapter_of(path, magnitude=True)
+    if any(part in leaves for part in (*own, *copy_of(path))):
         if own.a in leaves and own.scale not in leaves:
             raise ValueError(
                 f"{path_name(path)!r} already has an adapter without a scale, as qwix, "

@@ -1,5 +1,7 @@
 """Adapters are found beside their weights by name, and must fit them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -37,7 +39,8 @@ def test_adapters_are_found_by_name():
     assert adapter_of(("m", "w")).scale == ("m", "w_lora_scale")
     x, a, b, s = jnp.ones((4, 5)), jnp.ones((4, 2)), jnp.ones((2, 5)), jnp.ones(())
     tree = leaves(w=x, w_lora_a=a, w_lora_b=b, w_lora_scale=s, v=x)
-    assert find_adapters(tree) == {("m", "w"): adapter_of(("m", "w"))}
+    want = dataclasses.replace(adapter_of(("m", "w")), axes=Axes((), (0,), (1,)))
+    assert find_adapters(tree) == {("m", "w"): want}
 
 
 @pytest.mark.parametrize(
