@@ -33,36 +33,28 @@ def choose_modules(
     Raises:
       ValueError: If a part may be several tensors, or two weights are one tensor.
     """
-    sure = {
-        part: tensors[0]
-        for part, tensors in candidates.items()
-        if len({tensor.name for tensor in tensors}) == 1
-    }
-    chosen: dict[WeightPart, tuple[str, ...]] = {
-        part: (tensor.module,) for part, tensor in sure.items()
-    }
+    names = {part: {t.name for t in own} for part, own in candidates.items()}
+    sure = {part: own[0] for part, own in candidates.items() if len(names[part]) == 1}
     owned = {tensor.name for tensor in sure.values()}
-    open_parts = {part: t for part, t in candidates.items() if part not in sure}
-    for part, equals in open_parts.items():
-        free = [t for t in equals if t.name not in owned] or list(equals)
-        names = {t.name for t in free}
-        contested = any(
-            not names.isdisjoint(t.name for t in others)
-            for other, others in open_parts.items()
-            if other != part
-        )
-        if not contested and (pair := _tied_pair(part.path, free)):
-            chosen[part] = pair
+    chosen: dict[WeightPart, tuple[str, ...]] = {}
+    for part, equals in candidates.items():
+        if part in sure:
+            chosen[part] = (sure[part].module,)
             continue
-        best = _best_by_name(part, free, sure)
-        if best is None:
-            name = path_name(part.path)
+        free = [t for t in equals if t.name not in owned] or list(equals)
+        contested = any(
+            other != part and not names[other].isdisjoint(t.name for t in free)
+            for other in candidates.keys() - sure.keys()
+        )
+        pair = None if contested else _tied_pair(part.path, free)
+        modules, name = pair or _best_by_name(part, free, sure), path_name(part.path)
+        if modules is None:
             raise ValueError(
-                f"{name!r} may be any of {listed(sorted(t.name for t in equals))}: "
-                "they are equal in every value, and their names do not decide. Leave "
-                f"the weight out, exclude=[{name!r}], or write the map by hand."
+                f"{name!r} may be any of {listed(sorted(names[part]))}: they are equal "
+                "in every value, and their names do not decide. Leave the weight out, "
+                f"exclude=[{name!r}], or write the map by hand."
             )
-        chosen[part] = (best.module,)
+        chosen[part] = modules
     _check_one_owner(chosen)
     return chosen
 
@@ -71,8 +63,7 @@ def _tied_pair(
     path: Path, equals: Sequence[CheckpointTensor]
 ) -> tuple[str, str] | None:
     """Returns the embedding and the head that share a table."""
-    name = path_name(path).lower()
-    is_table = "emb" in name or "wte" in name
+    is_table = any(word in path_name(path).lower() for word in ("emb", "wte"))
     if not is_table or len(equals) != 2 or len(equals[0].shape) != 2:
         return None
     modules = [t.module for t in equals]
@@ -89,15 +80,14 @@ def _best_by_name(
     part: WeightPart,
     equals: Sequence[CheckpointTensor],
     sure: Mapping[WeightPart, CheckpointTensor],
-) -> CheckpointTensor | None:
-    """Returns the tensor whose name fits the weight best, if there is only one."""
-    path = path_name(part.path).lower()
+) -> tuple[str] | None:
+    """Returns the module whose name fits the weight best, if there is only one."""
+    path, index = part.path, part.stack_index
     # In a stack or a fused weight, the neighbours are the parts at the same index.
     near = {
-        other: _common_start(other.path, part.path)
-        + (other.stack_index == part.stack_index)
+        other: _common_start(other.path, path) + (other.stack_index == index)
         for other in sure
-        if other.stack_index == part.stack_index or other.path != part.path
+        if other.stack_index == index or other.path != path
     }
     closest = max(near.values(), default=0)
     neighbours = [sure[other].module for other, n in near.items() if n == closest]
@@ -105,14 +95,17 @@ def _best_by_name(
     def score(tensor: CheckpointTensor) -> tuple[int, int]:
         own = tensor.module.split(".")
         shared = (_common_start(own, other.split(".")) for other in neighbours)
-        return max(shared, default=0), len(_words(path) & _words(tensor.module.lower()))
+        return max(shared, default=0), len(
+            _words(path_name(path)) & _words(tensor.module)
+        )
 
     scores = sorted(map(score, equals), reverse=True)
-    return None if scores[0] in scores[1:] else max(equals, key=score)
+    best = max(equals, key=score)
+    return None if scores[0] in scores[1:] else (best.module,)
 
 
 def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z]+|\d+", name))
+    return set(re.findall(r"[a-z]+|\d+", name.lower()))
 
 
 def _common_start(one: Sequence[object], other: Sequence[object]) -> int:

@@ -5,7 +5,7 @@ find.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,20 +38,13 @@ def check_loads(
     modules: Iterable[str] | None,
     task_type: str | None,
 ) -> None:
-    """Checks that PEFT loads every tensor of the plan into its own module.
-
-    Raises:
-      TypeError: If `modules` is one name.
-      ValueError: If a name is no module or has two owners, an adapter is in a module
-        that is trained in full, such a module lacks a leaf, or there is no adapter.
-    """
+    """Checks that PEFT loads every tensor of the plan into its own module."""
     if not plan.adapted:
         raise ValueError(
             "There are trained copies and no low-rank adapter, and PEFT's format needs "
             "one. Write targets= in lorafy."
         )
-    _check_known(plan, modules)
-    _check_unique(plan)
+    _check_names(plan, modules)
     _check_separate(plan)
     _check_task(plan, task_type)
     _check_own_modules(plan)
@@ -62,32 +55,27 @@ def check_loads(
 
 
 def check_portable(plan: ModulePlan, leaves: dict[Path, Any], dtype: Any) -> None:
-    """Checks that every program with PEFT's format, vLLM included, loads the plan.
-
-    Raises:
-      ValueError: If one would not.
-    """
+    """Checks that every program with PEFT's format, vLLM included, loads the plan."""
     for path in plan.copied:
         raise ValueError(
             f"{path_name(path)!r} cannot be portable: vLLM loads no modules_to_save. "
             "Leave it out of also= in lorafy, or write portable=False."
         )
     for path, weight in plan.adapted.items():
-        if _has_magnitude(path, leaves):
-            raise ValueError(
-                f"{path_name(path)!r} cannot be portable: vLLM loads no DoRA. Write "
-                "portable=False."
-            )
-        if why := _not_portable(weight, unbox(leaves[adapter_of(path).a]), dtype):
+        if why := _not_portable(weight, leaves, dtype):
             raise ValueError(
                 f"{path_name(path)!r} cannot be portable: {why}. Leave it out with "
                 "merge or strip, or write portable=False."
             )
 
 
-def _not_portable(weight: MappedLeaf, a: Any, dtype: Any) -> str | None:
-    """Returns why some programs do not load an adapter with such a factor A."""
+def _not_portable(weight: MappedLeaf, leaves: dict[Path, Any], dtype: Any) -> str:
+    """Returns why some programs do not load an adapter, or nothing."""
+    a = unbox(leaves[adapter_of(weight.path).a])
+    stored = jnp.dtype(a.dtype if dtype is None else dtype).name
     refused = {"conv": "a convolution", "experts": "a parameter of experts"}
+    if _has_magnitude(weight.path, leaves):
+        return "vLLM loads no DoRA"
     for name, part in weight.modules.items():
         if part.type.name in refused:
             return f"{name!r} is {refused[part.type.name]}"
@@ -95,50 +83,40 @@ def _not_portable(weight: MappedLeaf, a: Any, dtype: Any) -> str | None:
             return f"vLLM adapts the embedding embed_tokens, not {name!r}"
     if (r := a.shape[-1]) > VLLM_RANKS[-1]:
         return f"vLLM loads ranks up to {VLLM_RANKS[-1]}, not {r}"
-    stored = jnp.dtype(a.dtype if dtype is None else dtype).name
     if stored not in TORCH_DTYPES[:2]:
         return f"it is {stored}, and float32 or bfloat16 loads everywhere"
-    return None
+    return ""
 
 
 def _has_magnitude(path: Path, leaves: dict[Path, Any]) -> bool:
     return adapter_of(path, magnitude=True).magnitude in leaves
 
 
-def _each_module(plan: ModulePlan) -> Iterator[tuple[Path, str]]:
-    for path, leaf in (*plan.adapted.items(), *plan.copied.items()):
-        yield from ((path, name) for name in leaf.modules)
+def _check_names(plan: ModulePlan, modules: Iterable[str] | None) -> None:
+    """Checks that each name is a module of the model, and belongs to one leaf.
 
-
-def _check_known(plan: ModulePlan, modules: Iterable[str] | None) -> None:
-    """Checks that the PyTorch model has each module, or the one of a parameter."""
+    The name of a parameter, such as experts, begins with that of its module. The leaves
+    of a module that is trained in full share its name, and are separate tensors.
+    """
     if isinstance(modules, str):
         raise TypeError("modules is a list of names, or a mapping with them as keys.")
-    if modules is None:
-        return
-    known = {*modules}
+    known, parameters = {*(modules or ())}, plan.parameter_orders
     known |= {name.rpartition(".")[0] for name in known}
-    parameters = plan.parameter_orders
-    for path, name in _each_module(plan):
-        holder = name.rpartition(".")[0] if name in parameters else name
-        if holder not in known:
-            raise ValueError(
-                f"{path_name(path)!r} has the name {name!r}, which is not in "
-                f"modules. Close: {similar_names(name, known)}. Correct names."
-            )
-
-
-def _check_unique(plan: ModulePlan) -> None:
-    """Checks that two leaves have no module, or no tensor of it, in common."""
     owner: dict[str, Path] = {}
-    for path, name in _each_module(plan):
-        key = name if path in plan.adapted else tensor_name(name, path)
-        if key in owner:
-            raise ValueError(
-                f"{path_name(owner[key])!r} and {path_name(path)!r} have one name, "
-                f"{key!r}. Correct names: each weight has its own."
-            )
-        owner[key] = path
+    for path, leaf in (*plan.adapted.items(), *plan.copied.items()):
+        for name in leaf.modules:
+            holder = name.rpartition(".")[0] if name in parameters else name
+            if modules is not None and holder not in known:
+                raise ValueError(
+                    f"{path_name(path)!r} has the name {name!r}, which is not in "
+                    f"modules. Close: {similar_names(name, known)}. Correct names."
+                )
+            key = name if path in plan.adapted else tensor_name(name, path)
+            if (other := owner.setdefault(key, path)) != path:
+                raise ValueError(
+                    f"{path_name(other)!r} and {path_name(path)!r} have one name, "
+                    f"{key!r}. Correct names: each weight has its own."
+                )
 
 
 def _check_separate(plan: ModulePlan) -> None:

@@ -1,6 +1,5 @@
 """`find_names`: the map of names, found in the values of a checkpoint."""
 
-import itertools
 import math
 import os
 import sys
@@ -16,7 +15,6 @@ from lora_jax._hub.match_tensors import (
     TensorIndex,
     TensorMatch,
     match_tensors,
-    rounded_values,
     values_of_leaf,
 )
 from lora_jax._hub.module_types import CONV1D_NAMES
@@ -102,10 +100,7 @@ def find_names(
         index = TensorIndex(tensors)
         for path in chosen:
             weight = values_of_leaf(unbox(leaves[path]))
-            each = itertools.chain([weight], rounded_values(weight))
-            if matches := next(
-                filter(None, (match_tensors(w, index) for w in each)), None
-            ):
+            if matches := match_tensors(weight, index):
                 found[path] = matches
             else:
                 close = len(lost) < SHOWN

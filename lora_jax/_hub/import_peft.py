@@ -149,8 +149,8 @@ def _module_adapter(
     r, scale = rank_and_scale(folder.config, name)
     inputs = weight.sizes(weight.axes.inputs)
     a_shape, b_shape = factor_shapes(weight, name, r)
-    factors = (np.broadcast_to(np.int8(0), shape) for shape in (a_shape, b_shape))
-    wanted = [x.shape for x in kind.factors_to_torch(*factors, inputs)]
+    a, b = (np.broadcast_to(np.int8(0), shape) for shape in (a_shape, b_shape))
+    wanted = [x.shape for x in kind.factors_to_torch(a, b, inputs)]
     wanted.append(kind.magnitude_shape(b_shape[-1], inputs))
     for suffix, shape in zip(suffixes, wanted, strict=False):  # the last is for DoRA
         found = tensors[suffix].shape
@@ -161,8 +161,8 @@ def _module_adapter(
                 f"{r} of the config and the weight {own!r} {weight.shape}; found "
                 f"{found}.{hint}"
             )
-    stored = (_cast(name, tensors[suffix], dtype) for suffix in kind.suffixes)
-    a, b = kind.factors_from_torch(*stored, a_shape)
+    a, b = (_cast(name, tensors[suffix], dtype) for suffix in kind.suffixes)
+    a, b = kind.factors_from_torch(a, b, a_shape)
     magnitude = tensors.get(MAGNITUDE_SUFFIX)
     if magnitude is not None:
         magnitude = _cast(name, magnitude, np.float32).reshape(-1)

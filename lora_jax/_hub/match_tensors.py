@@ -84,11 +84,11 @@ def values_of_leaf(leaf: Any) -> WeightValues:
     return WeightValues(x, x.dtype, quantized)
 
 
-def rounded_values(weight: WeightValues) -> Iterator[WeightValues]:
+def _rounded_values(weight: WeightValues) -> Iterator[WeightValues]:
     """Yields the weight as one that was rounded to a narrower dtype on its way.
 
-    It can have been if that dtype holds all of its values, and there are so many
-    different ones that this is no chance.
+    It can have been if that dtype holds all of its values, and they are too many for a
+    coincidence.
     """
     if weight.quantized or weight.x.dtype not in (np.float32, np.float64):
         return
@@ -101,17 +101,20 @@ def rounded_values(weight: WeightValues) -> Iterator[WeightValues]:
 
 def match_tensors(weight: WeightValues, index: TensorIndex) -> list[TensorMatch]:
     """Returns every cut of a weight into tensors of the checkpoint."""
-    matches = []
-    for cut in cuts(weight.x.shape):
-        parts = {}
-        for at in np.ndindex(*(weight.x.shape[d] for d in cut.batch)):
-            found = _parts(matrix(weight.x, cut, at), weight, index)
-            if found is None:
-                break
-            parts[at] = found
-        else:
-            matches.append(TensorMatch(weight.x.shape, cut, parts))
-    return matches
+    for values in itertools.chain([weight], _rounded_values(weight)):
+        matches = []
+        for cut in cuts(weight.x.shape):
+            parts = {}
+            for at in np.ndindex(*(weight.x.shape[d] for d in cut.batch)):
+                found = _parts(matrix(weight.x, cut, at), values, index)
+                if found is None:
+                    break
+                parts[at] = found
+            else:
+                matches.append(TensorMatch(weight.x.shape, cut, parts))
+        if matches:
+            return matches
+    return []
 
 
 def cuts(shape: tuple[int, ...]) -> Iterator[Cut]:

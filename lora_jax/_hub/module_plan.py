@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
-from lora_jax._hub.module_types import CONV1D_NAMES, EXPERTS, KINDS, Linear
+from lora_jax._hub.module_types import EXPERTS, KINDS, VECTOR, Linear
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
 from lora_jax._hub.names import ModuleNames
 from lora_jax._targets import check_axes, is_adaptable, match_each, matches, own_names
@@ -52,8 +52,8 @@ def plan_modules(
     """Returns the plan of the adapted leaves and of those that are trained in full.
 
     Raises:
-      ValueError: If a leaf cannot be what the map and `kinds` say, or its dimensions or
-        its layout in PyTorch are not known.
+      ValueError: If a leaf does not fit its names or its kind, or its dimensions or its
+        layout in PyTorch are not known.
     """
     types = module_types(kinds, named)
     weights = {
@@ -67,13 +67,11 @@ def plan_modules(
         shape = unbox(leaves[path]).shape
         is_vector = len(shape) - named[path].stacked < 2
         if is_vector or not is_adaptable(path, leaves[path]):
-            _check_vector(path, named[path], stack_first)
             copies[path] = map_vector(path, shape, named[path])
         else:
-            copies[path] = map_weight(
-                path, leaves, named[path], axes.get(path), types[path]
-            )
-            _check_matrix(copies[path], kinds or {})
+            own = axes.get(path)
+            copies[path] = map_weight(path, leaves, named[path], own, types[path])
+        _check_layout(copies[path], named[path], stack_first, kinds or {})
     return ModulePlan(weights, copies, named)
 
 
@@ -128,10 +126,9 @@ def check_inputs(
         if path in known or leaf_name(path) == "embedding":
             continue
         batch, n_in, n_out = weight.matrix
-        is_conv1d = any(name.split(".")[-1] in CONV1D_NAMES for name in weight.modules)
         bias = unbox(leaves.get(sibling(path, "bias")))
         size = math.prod(bias.shape) if is_array(bias) else 0
-        if n_in == n_out and (fan_in_fan_out or is_conv1d):
+        if n_in == n_out and (fan_in_fan_out or weight.has_conv1d_name):
             why = "is square, and layers like GPT-2's store it either way"
         elif n_in != n_out and size == math.prod(batch) * n_in:
             why = f"has {n_out} outputs by its name, and its bias has {n_in}"
@@ -143,31 +140,31 @@ def check_inputs(
         )
 
 
-def _check_vector(path: Path, named: ModuleNames, stack_first: bool) -> None:
-    if named.stacked and not stack_first:
-        raise _unknown_layout(path, "which of its dimensions is the stack is not known")
-    if leaf_name(path) in ("mean", "var"):
-        raise _unknown_layout(path, "PyTorch has more of such statistics than Flax")
-
-
-def _check_matrix(weight: MappedLeaf, kinds: Iterable[str]) -> None:
-    path = weight.path
-    name, module = own_names(path)
-    if module.startswith("convtranspose"):
-        raise _unknown_layout(path, "PyTorch flips the windows of such layers")
-    if any(name.split(".")[-1] in CONV1D_NAMES for name in weight.modules):
-        raise _unknown_layout(path, "PyTorch's layer of that name may store (in, out)")
-    by_name = name in ("kernel", "embedding")
-    if not by_name and not any(matches(pattern, path) for pattern in kinds):
+def _check_layout(
+    leaf: MappedLeaf, named: ModuleNames, stack_first: bool, kinds: Iterable[str]
+) -> None:
+    """Checks that PyTorch's layout of a leaf that is trained in full is known."""
+    path, (name, module) = leaf.path, own_names(leaf.path)
+    why = None
+    if any(part.type is VECTOR for part in leaf.modules.values()):
+        if named.stacked and not stack_first:
+            why = "which of its dimensions is the stack is not known"
+        elif name in ("mean", "var"):
+            why = "PyTorch has more of such statistics than Flax"
+    elif module.startswith("convtranspose"):
+        why = "PyTorch flips the windows of such layers"
+    elif leaf.has_conv1d_name:
+        why = "PyTorch's layer of that name may store (in, out)"
+    elif name not in ("kernel", "embedding"):
+        if not any(matches(pattern, path) for pattern in kinds):
+            raise ValueError(
+                f"{path_name(path)!r} is trained in full, and its name does not show "
+                f"its kind. Write kinds={{{path_name(path)!r}: ...}}, one of linear, "
+                "conv, embedding."
+            )
+    if why is not None:
         raise ValueError(
-            f"{path_name(path)!r} is trained in full, and its name does not show its "
-            f"kind. Write kinds={{{path_name(path)!r}: ...}}, one of linear, conv, "
-            "embedding."
+            f"{path_name(path)!r} is trained in full, and {why}. Leave it out of also= "
+            "in lorafy, or of PEFT's modules_to_save: it can have an adapter, or stay "
+            "frozen."
         )
-
-
-def _unknown_layout(path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{path_name(path)!r} is trained in full, and {why}. Leave it out of also= in "
-        "lorafy, or of PEFT's modules_to_save: it can have an adapter, or stay frozen."
-    )

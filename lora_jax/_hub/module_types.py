@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax._adapters import Shape
+
 Array = np.ndarray
 Factors = tuple[np.ndarray, np.ndarray]
-Shape = tuple[int, ...]
 
 # The last part of the names of Hugging Face's `Conv1D` modules, as GPT-2 has them. They
 # store (inputs, outputs), and Flax stores either order, so that the shape of a square

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax._adapters import Axes
+from lora_jax._adapters import Axes, Shape
 from lora_jax._hub.module_types import (
+    CONV1D_NAMES,
     EXPERTS,
     HEAD,
     VECTOR,
     Embedding,
     Linear,
-    Shape,
 )
 from lora_jax._hub.names import ModuleNames, each_index
 from lora_jax._targets import axes_of, is_adaptable
@@ -49,6 +49,10 @@ class MappedLeaf(NamedTuple):
         batch, inputs, outputs = map(self.sizes, self.axes)
         return batch, math.prod(inputs), math.prod(outputs)
 
+    @property
+    def has_conv1d_name(self) -> bool:
+        return any(name.split(".")[-1] in CONV1D_NAMES for name in self.modules)
+
 
 def map_weight(
     path: Path,
@@ -60,8 +64,7 @@ def map_weight(
     """Returns the modules of a weight that can have an adapter.
 
     Raises:
-      ValueError: If it can have none, its dimensions are not known, or its names do not
-        fit them.
+      ValueError: If it can have none, or its names do not fit its dimensions.
     """
     name, w = path_name(path), unbox(leaves[path])
     if not is_adaptable(path, leaves[path]):
@@ -92,7 +95,8 @@ def map_weight(
             f"{name!r} has {n_out} outputs, and its parts {named.templates} have "
             f"{widths}. Write {{name: outputs, ...}} for parts of unequal size."
         )
-    for index, names in each_index(named, weight.sizes(axes.batch[: named.stacked])):
+    counts = weight.sizes(axes.batch[: named.stacked])
+    for index, names in each_index(path, named, counts):
         low = 0
         for i, (module, width) in enumerate(zip(names, widths, strict=True)):
             if module in weight.modules:
@@ -107,16 +111,12 @@ def map_weight(
 
 
 def map_vector(path: Path, shape: Shape, named: ModuleNames) -> MappedLeaf:
-    """Returns the modules of a leaf that each of them keeps as one dimension.
-
-    Raises:
-      ValueError: If the leaf has fewer dimensions than its names count.
-    """
+    """Returns the modules of a leaf that each of them keeps as one dimension."""
     dims = tuple(range(len(shape)))
     axes = Axes(dims[: named.stacked], (), dims[named.stacked :])
     modules = {
         names[0]: ModuleSlice(VECTOR, index, slice(None))
-        for index, names in each_index(named, shape[: named.stacked])
+        for index, names in each_index(path, named, shape[: named.stacked])
     }
     return MappedLeaf(path, shape, axes, modules)
 
@@ -150,23 +150,16 @@ def tensor_shapes(leaf: MappedLeaf) -> dict[str, Shape]:
 
 
 def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
-    """Checks that the names count the stacked dimensions, apart from one of experts."""
-    name, template = path_name(weight.path), named.templates[0]
-    found, counted = len(weight.axes.batch), named.stacked
-    if counted > found:
-        raise ValueError(
-            f"The name {template!r} counts {counted} stacked dimensions, and {name!r}, "
-            f"of shape {weight.shape}, has {found}. Remove {{layer}} or {{expert}} "
-            "from it."
-        )
+    """Checks that the names count all stacked dimensions, except one of experts."""
+    name, found, counted = path_name(weight.path), len(weight.axes.batch), named.stacked
     if found > counted + (kind is EXPERTS):
         raise ValueError(
             f"{name!r}, of shape {weight.shape}, has {found} stacked dimensions, and "
-            f"the name {template!r} counts {counted}. Write {{layer}} or {{expert}} "
-            "where the name has its number; or, if PyTorch has all experts in one "
-            f"parameter of three dimensions, kinds={{{name!r}: 'experts'}}."
+            f"the name {named.templates[0]!r} counts {counted}. Write {{layer}} or "
+            "{expert} where the name has its number; or, if PyTorch has all experts in "
+            f"one parameter of three dimensions, kinds={{{name!r}: 'experts'}}."
         )
-    if kind is EXPERTS and (len(named.templates) > 1 or found == counted):
+    if kind is EXPERTS and (len(named.templates) > 1 or found <= counted):
         raise ValueError(
             f"{name!r}, of shape {weight.shape}, is no parameter of experts: it needs "
             "one name, and one stacked dimension that the name does not count."

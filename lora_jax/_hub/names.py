@@ -87,12 +87,7 @@ def transformers_names(params: PyTree) -> dict[str, Name]:
 
 
 def check_names(names: Names, paths: Iterable[Path]) -> None:
-    """Checks that every pattern of a map matches a leaf.
-
-    Raises:
-      TypeError: If `names` is no map.
-      ValueError: If a pattern matches nothing.
-    """
+    """Checks that `names` is a map, and that each of its patterns matches a leaf."""
     if callable(names):
         return
     if not isinstance(names, Mapping):
@@ -114,8 +109,7 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
     """Returns the modules that the map gives a leaf, or `None` if it has no such leaf.
 
     Raises:
-      TypeError: If it gives something else than names.
-      ValueError: If a name has braces that cannot be filled in.
+      TypeError, ValueError: If what it gives is no name, or one of two other templates.
     """
     value, order, stars = None, None, []
     if callable(names):
@@ -157,18 +151,14 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
 
 
 def each_index(
-    named: ModuleNames, sizes: Sequence[int]
+    path: Path, named: ModuleNames, sizes: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Yields each index along stacked dimensions of these sizes, and the names there.
-
-    Raises:
-      ValueError: If the names count more dimensions.
-    """
+    """Yields each index along a leaf's stacked dimensions, and the names there."""
     if len(sizes) < named.stacked:
         raise ValueError(
-            f"The name {named.templates[0]!r} counts {named.stacked} stacked "
-            f"dimensions, and a leaf of that name has {len(sizes)}. Remove {{layer}} "
-            "or {expert} from it."
+            f"The name {named.templates[0]!r} of {path_name(path)!r} counts "
+            f"{named.stacked} stacked dimensions, and the leaf has {len(sizes)}. "
+            "Remove {layer} or {expert} from it."
         )
     fields = [s for s in STACK_FIELDS if f"{{{s}}}" in named.templates[0]]
     for index in itertools.product(*map(range, sizes)):

@@ -13,16 +13,15 @@ from typing import Any
 
 # Fields that do not change the result of a trained adapter.
 IGNORED = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout"),
-    *("megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # for the start
-    *("ensure_weight_tying", "runtime_config", "fan_in_fan_out"),
+    *"auto_mapping base_model_name_or_path inference_mode lora_dropout".split(),
+    *"megatron_core peft_version qalora_group_size revision task_type".split(),
+    *"loftq_config eva_config corda_config lora_ga_config".split(),  # initial values
+    *"ensure_weight_tying runtime_config fan_in_fan_out".split(),
 }
 UNDERSTOOD = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
-    *("layers_to_transform", "layers_pattern", "bias", "init_lora_weights"),
-    "use_dora",
+    *"peft_type r lora_alpha use_rslora rank_pattern alpha_pattern use_dora".split(),
+    *"target_modules target_parameters exclude_modules modules_to_save bias".split(),
+    *"layers_to_transform layers_pattern init_lora_weights".split(),
 }
 # Ways to initialize an adapter that leave the base weights as they are.
 INITIALIZERS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -87,13 +87,13 @@ def index_leaves(
         shape, counted = unbox(leaf).shape, named.stacked
         if len(shape) < counted:
             continue
-        for _, (name, *others) in each_index(named, shape[:counted]):
+        for _, (name, *others) in each_index(path, named, shape[:counted]):
             if not others:
                 index.tensors[tensor_name(name, path)] = name, path
         if not is_adaptable(path, leaf):
             continue
         stack = axes[path].batch[:counted] if path in axes else range(counted)
-        for _, modules in each_index(named, [shape[d] for d in stack]):
+        for _, modules in each_index(path, named, [shape[d] for d in stack]):
             for name in modules:
                 if name in index.modules:
                     raise ValueError(
@@ -153,11 +153,7 @@ def sort_tensors(
 
 
 def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -> None:
-    """Checks that every adapter is of a target, and every target has its tensors.
-
-    Raises:
-      ValueError: If not.
-    """
+    """Checks that every adapter is of a target, and every target has its tensors."""
     config = folder.config
     chosen = lambda name: is_target(config, name) or is_target_parameter(config, name)
     if stray := [name for name in found.factors if not chosen(name)]:
@@ -186,11 +182,7 @@ def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -
 def check_base_weights(
     folder: PeftFolder, found: SortedTensors, plan: ModulePlan, leaves: dict[Path, Any]
 ) -> None:
-    """Checks that embeddings that PEFT saved with their adapters are the base's own.
-
-    Raises:
-      ValueError: If one is not.
-    """
+    """Checks that embeddings that PEFT saved with their adapters are the base's own."""
     owner = {name: leaf for leaf in plan.adapted.values() for name in leaf.modules}
     for name, x in found.base_weights.items():
         same = False

@@ -370,18 +370,18 @@ def test_export_peft_refuses_copies_of_parts_of_modules(tmp_path):
 
 def test_export_peft_checks_the_head_of_a_task(tmp_path):
     base = {"a": one(4, 4), "classifier": {**one(4, 2), "fn": print, "none": None}}
-    names, options = {"*/kernel": "m.{}"}, {"task_type": "SEQ_CLS"}
+    names, task = {"*/kernel": "m.{}"}, "SEQ_CLS"
     with pytest.raises(ValueError, match="called classifier or score: train it"):
         plain = lj.lorafy(base, 1, targets="a")
-        lj.export_peft(tmp_path, plain, names, **options)
+        lj.export_peft(tmp_path, plain, names, task_type=task)
     params = lj.lorafy(base, 1, targets="a", also="classifier/kernel")
-    lj.export_peft(tmp_path, params, names, **options)
+    lj.export_peft(tmp_path, params, names, task_type=task)
     config, _ = read(tmp_path)
     assert config["modules_to_save"] == ["m.classifier"]
     base["score"] = one(4, 2)
     with pytest.raises(ValueError, match=r"saves 'm.score' as a whole, and it has"):
         params = lj.lorafy(base, 1, targets=["a", "score"], also="classifier/kernel")
-        lj.export_peft(tmp_path, params, names, **options)
+        lj.export_peft(tmp_path, params, names, task_type=task)
 
 
 def test_export_peft_refuses_copies_stacked_along_an_unknown_dimension(tmp_path):

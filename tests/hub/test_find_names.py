@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lora_jax._hub.names import module_names
 L, D, H, K, F, V = 3, 8, 2, 4, 12, 20  # layers, width, heads, head width, mlp, words
 
 
-def torch_model(seed=0, dtype=np.float32, layers=L):
+def torch_model(seed=0, dtype: Any = np.float32, layers=L):
     """The tensors of a Llama in PyTorch, with one norm in each layer."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(dtype)

@@ -6,6 +6,7 @@ Needs the extra `peers`: torch, peft and transformers.
 import copy
 import json
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -207,7 +208,7 @@ def same_files(first, second):
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
-MIXED = dict(
+MIXED: dict[str, Any] = dict(
     r=3,
     lora_alpha=1,
     target_modules=["table", "conv", "conv1", "qkv", "query", "blocks.1.value"],
@@ -592,7 +593,7 @@ def test_import_peft_after_the_same_step_of_training(
     params = lj.lorafy(base, 2, alpha=0.5, targets=targets, axes=axes)
     params = randomized(params)
     lj.export_peft(tmp_path / "start", params, SCANNED)
-    settings = dict(b1=0.8, b2=0.9, eps=1e-3)
+    settings: dict[str, Any] = dict(b1=0.8, b2=0.9, eps=1e-3)
     tx = lj.adapters_only(optax.adamw(1e-2, weight_decay=0.1, **settings))
 
     def loss(params):

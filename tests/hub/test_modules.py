@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax._adapters import arrays_of, find_adapters
+from lora_jax._adapters import arrays_of, find_adapters, of_rank
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters, split_adapter
 from lora_jax._hub.module_plan import module_types
 from lora_jax._hub.module_types import EXPERTS, KINDS, LINEAR
@@ -68,7 +68,7 @@ def mapped(path, w, name, axes, kind):
 def numpy_adapter(params, path):
     """The adapter next to a weight, in NumPy."""
     leaves = {("m", name): np.asarray(x) for name, x in params["m"].items()}
-    return arrays_of(find_adapters(leaves)[path], leaves)
+    return arrays_of(of_rank(find_adapters(leaves))[path], leaves)
 
 
 @pytest.fixture(params=CASES)
