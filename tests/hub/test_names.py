@@ -63,7 +63,7 @@ def test_each_index_fills_in_layers_and_experts():
     named = module_names(names, ("w",))
     assert named is not None
     assert named.sizes == (4, 2) and named.stacked == 2
-    found = dict(each_index(named, (2, 3)))
+    found = dict(each_index(("w",), named, (2, 3)))
     assert len(found) == 6
     assert found[1, 2] == ("l.1.e.2.q", "l.1.e.2.k")
 
