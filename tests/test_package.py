@@ -16,7 +16,7 @@ ENGINE = (
     "rules uses"
 ).split()
 HUB = (
-    "names module_types modules module_adapters module_plan tensor_keys peft_config "
+    "names module_kinds modules module_adapters module_plan tensor_keys peft_config "
     "peft_folder export_checks export_peft sort_tensors import_peft checkpoint "
     "match_tensors closest_tensor equal_tensors name_patterns find_names"
 ).split()

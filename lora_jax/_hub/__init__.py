@@ -8,7 +8,7 @@ make it. The files work on trees, names and NumPy arrays, and not on jaxprs.
 In reading order:
 
   names.py            the map: patterns of paths to names, `transformers_names`
-  module_types.py     the types of PyTorch modules: how each stores weight and adapter
+  module_kinds.py     the kinds of PyTorch modules: how each stores weight and adapter
   modules.py          the modules that one leaf is, its values as their tensors
   module_adapters.py  the adapter of a weight as those of its modules, and back
   module_plan.py      the modules of all trained leaves, before an array is read

@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, is_adapter
+from lora_jax._hub.module_kinds import EXPERTS
 from lora_jax._hub.module_plan import ModulePlan
-from lora_jax._hub.module_types import EXPERTS
 from lora_jax._hub.modules import MappedLeaf
 from lora_jax._hub.names import Names, module_names, similar_names
 from lora_jax._hub.peft_config import is_saved_by
@@ -77,9 +77,9 @@ def _not_portable(weight: MappedLeaf, leaves: dict[Path, Any], dtype: Any) -> st
     if _has_magnitude(weight.path, leaves):
         return "vLLM loads no DoRA"
     for name, part in weight.modules.items():
-        if part.type.name in refused:
-            return f"{name!r} is {refused[part.type.name]}"
-        if part.type.name == "embedding" and name.split(".")[-1] != "embed_tokens":
+        if part.kind.name in refused:
+            return f"{name!r} is {refused[part.kind.name]}"
+        if part.kind.name == "embedding" and name.split(".")[-1] != "embed_tokens":
             return f"vLLM adapts the embedding embed_tokens, not {name!r}"
     if (r := a.shape[-1]) > VLLM_RANKS[-1]:
         return f"vLLM loads ranks up to {VLLM_RANKS[-1]}, not {r}"
@@ -124,9 +124,9 @@ def _check_separate(plan: ModulePlan) -> None:
 
     It finds modules to save by the ends of names, and drops the adapters in them.
     """
-    saved = plan.copied_modules
+    saved, adapted = plan.copied_modules, sorted(plan.adapted_modules)
     for module in sorted(saved):
-        for name in sorted(plan.adapted_modules):
+        for name in adapted:
             if name.endswith(module) or is_saved_by(re.escape(module), name):
                 raise ValueError(
                     f"{module!r} is trained in full, so that PEFT ignores the adapter "
@@ -163,8 +163,8 @@ def _check_own_modules(plan: ModulePlan) -> None:
     """Checks that a leaf trained in full is a module, and no part of several."""
     for path, leaf in plan.copied.items():
         templates = plan.named[path].templates
-        types = {part.type for part in leaf.modules.values()}
-        if len(templates) > 1 or EXPERTS in types:
+        kinds = {part.kind for part in leaf.modules.values()}
+        if len(templates) > 1 or EXPERTS in kinds:
             raise ValueError(
                 f"{path_name(path)!r} is trained in full, and is no module of its "
                 f"own: {listed(templates)}. Leave it out of also= in lorafy."
@@ -217,9 +217,9 @@ def _check_magnitudes(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
         )
     for path in own:
         for name, part in plan.adapted[path].modules.items():
-            if not part.type.has_dora:
+            if not part.kind.has_dora:
                 raise ValueError(
                     f"{path_name(path)!r} has DoRA's magnitudes, and is the "
-                    f"{part.type.name} {name!r}, for which PEFT has no norm. Leave it "
+                    f"{part.kind.name} {name!r}, for which PEFT has no norm. Leave it "
                     "out of lorafy(..., dora=True)."
                 )

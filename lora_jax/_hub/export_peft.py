@@ -18,13 +18,13 @@ from lora_jax._adapters import (
 )
 from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
 from lora_jax._hub.module_adapters import is_reversed, split_adapter
+from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import (
     ModulePlan,
     axes_by_path,
     check_inputs,
     plan_modules,
 )
-from lora_jax._hub.module_types import ModuleAdapter
 from lora_jax._hub.modules import leaf_to_torch
 from lora_jax._hub.names import (
     ModuleNames,

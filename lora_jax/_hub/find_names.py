@@ -17,7 +17,7 @@ from lora_jax._hub.match_tensors import (
     match_tensors,
     values_of_leaf,
 )
-from lora_jax._hub.module_types import CONV1D_NAMES
+from lora_jax._hub.module_kinds import CONV1D_NAMES
 from lora_jax._hub.name_patterns import stack_template, with_stars
 from lora_jax._hub.names import Name, escape_braces
 from lora_jax._processes import agreed, outline

@@ -11,8 +11,8 @@ from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
+from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
-from lora_jax._hub.module_types import ModuleAdapter
 from lora_jax._hub.modules import MappedLeaf, leaf_from_torch, tensor_shapes
 from lora_jax._hub.names import Names
 from lora_jax._hub.peft_config import rank_and_scale
@@ -132,7 +132,7 @@ def _module_adapter(
     dtype: Any,
 ) -> ModuleAdapter:
     """Returns a module's adapter, after a check of its tensors' shapes."""
-    kind, own = weight.modules[name].type, path_name(weight.path)
+    kind, own = weight.modules[name].kind, path_name(weight.path)
     suffixes: tuple[str, ...] = kind.suffixes
     if folder.config.get("use_dora"):
         suffixes = (*suffixes, MAGNITUDE_SUFFIX)

@@ -1,4 +1,4 @@
-"""The adapter of a weight cut into those of its PyTorch modules, and joined again.
+"""Splits the adapter of a weight into those of its PyTorch modules, and joins them.
 
 `LowRank` is the adapter of a weight, in the order of its dimensions; `ModuleAdapter` is
 that of one module, as matrices. All arrays are NumPy's.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_jax._adapters import Axes, LowRank, Shape
-from lora_jax._hub.module_types import HEAD, ModuleAdapter
+from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
 from lora_jax._hub.modules import MappedLeaf
 from lora_jax._lorafy import ABSENT, RANK, factor_dims
 from lora_jax._tree import Path, path_name
@@ -68,9 +68,9 @@ def split_adapter(
         in_a, in_b, in_own = (
             z.any((*experts, axis)) for z, axis in ((x, -2), (full, -1), (y, -1))
         )
-        # The gradient of b is zero where a is, and the reverse: a rank that is zero in
-        # both never learns. One that is zero in a part of b belongs to other modules,
-        # unless it is zero in all of b, as at the start.
+        # A rank that is zero in both a and b has no gradient, and never learns. A rank
+        # that is zero in this module's part of b, and not in all of b, belongs to other
+        # modules. One that is zero in all of b has not been trained yet.
         used = (in_a | in_b) & (in_own | ~in_b) | keep_all
         if not used.any():
             continue
@@ -131,11 +131,7 @@ def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.nd
     arrays = zip(adapter, stored, ordered, strict=False)
     a, b, scale, *magnitude = (_reordered(x, own, order) for x, own, order in arrays)
     batch = weight.sizes(axes.batch)
-    a, b, scale = (
-        a.reshape(*batch, -1, r),
-        b.reshape(*batch, r, -1),
-        scale.reshape(batch),
-    )
+    a, b = a.reshape(*batch, -1, r), b.reshape(*batch, r, -1)
     if is_reversed(weight.path, weight.shape, axes, weight.axes):
         if magnitude:
             raise ValueError(
@@ -143,7 +139,7 @@ def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.nd
                 "PyTorch's layer. Build them with lorafy(..., dora=True, axes=...)."
             )
         a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-    return [a, b, scale, *(m.reshape(*batch, -1) for m in magnitude)]
+    return [a, b, scale.reshape(batch), *(m.reshape(*batch, -1) for m in magnitude)]
 
 
 def _reordered(x: np.ndarray, stored: Shape, order: Shape) -> np.ndarray:
@@ -163,7 +159,7 @@ def _as_leaves(
     sizes = dict(enumerate(weight.shape)) | {RANK: r, ABSENT: 1}
     leaves = []
     for x, dims, order in zip(adapter, stored, ordered, strict=False):
-        # Those that the aligned layout lacks have size 1, and can stand anywhere.
+        # Dimensions that the aligned layout lacks have size 1, and can come first.
         own = sorted(order, key=lambda d: dims.index(d) if d in dims else -1)
         x = x.reshape([sizes[d] for d in order])
         x = x.transpose([order.index(d) for d in own])
@@ -176,10 +172,10 @@ def _join_layer(
 ) -> ModuleAdapter:
     """Returns the one adapter of a layer from those of the modules in it.
 
-    Modules with the same A share its ranks. The ranks of others stand side by side, in
-    blocks of B that are zero for the outputs of all other modules.
+    Modules with the same A share its ranks. Otherwise each module has ranks of its own,
+    whose part of B is zero for the outputs of all others.
     """
-    if any(part.type is HEAD for part in weight.modules.values()):
+    if any(part.kind is HEAD for part in weight.modules.values()):
         return _join_tied(weight, modules)
     own = list(modules.values())
     if len({module.scale for module in own}) > 1:

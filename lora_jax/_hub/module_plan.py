@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
-from lora_jax._hub.module_types import EXPERTS, KINDS, VECTOR, Linear
+from lora_jax._hub.module_kinds import EXPERTS, KINDS, VECTOR, Linear
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
 from lora_jax._hub.names import ModuleNames
 from lora_jax._targets import check_axes, is_adaptable, match_each, matches, own_names
@@ -37,7 +37,7 @@ class ModulePlan(NamedTuple):
             name: self.named[path].order
             for path, leaf in self.adapted.items()
             for name, part in leaf.modules.items()
-            if part.type is EXPERTS
+            if part.kind is EXPERTS
         }
 
 
@@ -55,9 +55,9 @@ def plan_modules(
       ValueError: If a leaf does not fit its names or its kind, or its dimensions or its
         layout in PyTorch are not known.
     """
-    types = module_types(kinds, named)
+    kind_of = module_kinds(kinds, named)
     weights = {
-        path: map_weight(path, leaves, named[path], axes.get(path), types[path])
+        path: map_weight(path, leaves, named[path], axes.get(path), kind_of[path])
         for path in adapted
     }
     known = [*axes.values(), *(weight.axes for weight in weights.values())]
@@ -70,15 +70,15 @@ def plan_modules(
             copies[path] = map_vector(path, shape, named[path])
         else:
             own = axes.get(path)
-            copies[path] = map_weight(path, leaves, named[path], own, types[path])
+            copies[path] = map_weight(path, leaves, named[path], own, kind_of[path])
         _check_layout(copies[path], named[path], stack_first, kinds or {})
     return ModulePlan(weights, copies, named)
 
 
-def module_types(
+def module_kinds(
     kinds: Mapping[str, str] | None, paths: Iterable[Path]
 ) -> dict[Path, Linear]:
-    """Returns the type of the module of each leaf: by Flax's names, or by `kinds`."""
+    """Returns the kind of module of each leaf: by Flax's names, or by `kinds`."""
     paths, found = list(paths), {}
     if not isinstance(kinds or {}, Mapping):
         raise TypeError(f"kinds is {{pattern: kind}}, found {type(kinds).__name__}.")
@@ -146,7 +146,7 @@ def _check_layout(
     """Checks that PyTorch's layout of a leaf that is trained in full is known."""
     path, (name, module) = leaf.path, own_names(leaf.path)
     why = None
-    if any(part.type is VECTOR for part in leaf.modules.values()):
+    if any(part.kind is VECTOR for part in leaf.modules.values()):
         if named.stacked and not stack_first:
             why = "which of its dimensions is the stack is not known"
         elif name in ("mean", "var"):

@@ -1,4 +1,4 @@
-"""The PyTorch modules that one leaf is, and its values as their tensors, and back.
+"""The PyTorch modules that a leaf consists of, and the conversion of its values.
 
 One leaf can be many modules: a stack of layers, a fused query, key and value, or a
 table that is also the output head. Each of them is a `ModuleSlice` of the leaf.
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._adapters import Axes, Shape
-from lora_jax._hub.module_types import (
+from lora_jax._hub.module_kinds import (
     CONV1D_NAMES,
     EXPERTS,
     HEAD,
@@ -27,13 +27,13 @@ from lora_jax._tree import Path, is_array, path_name, unbox
 class ModuleSlice(NamedTuple):
     """The slice of a leaf that is one PyTorch module."""
 
-    type: Linear
+    kind: Linear
     stack_index: tuple[int, ...]  # along the stacked dimensions that the names count
     outputs: slice
 
 
 class MappedLeaf(NamedTuple):
-    """A leaf, the use of its dimensions, and the modules that it is, by their names."""
+    """A leaf with the use of its dimensions, and its PyTorch modules by their names."""
 
     path: Path
     shape: Shape
@@ -127,7 +127,7 @@ def leaf_to_torch(leaf: MappedLeaf, x: np.ndarray) -> dict[str, np.ndarray]:
     x = np.transpose(x, [d for dims in leaf.axes for d in dims])
     x, inputs = x.reshape(*batch, n_in, n_out), leaf.sizes(leaf.axes.inputs)
     return {
-        name: part.type.weight_to_torch(x[part.stack_index][..., part.outputs], inputs)
+        name: part.kind.weight_to_torch(x[part.stack_index][..., part.outputs], inputs)
         for name, part in leaf.modules.items()
     }
 
@@ -137,7 +137,7 @@ def leaf_from_torch(leaf: MappedLeaf, tensors: Mapping[str, np.ndarray]) -> np.n
     batch, n_in, n_out = leaf.matrix
     x = np.empty((*batch, n_in, n_out), next(iter(tensors.values())).dtype)
     for name, part in leaf.modules.items():
-        w = part.type.weight_from_torch(tensors[name])
+        w = part.kind.weight_from_torch(tensors[name])
         x[(*part.stack_index, ..., part.outputs)] = w
     order = [d for dims in leaf.axes for d in dims]
     return x.reshape(leaf.sizes(tuple(order))).transpose(np.argsort(order))
@@ -145,7 +145,7 @@ def leaf_from_torch(leaf: MappedLeaf, tensors: Mapping[str, np.ndarray]) -> np.n
 
 def tensor_shapes(leaf: MappedLeaf) -> dict[str, Shape]:
     """Returns the shapes of the tensors of `leaf_to_torch`."""
-    one = np.broadcast_to(np.int8(0), leaf.shape)  # takes no memory, as a view of one
+    one = np.broadcast_to(np.int8(0), leaf.shape)  # a view that takes no memory
     return {name: x.shape for name, x in leaf_to_torch(leaf, one).items()}
 
 
@@ -167,7 +167,7 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
 
 
 def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
-    """Returns the axes that Flax's names give each of a stack of weights."""
+    """Returns the axes of a stacked weight, by Flax's names for one of the stack."""
     one = {
         other: np.broadcast_to(np.float32(0), unbox(x).shape[stacked:])
         for other, x in leaves.items()
@@ -179,6 +179,6 @@ def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
             f"dimensions for {stacked} stacked ones. Remove {{layer}} or {{expert}} "
             "from its name."
         )
-    shifted = (tuple(d + stacked for d in dims) for dims in axes_of(path, one))
-    _, inputs, outputs = shifted
+    own = axes_of(path, one)
+    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in own)
     return Axes(tuple(range(stacked)), inputs, outputs)

@@ -1,15 +1,15 @@
 """The tensors of a PEFT folder, each sorted to the leaf of the base that it is for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
+from lora_jax._hub.module_kinds import KINDS
 from lora_jax._hub.module_plan import ModulePlan
-from lora_jax._hub.module_types import KINDS
-from lora_jax._hub.modules import leaf_to_torch, tensor_shapes
+from lora_jax._hub.modules import leaf_to_torch
 from lora_jax._hub.names import (
     ModuleNames,
     Names,
@@ -186,12 +186,9 @@ def check_base_weights(
     owner = {name: leaf for leaf in plan.adapted.values() for name in leaf.modules}
     for name, x in found.base_weights.items():
         same = False
-        if name in owner:
-            w, weight = unbox(leaves[owner[name].path]), owner[name]
-            same = x.shape == tensor_shapes(weight)[name]
-            if same and not is_abstract(w):
-                values = np.asarray(whole(dequantize(w)))
-                same = _is_same(w, leaf_to_torch(weight, values)[name], x)
+        if (leaf := owner.get(name)) is not None:
+            own = lambda w, leaf=leaf, name=name: leaf_to_torch(leaf, w)[name]
+            same = _is_of_base(unbox(leaves[leaf.path]), x, own)
         if not same:
             raise ValueError(
                 f"{folder.path}: the tensor {PREFIX + name + BASE_SUFFIX!r} is not the "
@@ -224,18 +221,24 @@ def _is_untrained_embedding(
     name, path = index.tensors.get(key, ("", ()))
     if not path or leaf_name(path) != "embedding" or is_saved(folder.config, name):
         return False
-    w = unbox(leaves[path])
-    if w.shape != x.shape or is_abstract(w):
-        return w.shape == x.shape
-    return _is_same(w, np.asarray(whole(dequantize(w))), x)
+    return _is_of_base(unbox(leaves[path]), x, lambda w: w)
 
 
-def _is_same(leaf: Any, w: np.ndarray, x: np.ndarray) -> bool:
-    """Whether a tensor is the base's array, which may be of another dtype."""
-    if is_quantized(leaf):
-        ours, theirs = sample(w), sample(x)
+def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> bool:
+    """Whether a tensor has the values of a weight, or its shape if that is abstract.
+
+    The weight may have another dtype.
+    """
+    if is_abstract(w):
+        return to_torch(np.broadcast_to(np.int8(0), w.shape)).shape == x.shape
+    own = to_torch(np.asarray(whole(dequantize(w))))
+    if own.shape != x.shape:
+        return False
+    if is_quantized(w):
+        ours, theirs = sample(own), sample(x)
         return ours is not None and theirs is not None and not differ(ours, theirs)
-    return np.array_equal(w.astype(x.dtype), x) or np.array_equal(w, x.astype(w.dtype))
+    same = np.array_equal(own.astype(x.dtype), x)
+    return same or np.array_equal(own, x.astype(own.dtype))
 
 
 def _copied_leaf(folder: PeftFolder, index: LeafIndex, key: str) -> tuple[str, Path]:

@@ -262,7 +262,7 @@ def test_export_peft_refuses_a_rank_that_vllm_does_not_load(tmp_path):
         ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
         ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
         ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
-        ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes says"),
+        ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes has"),
         ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
     ],
 )

@@ -8,8 +8,8 @@ import pytest
 import lora_jax as lj
 from lora_jax._adapters import arrays_of, find_adapters, of_rank
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters, split_adapter
-from lora_jax._hub.module_plan import module_types
-from lora_jax._hub.module_types import EXPERTS, KINDS, LINEAR
+from lora_jax._hub.module_kinds import EXPERTS, KINDS, LINEAR
+from lora_jax._hub.module_plan import module_kinds
 from lora_jax._hub.modules import (
     leaf_from_torch,
     leaf_to_torch,
@@ -89,7 +89,7 @@ def case(request, randomized):
 
 def product(weight, name, module):
     """The update in PyTorch's layout, in NumPy, by the rules of the format."""
-    kind = weight.modules[name].type
+    kind = weight.modules[name].kind
     inputs = weight.sizes(weight.axes.inputs)
     a, b = kind.factors_to_torch(module.a, module.b, inputs)
     if kind is EXPERTS:
@@ -101,7 +101,7 @@ def product(weight, name, module):
 
 
 def has_experts(weight):
-    return any(part.type is EXPERTS for part in weight.modules.values())
+    return any(part.kind is EXPERTS for part in weight.modules.values())
 
 
 def test_split_adapter_gives_each_module_the_update_of_the_weight(case):
@@ -112,7 +112,7 @@ def test_split_adapter_gives_each_module_the_update_of_the_weight(case):
         return
     for name, want in leaf_to_torch(weight, delta).items():
         got = product(weight, name, modules[name])
-        got = got.T if weight.modules[name].type is KINDS["embedding"] else got
+        got = got.T if weight.modules[name].kind is KINDS["embedding"] else got
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
 
 
@@ -142,7 +142,7 @@ def test_join_adapters_inverts_split_adapter(case):
     inputs = weight.sizes(weight.axes.inputs)
     through = {}
     for name, module in split_adapter(weight, adapter, fold=False).items():
-        kind = weight.modules[name].type
+        kind = weight.modules[name].kind
         shapes = factor_shapes(weight, name, module.a.shape[-1])
         assert (module.a.shape, module.b.shape) == shapes
         tensors = kind.factors_to_torch(module.a, module.b, inputs)
@@ -198,14 +198,14 @@ def test_split_adapter_leaves_out_ranks_of_other_modules():
     assert ranks(a, b) == dict(q=3, k=3, v=3)
 
 
-def test_module_types():
+def test_module_kinds():
     paths = [
         ("conv_in", "kernel"),
         ("Conv", "bias"),
         ("t", "embedding"),
         ("p", "kernel"),
     ]
-    names = lambda kinds: [t.name for t in module_types(kinds, paths).values()]
+    names = lambda kinds: [kind.name for kind in module_kinds(kinds, paths).values()]
     assert names(None) == ["conv", "linear", "embedding", "linear"]
     assert names({"p": "conv", "*": "linear"}) == ["linear", "linear", "linear", "conv"]
 

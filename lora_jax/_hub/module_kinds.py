@@ -1,4 +1,4 @@
-"""The types of PyTorch modules: how each stores its weight, and PEFT its adapter.
+"""The kinds of PyTorch modules: how each stores its weight, and PEFT its adapter.
 
 Here the weight of a module is a matrix (inputs, outputs), and its adapter has the
 factors a (inputs, r) and b (r, outputs); experts add a first dimension to all three.
@@ -31,11 +31,11 @@ class ModuleAdapter(NamedTuple):
 
 
 class Linear:
-    """A matrix stored as (outputs, inputs). The base class of the other types."""
+    """A matrix stored as (outputs, inputs). The base class of the other kinds."""
 
     name = "linear"  # as in `kinds=` of the public functions
     suffixes = (".lora_A.weight", ".lora_B.weight")  # of the keys of A and B
-    has_dora = True  # whether PEFT normalizes its update once, as DoRA here does
+    has_dora = True  # whether PEFT has the norm of its update that DoRA has here
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         """Returns the module's weight; `inputs` are the sizes of its input dims."""
