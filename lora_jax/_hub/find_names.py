@@ -144,6 +144,8 @@ def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
 
 def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> TensorMatch:
     """Returns the match with the adapter's axes; without one, the largest stack."""
+    # Two matrices in one weight can be a stack of two layers, or two parts of a fused
+    # weight. Names that count from 0 show a stack.
     if own is None:
         order = sorted(matches, key=lambda match: -len(match.cut.batch))
         return next((match for match in order if _is_counted(match)), order[-1])
@@ -167,7 +169,7 @@ def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> Tenso
 
 
 def _is_counted(match: TensorMatch) -> bool:
-    """Whether the names of a stack's modules count it, as far as they are known."""
+    """Whether the names of a stack's modules count it, or are not decided yet."""
     parts = [*match.parts.values()]
     if not match.cut.batch or any(len(equals) > 1 for own in parts for equals in own):
         return True

@@ -38,8 +38,8 @@ class Cut(NamedTuple):
 class TensorMatch(NamedTuple):
     """The tensors of one cut of a weight.
 
-    For each index of the stack there is a list of parts, and each part is a list of
-    equal tensors, any of which it may be.
+    At each index of the stack there are one or several parts. A part is a list of equal
+    tensors, and the weight may be any of them.
     """
 
     shape: tuple[int, ...]

@@ -109,7 +109,8 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
     """Returns the modules that the map gives a leaf, or `None` if it has no such leaf.
 
     Raises:
-      TypeError, ValueError: If what it gives is no name, or one of two other templates.
+      TypeError: If the map gives no name, or something else than names.
+      ValueError: If a name has braces that cannot be filled in.
     """
     value, order, stars = None, None, []
     if callable(names):
@@ -169,8 +170,8 @@ def each_index(
 def match_stars(pattern: str, path: Path) -> list[str] | None:
     """Returns the text of each star of a pattern, or `None` if it does not match.
 
-    It matches a run of whole components, as patterns do everywhere, that begins as
-    early as it can: the star of "*/kernel" is all that comes before.
+    As patterns do everywhere, it matches a run of complete components. The run begins
+    as early as possible: the star of "*/kernel" is all of the path before it.
     """
     star = "([^/](?:.*?[^/])??)"
     middle = star.join(map(re.escape, pattern.split("*")))
