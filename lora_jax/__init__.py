@@ -42,9 +42,9 @@ from lora_jax._detach import attach as attach
 from lora_jax._detach import detach as detach
 from lora_jax._save import load as load
 from lora_jax._save import save as save
-from lora_jax._peft.names import transformers_names as transformers_names
-from lora_jax._peft.export import export_peft as export_peft
-from lora_jax._peft.import_ import import_peft as import_peft
-from lora_jax._peft.find import find_names as find_names
+from lora_jax._hub.names import transformers_names as transformers_names
+from lora_jax._hub.export_peft import export_peft as export_peft
+from lora_jax._hub.import_peft import import_peft as import_peft
+from lora_jax._hub.find_names import find_names as find_names
 
 __version__ = "0.2.0"

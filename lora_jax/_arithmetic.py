@@ -19,7 +19,8 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._checks import check_base, check_values, layout_of
-from lora_jax._engine.factors import align, delta, wider
+from lora_jax._engine.dtypes import wider
+from lora_jax._engine.factors import align, delta
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import beside, trained_copy
 from lora_jax._targets import by_pattern

@@ -24,7 +24,7 @@ from lora_jax._adapters import (
     of_copies,
     without_adapters,
 )
-from lora_jax._engine.factors import wider
+from lora_jax._engine.dtypes import wider
 from lora_jax._engine.quantized import is_quantized, values_of, widened
 from lora_jax._processes import placed
 from lora_jax._targets import (

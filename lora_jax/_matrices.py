@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import Axes, LowRank
-from lora_jax._engine.factors import wider
+from lora_jax._engine.dtypes import wider
 from lora_jax._lorafy import gaussian
 
 # Matrices whose smaller side is larger get a randomized SVD, which computes only the

@@ -19,13 +19,12 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._engine.dora import with_magnitude
+from lora_jax._engine.dtypes import rounded, wider, x64
 from lora_jax._engine.factors import (
     align,
     materialize,
     on_device,
     stacked,
-    wider,
-    x64,
 )
 from lora_jax._engine.per_layer import per_layer
 from lora_jax._engine.quantized import (
@@ -33,7 +32,6 @@ from lora_jax._engine.quantized import (
     dequantize,
     is_quantized,
     loops_over,
-    rounded,
     spread,
     values_of,
 )

@@ -21,7 +21,7 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._checks import check_base, check_values, layout_of
-from lora_jax._engine.factors import wider
+from lora_jax._engine.dtypes import wider
 from lora_jax._lorafy import beside, norms, trained_copy
 from lora_jax._tree import (
     Path,

@@ -17,7 +17,8 @@ from lora_jax._adapters import (
 )
 from lora_jax._checks import check_values
 from lora_jax._engine.dora import weight
-from lora_jax._engine.factors import align, delta, materialize, wider
+from lora_jax._engine.dtypes import wider
+from lora_jax._engine.factors import align, delta, materialize
 from lora_jax._engine.quantized import dequantize
 from lora_jax._lorafy import beside, lorafy, path_key, place, trained_copy
 from lora_jax._matrices import (

@@ -1,7 +1,8 @@
-"""The map of a model is found in its checkpoint's values, or refused by name."""
+"""find_names: the map is found in a checkpoint's values, or there is an error."""
 
 import json
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax._peft.checkpoint import Tensor
-from lora_jax._peft.names import naming_of
-from lora_jax._peft.twins import resolve
+from lora_jax._hub.checkpoint import CheckpointTensor
+from lora_jax._hub.equal_tensors import WeightPart, choose_modules
+from lora_jax._hub.names import module_names
 
 L, D, H, K, F, V = 3, 8, 2, 4, 12, 20  # layers, width, heads, head width, mlp, words
 
 
-def torch_model(seed=0, dtype=np.float32, layers=L):
-    """What a Llama of PyTorch holds, with a norm for each layer."""
+def torch_model(seed=0, dtype: Any = np.float32, layers=L):
+    """The tensors of a Llama in PyTorch, with one norm in each layer."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape).astype(dtype)
     t = {"model.embed_tokens.weight": draw(V, D), "lm_head.weight": draw(V, D)}
@@ -41,7 +42,7 @@ def torch_model(seed=0, dtype=np.float32, layers=L):
 
 
 def layer(t, i):
-    """One layer as a converter of Flax may write it: heads apart."""
+    """One layer as a converter for Flax may write it, with separate heads."""
     w = lambda name: t[f"model.layers.{i}.{name}.weight"].T
     return {
         "attn": {
@@ -95,12 +96,12 @@ def arrays(tree, dtype=None):
     return jax.tree.map(lambda x: jax.device_put(np.asarray(x, dtype)), tree)
 
 
-def test_an_unrolled_model_in_nine_lines():
+def test_find_names_of_an_unrolled_model_has_nine_lines():
     t = torch_model()
     assert lj.find_names(arrays(unrolled(t)), t) == UNROLLED
 
 
-def test_a_scanned_model():
+def test_find_names_of_a_scanned_model():
     t = torch_model()
     params = arrays(scanned(t))
     assert lj.find_names(params, t) == SCANNED
@@ -109,19 +110,19 @@ def test_a_scanned_model():
 
 @pytest.mark.parametrize("ours", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("theirs", ["float32", "bfloat16", "float16"])
-def test_in_other_dtypes(ours, theirs):
+def test_find_names_in_other_dtypes(ours, theirs):
     t = torch_model(dtype=jnp.dtype(theirs))
     assert lj.find_names(arrays(unrolled(t), ours), t) == UNROLLED
 
 
-def test_rounded_on_the_way():
-    """float32 to bfloat16 to float32: of that, the rounding is all that differs."""
+def test_find_names_of_rounded_weights():
+    """float32 to bfloat16 to float32."""
     t = torch_model()
     params = arrays(arrays(unrolled(t), jnp.bfloat16), np.float32)
     assert lj.find_names(params, t) == UNROLLED
 
 
-def test_fused_weights(tmp_path):
+def test_find_names_of_fused_weights(tmp_path):
     t = torch_model()
     w = lambda i, name: t[f"model.layers.{i}.{name}.weight"].T
     qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -139,7 +140,7 @@ def test_fused_weights(tmp_path):
         "qkv/kernel": widths,
         "gate_up/kernel": tuple(map(name, both)),
     }
-    # One of two halves, (2, D, F): not a stack, since gate and up are not numbers.
+    # (2, D, F) is a fused weight and no stack, because gate and up are not numbers.
     axes = {"pair/kernel": lj.Axes((), (1,), (0, 2))}
     one = lj.lorafy(arrays({"pair": params["pair"]}), 2, axes=axes)
     found = lj.find_names(one, t)
@@ -147,7 +148,7 @@ def test_fused_weights(tmp_path):
     lj.export_peft(tmp_path / "a", one, found)
 
 
-def test_experts():
+def test_find_names_of_experts():
     rng = np.random.default_rng(0)
     t = {
         f"model.layers.{i}.mlp.experts.{e}.up.weight": rng.standard_normal((F, D))
@@ -164,7 +165,7 @@ def test_experts():
     assert some == {"layer_*/up/kernel": "model.layers.{}.mlp.experts.{expert}.up"}
 
 
-def test_convolutions(tmp_path):
+def test_find_names_of_convolutions(tmp_path):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     t = {"conv.weight": draw(5, 3, 2, 4), "patches.weight": draw(6, 3, 2, 2)}
@@ -179,7 +180,7 @@ def test_convolutions(tmp_path):
     lj.export_peft(tmp_path / "a", adapted, names)
 
 
-def test_gpt2_and_its_layers_stored_the_other_way():
+def test_find_names_of_gpt2_with_transposed_kernels():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     t = {f"h.{i}.attn.c_attn.weight": draw(D, 3 * D) for i in range(2)}  # (in, out)
@@ -191,14 +192,14 @@ def test_gpt2_and_its_layers_stored_the_other_way():
     assert lj.find_names(adapted, t) == {"*/c/kernel": "h.{}.attn.c_attn"}
 
 
-def test_tied_heads_and_tables():
+def test_find_names_of_tied_embeddings():
     t = torch_model()
     t["lm_head.weight"] = t["model.embed_tokens.weight"]
     params = unrolled(t)
     del params["head"]
     found = lj.find_names(arrays(params), t)
     assert found["tokens/embedding"] == ("model.embed_tokens", "lm_head")
-    # A head of its own here, tied there: one module cannot be two weights.
+    # A separate head here that is tied in PyTorch: one module cannot be two weights.
     del t["lm_head.weight"]
     params["head"] = {"kernel": params["tokens"]["embedding"].T}
     with pytest.raises(ValueError, match=r"are both 'model.embed_tokens'.*exclude"):
@@ -207,29 +208,30 @@ def test_tied_heads_and_tables():
     assert found["tokens/embedding"] == "model.embed_tokens"
 
 
-def test_equal_tensors_are_told_apart_by_their_neighbours_or_refused():
+def test_find_names_chooses_equal_tensors_by_their_neighbours():
     t = torch_model()
-    for i in range(L):  # as LoRA of old, or a fresh projection, may leave them
+    for i in range(L):  # as a new projection may be initialized
         t[f"model.layers.{i}.self_attn.o_proj.weight"] = np.zeros((D, D), np.float32)
     assert lj.find_names(arrays(unrolled(t)), t) == UNROLLED
     assert lj.find_names(arrays(scanned(t)), t) == SCANNED
     for name in ("k_proj", "v_proj"):
         t[f"model.layers.1.self_attn.{name}.weight"] = np.ones((K, D), np.float32)
-    assert lj.find_names(arrays(unrolled(t)), t) == UNROLLED  # by their very names
+    assert lj.find_names(arrays(unrolled(t)), t) == UNROLLED  # by their names
     params = {"first": {"kernel": np.ones((D, K), np.float32)}}
     with pytest.raises(ValueError, match=r"'first/kernel' may be any of.*k_proj.*v_pr"):
         lj.find_names(arrays(params), t)
 
 
-def test_one_of_two_equal_tensors_that_another_weight_is():
-    """Its first part is told by value, of the second the rest is left."""
-    one, other = (Tensor(f"{n}.weight", (2, 2), None) for n in "ab")
-    claims = {(("x",), (), 0): [one], (("y",), (), 0): [one, other]}
-    assert resolve(claims) == {(("x",), (), 0): ("a",), (("y",), (), 0): ("b",)}
+def test_choose_modules_leaves_out_tensors_of_other_weights():
+    """Values decide for x, so that only b is left for y."""
+    rows = lambda low, high: np.zeros((high - low, 2))
+    a, b = (CheckpointTensor(f"{n}.weight", (2, 2), rows) for n in "ab")
+    x, y = (WeightPart((n,), (), 0) for n in "xy")
+    assert choose_modules({x: [a], y: [a, b]}) == {x: ("a",), y: ("b",)}
 
 
 @pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
-def test_weights_in_few_bits(how):
+def test_find_names_of_quantized_weights(how):
     t = torch_model()
     params = lj.quantize(
         arrays(scanned(t)), how, targets="kernel", block=4, exclude="head", axes=AXES
@@ -246,7 +248,7 @@ AXES = {
 }
 
 
-def test_sharded_weights():
+def test_find_names_of_sharded_weights():
     t = torch_model()
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     place = lambda x: jax.device_put(
@@ -256,7 +258,7 @@ def test_sharded_weights():
     assert lj.find_names(params, t) == SCANNED
 
 
-def test_files_and_folders(tmp_path):
+def test_find_names_reads_files_and_folders(tmp_path):
     t = torch_model(dtype=jnp.bfloat16)
     params = arrays(unrolled(t))
     save = safetensors.numpy.save_file
@@ -274,11 +276,13 @@ def test_files_and_folders(tmp_path):
     assert lj.find_names(params, parts) == UNROLLED
     assert lj.find_names(params, index) == UNROLLED
     os.unlink(parts / "model-2-of-2.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"1 are missing.*model-2-of-2.*Fetch"):
+    with pytest.raises(
+        FileNotFoundError, match=r"1 are missing.*model-2-of-2.*Download"
+    ):
         lj.find_names(params, parts)
 
 
-def test_an_adapted_tree_needs_its_own_weights_alone(tmp_path):
+def test_find_names_of_an_adapted_tree_needs_only_adapted_weights(tmp_path):
     t = torch_model()
     params = arrays(unrolled(t))
     params["new"] = {"kernel": jnp.ones((D, 2))}
@@ -293,7 +297,7 @@ def test_an_adapted_tree_needs_its_own_weights_alone(tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(adapted)
 
 
-def test_targets_and_exclude():
+def test_find_names_of_targets():
     t = torch_model()
     params = arrays(unrolled(t))
     assert lj.find_names(params, t, targets="down") == {
@@ -303,7 +307,7 @@ def test_targets_and_exclude():
         lj.find_names(params, t, exclude="zz")
 
 
-# What is refused, and what the message says.
+# Errors.
 
 
 def changed(t, change):
@@ -326,12 +330,12 @@ UP = "'model.layers.1.mlp.up_proj.weight'"
             rf"rows of {UP} in another order \(0, 6, 1, 7, ...\).*rotary",
         ),
         (lambda w: w[::-1], rf"columns of {UP} in another order"),
-        (lambda w: w * (1 + 1e-3 * np.cos(w)), rf"near {UP}, 0.\d+ off it: trained"),
+        (lambda w: w * (1 + 1e-3 * np.cos(w)), rf"close to {UP}, 0.\d+ off: trained"),
         (lambda w: w[:, :4], rf"it is the rows 0 to 4 of {UP}, which is one module"),
-        (lambda w: w * 0 + np.arange(F), "no tensor of its size comes near"),
+        (lambda w: w * 0 + np.arange(F), "no tensor of its size is close"),
     ],
 )
-def test_a_changed_weight_is_refused_with_what_was_nearest(change, match):
+def test_find_names_describes_the_tensor_closest_to_a_changed_weight(change, match):
     t = torch_model()
     with pytest.raises(ValueError, match=match) as error:
         lj.find_names(changed(t, change), t)
@@ -340,12 +344,14 @@ def test_a_changed_weight_is_refused_with_what_was_nearest(change, match):
     assert "1 of 23 weights are no tensors of the checkpoint, and 22 are" in text
 
 
-def test_another_models_checkpoint():
-    with pytest.raises(ValueError, match=r"none of the weights.*Is it another model's"):
+def test_find_names_refuses_the_checkpoint_of_another_model():
+    with pytest.raises(
+        ValueError, match=r"none of the weights.*Is it the checkpoint of another model"
+    ):
         lj.find_names(arrays(unrolled(torch_model())), torch_model(1))
 
 
-def test_an_adapter_that_disagrees():
+def test_find_names_refuses_an_adapter_with_other_axes():
     t = torch_model()
     params = arrays({"mlp": layer(t, 0)["mlp"]})
     axes = {f"mlp/{n}/kernel": lj.Axes((), (1,), (0,)) for n in ("gate", "up", "down")}
@@ -357,7 +363,7 @@ def test_an_adapter_that_disagrees():
         lj.find_names(lj.lorafy(params, 2, axes=axes), t)
 
 
-def test_a_stack_whose_modules_do_not_count():
+def test_find_names_refuses_a_stack_out_of_order():
     t = torch_model()
     order = [2, 0, 1]
     w = np.stack([layer(t, i)["mlp"]["up"]["kernel"] for i in order])
@@ -372,13 +378,13 @@ def test_a_stack_whose_modules_do_not_count():
         )
 
 
-def test_bad_files(tmp_path):
+def test_find_names_refuses_bad_files(tmp_path):
     t = torch_model()
     params = arrays(unrolled(t))
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file(t, path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"no whole safetensors file.*truncated"):
+    with pytest.raises(ValueError, match=r"no complete safetensors file.*truncated"):
         lj.find_names(params, path)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
         lj.find_names(params, tmp_path / "none")
@@ -398,7 +404,7 @@ def test_bad_files(tmp_path):
         lj.find_names(params, {})
 
 
-def test_values_that_are_not_there():
+def test_find_names_needs_values():
     t = torch_model()
     shapes = jax.eval_shape(lambda: arrays(unrolled(t)))
     with pytest.raises(ValueError, match=r"'head/kernel' has no values.*outside"):
@@ -407,11 +413,11 @@ def test_values_that_are_not_there():
         lj.find_names({"kernel": jnp.ones((0, 3))}, t)
 
 
-# A wrong pairing cannot come out.
+# Random damage to a checkpoint never leads to a wrong map.
 
 
 def damage(t, rng):
-    """A checkpoint with something wrong in it, and whether it may still be read."""
+    """Returns the kind of damage, and a checkpoint with it."""
     names = [n for n in t if t[n].ndim == 2]
     one, other = rng.choice(names, 2, replace=False)
     kind = rng.choice(
@@ -442,17 +448,17 @@ def damage(t, rng):
 
 
 @pytest.mark.parametrize("first", range(0, 200, 25))
-def test_a_wrong_pairing_cannot_come_out(first):
+def test_find_names_never_returns_a_wrong_map(first):
     for seed in range(first, first + 25):
         try:
-            pair(seed)
+            check_damaged(seed)
         except Exception as error:
             error.add_note(f"seed {seed}")
             raise
 
 
-def pair(seed):
-    """Reads one damaged checkpoint: an error, or a map that is right in every value."""
+def check_damaged(seed):
+    """A damaged checkpoint gives an error, or a map that is right in every value."""
     rng = np.random.default_rng(seed)
     t = torch_model(seed, layers=2)
     kind, bad = damage(t, rng)
@@ -462,16 +468,16 @@ def pair(seed):
         names = lj.find_names(params, bad)
     except ValueError:
         return
-    # Each weight must be, in every value, the tensor that the map gives it.
+    # Each weight must have all values of the tensor that the map gives it.
     leaves = jax.tree.leaves_with_path(params)
     paths = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
     seen = set()
     for path, x in paths.items():
-        naming = naming_of(names, tuple(path.split("/")))
-        if naming is None:
+        named = module_names(names, tuple(path.split("/")))
+        if named is None:
             assert x.ndim < 2
             continue
-        (module,) = naming.templates
+        (module,) = named.templates
         tensor = bad[f"{module}.weight"]
         want = tensor if path.endswith("embedding") else tensor.T
         np.testing.assert_array_equal(np.asarray(x).reshape(want.shape), want)

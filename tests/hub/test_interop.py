@@ -1,4 +1,4 @@
-"""Adapters in and out of PEFT itself, on PyTorch models with the same weights.
+"""Adapters to and from PEFT itself, on PyTorch models with the same weights.
 
 Needs the extra `peers`: torch, peft and transformers.
 """
@@ -6,6 +6,7 @@ Needs the extra `peers`: torch, peft and transformers.
 import copy
 import json
 import warnings
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,17 +33,17 @@ def one_thread():
 
 
 def to_torch(module, weights):
-    """Gives a PyTorch module these weights, every one of them."""
+    """Loads all weights of a PyTorch module."""
     state = {name: torch.tensor(np.asarray(x)) for name, x in weights.items()}
     module.load_state_dict(state, strict=True)
     return module.eval()
 
 
 def loaded(module, folder):
-    """The module with the adapter, as a user of PEFT gets it: quietly."""
+    """The module with the adapter, loaded by PEFT without a warning."""
     with warnings.catch_warnings():
-        # A warning of missing or unexpected keys is an error, as is any but these two:
-        # one mends itself, and the other warns of merging.
+        # A warning, as about missing or unexpected keys, is an error, except for two:
+        # PEFT corrects the first setting itself, and the second is about merging.
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", "(?s).*tie_word_embeddings")
@@ -163,7 +164,7 @@ def compare(model, params, module, folder):
 @pytest.mark.parametrize(
     ("scanned", "dora"), [(False, False), (True, False), (True, True)]
 )
-def test_every_layer_with_its_own_rank_and_scale(tmp_path, randomized, scanned, dora):
+def test_export_peft_of_every_type_of_layer(tmp_path, randomized, scanned, dora):
     model, base, module = flax_and_torch(scanned)
     plain = run(module, inputs()[0], inputs()[1].transpose(0, 3, 1, 2))
     first = "blocks" if scanned else "blocks_0"
@@ -188,7 +189,7 @@ def test_every_layer_with_its_own_rank_and_scale(tmp_path, randomized, scanned, 
 
 
 def peft_saved(module, folder, **config):
-    """The model that PEFT trained, somehow, and what it saved of it."""
+    """The model with a random adapter of PEFT, which is saved to a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -207,7 +208,7 @@ def same_files(first, second):
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
-MIXED = dict(
+MIXED: dict[str, Any] = dict(
     r=3,
     lora_alpha=1,
     target_modules=["table", "conv", "conv1", "qkv", "query", "blocks.1.value"],
@@ -233,7 +234,7 @@ MIXED = dict(
         MIXED | {"use_dora": True, "target_modules": [*MIXED["target_modules"][:5]]},
     ],
 )
-def test_what_peft_saved(tmp_path, config):
+def test_import_peft_of_what_peft_saved(tmp_path, config):
     model, base, module = flax_and_torch(scanned=True)
     adapted = peft_saved(module, tmp_path / "peft", **config)
     ids, images = inputs()
@@ -254,8 +255,8 @@ def test_what_peft_saved(tmp_path, config):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_modules_that_train_whole(tmp_path, randomized, dtype):
-    """Named in lorafy's also= and nowhere else; a stack of layers among them."""
+def test_export_peft_of_modules_trained_in_full(tmp_path, randomized, dtype):
+    """Only also= in lorafy names them; one is a stack of layers."""
     model, base, module = flax_and_torch(scanned=True)
     base = jax.tree.map(lambda x: x.astype(dtype), base)
     ids, images = inputs()
@@ -284,7 +285,7 @@ def test_modules_that_train_whole(tmp_path, randomized, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_files(tmp_path, dtype):
+def test_import_peft_of_narrow_dtypes(tmp_path, dtype):
     model, base, module = flax_and_torch(scanned=True)
     adapted = peft_saved(module, tmp_path, r=2, target_modules=["query", "table"])
     adapted.to(getattr(torch, dtype)).save_pretrained(tmp_path)
@@ -341,7 +342,7 @@ def from_flax(name, params):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in MODELS if "Classif" not in name])
-def test_models_of_transformers(tmp_path, randomized, name):
+def test_export_peft_of_models_of_transformers(tmp_path, randomized, name):
     model = getattr(transformers, f"Flax{name}")(MODELS[name])
     base = model.params
     module = from_flax(name, base)
@@ -360,17 +361,17 @@ def test_models_of_transformers(tmp_path, randomized, name):
     assert np.abs(got - plain).max() > 0.1
     back = lj.import_peft(tmp_path, base, names, axes=axes)
     np.testing.assert_array_equal(lj.lora(fn)(back, ids), want)
-    if fan:  # made without axes, an adapter is on the same weight, turned around
-        turned = randomized(lj.lorafy(base, 2, targets="c_*"))
-        lj.export_peft(tmp_path, turned, names, fan_in_fan_out=True, axes=axes)
-        got, want = run(loaded(module, tmp_path), ids), lj.lora(fn)(turned, ids)
+    if fan:  # an adapter made without axes has lora_a on the outputs
+        reversed_ = randomized(lj.lorafy(base, 2, targets="c_*"))
+        lj.export_peft(tmp_path, reversed_, names, fan_in_fan_out=True, axes=axes)
+        got, want = run(loaded(module, tmp_path), ids), lj.lora(fn)(reversed_, ids)
         np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_classifier_and_its_head(tmp_path, randomized):
-    """For such a task PEFT saves the head by itself, under names that may be absent."""
-    name, task = "BertForSequenceClassification", {"task_type": "SEQ_CLS"}
+def test_import_peft_of_a_classifier_and_its_head(tmp_path, randomized):
+    """For this task PEFT adds names of heads to save, which the model may lack."""
+    name, task = "BertForSequenceClassification", "SEQ_CLS"
     model = transformers.FlaxBertForSequenceClassification(MODELS[name])
     base, names = model.params, lj.transformers_names(model.params)
     module = from_flax(name, base)
@@ -378,21 +379,22 @@ def test_a_classifier_and_its_head(tmp_path, randomized):
     fn = lambda params: lj.lora(
         lambda params: model(ids, params=params, train=False).logits
     )(params)
-    adapted = peft_saved(module, tmp_path / "a", target_modules=["query"], **task)
+    config = dict(target_modules=["query"], task_type=task)
+    adapted = peft_saved(module, tmp_path / "a", **config)
     params = lj.import_peft(tmp_path / "a", base, names)
     np.testing.assert_allclose(fn(params), run(adapted, ids), atol=2e-5, rtol=2e-5)
     head = params["classifier"]
     assert head["kernel"] is base["classifier"]["kernel"]
     assert (head["lora_w"] != head["kernel"]).all()
     params = randomized(params)
-    lj.export_peft(tmp_path / "b", params, names, **task)
+    lj.export_peft(tmp_path / "b", params, names, task_type=task)
     got = run(loaded(module, tmp_path / "b"), ids)
     np.testing.assert_allclose(got, fn(params), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_encoder_of_the_main_job(tmp_path, randomized):
-    """MiniLM's names; its weights come from PyTorch by the job's own conversion."""
+def test_export_peft_of_minilm(tmp_path, randomized):
+    """MiniLM's map, and weights from the converter of the benchmarks."""
     config = transformers.BertConfig(
         num_hidden_layers=2,
         hidden_size=64,
@@ -418,8 +420,8 @@ def test_the_encoder_of_the_main_job(tmp_path, randomized):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_tied_head_of_peft(tmp_path):
-    """PEFT trains a table and its head apart, which one leaf cannot hold."""
+def test_import_peft_refuses_a_tied_head_with_its_own_adapter(tmp_path):
+    """PEFT trains an embedding and its tied head separately, as one leaf cannot be."""
     config = MODELS["GPT2LMHeadModel"]
     module = transformers.GPT2LMHeadModel(config)
     base = transformers.FlaxGPT2LMHeadModel(config).params
@@ -437,8 +439,8 @@ def test_a_tied_head_of_peft(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_table_that_peft_saved(tmp_path):
-    """Beside the adapter of a table PEFT saves the table: it must be base's own."""
+def test_import_peft_checks_an_embedding_that_peft_saved(tmp_path):
+    """PEFT saves an adapted embedding itself, too: it must be that of the base."""
     config = MODELS["LlamaForCausalLM"]
     module = transformers.LlamaForCausalLM(config)
     base = transformers.FlaxLlamaForCausalLM(config).params
@@ -474,7 +476,7 @@ class Experts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_experts(tmp_path, randomized, is_transposed):
+def test_export_peft_of_experts(tmp_path, randomized, is_transposed):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     base = {"moe": {"down": draw(2, 3, 6, 4), "up": draw(2, 3, 4, 6)}}
@@ -536,8 +538,8 @@ class Fused(torch.nn.Module):
         return torch.cat([layer(x) for layer in self.children()], -1)
 
 
-def test_fused_weights(tmp_path, randomized):
-    """One kernel of unequal parts, and one with the parts before its inputs."""
+def test_export_peft_of_fused_weights(tmp_path, randomized):
+    """A kernel with parts of unequal size, and one with the parts before its inputs."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     base = {"qkv": {"kernel": draw(5, 10)}, "kv": draw(2, 3, 5, 2)}
@@ -563,7 +565,7 @@ def test_fused_weights(tmp_path, randomized):
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
     back = lj.import_peft(tmp_path / "a", base, names, axes=axes)
     np.testing.assert_array_equal(lj.lora(fn)(back, x), want)
-    # PEFT's adapters of the parts are apart, and stay so through JAX.
+    # PEFT's adapters of the parts are separate, also after import and export.
     config = dict(r=2, target_modules=["q", "v", "i", "j"], alpha_pattern={"v": 3})
     adapted = peft_saved(module, tmp_path / "b", rank_pattern={"v": 1}, **config)
     params = lj.import_peft(tmp_path / "b", base, names, axes=axes)
@@ -579,7 +581,9 @@ def test_fused_weights(tmp_path, randomized):
     assert ranks == {"q": 2, "v": 1, "i": 2, "j": 2}
 
 
-def test_one_step_of_training_is_the_same(tmp_path, randomized, optax_promotion):
+def test_import_peft_after_the_same_step_of_training(
+    tmp_path, randomized, optax_promotion
+):
     model, base, module = flax_and_torch(scanned=True)
     ids, images = inputs()
     targets = ["table", "query", "value", "score"]
@@ -589,7 +593,7 @@ def test_one_step_of_training_is_the_same(tmp_path, randomized, optax_promotion)
     params = lj.lorafy(base, 2, alpha=0.5, targets=targets, axes=axes)
     params = randomized(params)
     lj.export_peft(tmp_path / "start", params, SCANNED)
-    settings = dict(b1=0.8, b2=0.9, eps=1e-3)
+    settings: dict[str, Any] = dict(b1=0.8, b2=0.9, eps=1e-3)
     tx = lj.adapters_only(optax.adamw(1e-2, weight_decay=0.1, **settings))
 
     def loss(params):
@@ -615,7 +619,7 @@ def test_one_step_of_training_is_the_same(tmp_path, randomized, optax_promotion)
     assert np.abs(first - last).max() > 1e-3
 
 
-# What vLLM asks of a folder: vllm/lora/peft_helper.py, lora_model.py and utils.py.
+# vLLM's checks of a folder: vllm/lora/peft_helper.py, lora_model.py and utils.py.
 LLAMA_LORA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
 LLAMA_LORA |= {"down_proj", "embed_tokens", "lm_head"}
 
@@ -650,7 +654,7 @@ def check_vllm(folder, expected_modules):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_portable_folder(tmp_path, randomized):
+def test_export_peft_portable(tmp_path, randomized):
     config = MODELS["LlamaForCausalLM"]
     model = transformers.FlaxLlamaForCausalLM(config)
     module = from_flax("LlamaForCausalLM", model.params)

@@ -1,4 +1,4 @@
-"""export_peft, against NumPy: what each tensor says is what the merged weight moved."""
+"""export_peft: the tensors, in NumPy, are the updates of the merged weights."""
 
 import json
 
@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import freeze
 
 import lora_jax as lj
-from lora_jax._peft.checks import VLLM_RANKS
+from lora_jax._hub.export_checks import VLLM_RANKS
 
 
 def tree():
@@ -78,8 +78,10 @@ def moved(params):
     )
 
 
-@pytest.mark.parametrize("form", ["dict", "frozen", "params", "state"])
-def test_each_module_moves_as_the_merged_weight(tmp_path, randomized, close, form):
+@pytest.mark.parametrize("container", ["dict", "frozen", "params", "state"])
+def test_export_peft_gives_each_module_the_update_of_the_merged_weight(
+    tmp_path, randomized, close, container
+):
     params = adapted(randomized)
     want = moved(params)
     wrapped = {
@@ -88,7 +90,7 @@ def test_each_module_moves_as_the_merged_weight(tmp_path, randomized, close, for
         "params": {"params": params, "batch_stats": {"mean": jnp.ones(3)}},
         "state": nnx.State(jax.tree.map(nnx.Param, params)),
     }
-    lj.export_peft(tmp_path / "out", wrapped[form], NAMES)
+    lj.export_peft(tmp_path / "out", wrapped[container], NAMES)
     got = lambda *args: update(tmp_path / "out", *args)
     close(got("model.tokens", True).T, want["tokens"]["embedding"])
     close(got("lm_head"), want["tokens"]["embedding"])
@@ -107,7 +109,7 @@ def test_each_module_moves_as_the_merged_weight(tmp_path, randomized, close, for
     assert all(x.dtype == np.float32 for x in tensors.values())
 
 
-def test_the_config(tmp_path, randomized):
+def test_export_peft_writes_the_config(tmp_path, randomized):
     lj.export_peft(
         tmp_path,
         adapted(randomized),
@@ -133,7 +135,7 @@ def test_the_config(tmp_path, randomized):
     assert config["inference_mode"] is True and config["use_rslora"] is False
 
 
-def test_scale_is_exact(tmp_path):
+def test_export_peft_keeps_scales_exactly(tmp_path):
     params = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 3, alpha=0.7, rslora=True)
     lj.export_peft(tmp_path, params, {"a": "m.a"})
     config, _ = read(tmp_path)
@@ -144,13 +146,13 @@ def test_scale_is_exact(tmp_path):
     assert read(tmp_path)[0]["lora_alpha"] == 16
 
 
-def test_leaves_that_also_train(tmp_path, randomized, close):
+def test_export_peft_of_copies(tmp_path, randomized, close):
     rest = {"exclude": ["head", "conv"]}
     params = adapted(randomized, also="head/bias", **rest)
     with pytest.raises(ValueError, match="saves whole modules: add 'head/kernel' to"):
         lj.export_peft(tmp_path / "out", params, NAMES)
     params = adapted(randomized, also="blocks/out/bias", **rest)
-    with pytest.raises(ValueError, match=r"model.layers.0.out_proj'.* saved whole"):
+    with pytest.raises(ValueError, match=r"model.layers.0.out_proj'.* trained in full"):
         lj.export_peft(tmp_path / "out", params, NAMES)
     params = adapted(randomized, also=["head", "conv"], **rest)
     lj.export_peft(tmp_path / "out", params, NAMES)
@@ -167,8 +169,8 @@ def test_leaves_that_also_train(tmp_path, randomized, close):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_copies_are_written_in_their_own_dtype(tmp_path, randomized, dtype):
-    """Float32 beside a narrow leaf, whose rounding would lose small updates."""
+def test_export_peft_writes_copies_in_their_own_dtype(tmp_path, randomized, dtype):
+    """A copy of a narrow leaf is float32: rounding would lose small updates."""
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree())
     params = randomized(lj.lorafy(base, 1, targets="tokens", also="head"))
     lj.export_peft(tmp_path, params, NAMES, dtype=dtype)
@@ -181,7 +183,7 @@ def test_copies_are_written_in_their_own_dtype(tmp_path, randomized, dtype):
     assert (want.astype(jnp.bfloat16) != want).any()
 
 
-def test_portable(tmp_path, randomized, close):
+def test_export_peft_portable(tmp_path, randomized, close):
     params = adapted(randomized, exclude=["conv"])
     names = NAMES | {"tokens": ("model.embed_tokens", "lm_head")}
     names.pop("conv")
@@ -205,7 +207,7 @@ def test_portable(tmp_path, randomized, close):
     "targets, names, options, match",
     [
         ("conv", {}, {}, "'conv/kernel' cannot be portable: .* is a convolution"),
-        ("tokens", {}, {}, "adapts the table embed_tokens, not 'model.tokens'"),
+        ("tokens", {}, {}, "adapts the embedding embed_tokens, not 'model.tokens'"),
         ("head", {}, {"dtype": jnp.float16}, "it is float16, and float32 or bfloat16"),
         (
             "qkv",
@@ -215,7 +217,9 @@ def test_portable(tmp_path, randomized, close):
         ),
     ],
 )
-def test_what_is_not_portable(tmp_path, targets, names, options, match):
+def test_export_peft_refuses_what_is_not_portable(
+    tmp_path, targets, names, options, match
+):
     params = lj.lorafy(tree(), 1, targets=targets, axes=AXES)
     with pytest.raises(ValueError, match=match):
         lj.export_peft(
@@ -224,7 +228,7 @@ def test_what_is_not_portable(tmp_path, targets, names, options, match):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_is_not_portable(tmp_path):
+def test_export_peft_refuses_portable_copies(tmp_path):
     params = lj.lorafy(tree(), 1, targets="head", also="conv")
     match = "'conv/kernel' cannot .* no modules_to_save.*also= in lorafy"
     with pytest.raises(ValueError, match=match):
@@ -232,9 +236,9 @@ def test_a_copy_is_not_portable(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rank_that_vllm_does_not_take(tmp_path):
+def test_export_peft_refuses_a_rank_that_vllm_does_not_load(tmp_path):
     params = lj.lorafy({"a": {"kernel": jnp.ones((600, 600))}}, 513)
-    with pytest.raises(ValueError, match="vLLM takes ranks up to 512, not 513"):
+    with pytest.raises(ValueError, match="vLLM loads ranks up to 512, not 513"):
         lj.export_peft(tmp_path, params, {"a": "a"}, portable=True)
     assert VLLM_RANKS[-1] == 512
 
@@ -244,21 +248,27 @@ def test_a_rank_that_vllm_does_not_take(tmp_path):
     [
         ({"head": None}, {}, "names has no name for 'head/kernel'.*Write names="),
         ({"head": "model.conv"}, {}, "have one name, 'model.conv'"),
-        ({"blocks/*": "layers.{}"}, {}, "stacks more than the name .* counts"),
+        (
+            {"blocks/*": "layers.{}"},
+            {},
+            "has 1 stacked dimensions, and the name .* counts 0",
+        ),
         ({"head": "s.{layer}"}, {}, "counts 1 stacked dimensions.* has 0"),
-        ({"blocks/qkv": {"a.{layer}": 3}}, {}, "has 9 outputs, and the parts"),
+        ({"blocks/qkv": {"a.{layer}": 3}}, {}, "has 9 outputs, and its parts"),
         ({"blocks/qkv": ("a.{layer}", "b.{layer}")}, {}, "has 9 outputs"),
-        ({"tokens": ("a", "b", "c")}, {}, "is a table: it has one name, or two"),
+        ({"tokens": ("a", "b", "c")}, {}, "is an embedding. Give it one name, or two"),
         ({"hed": "score"}, {}, "No leaf matches 'hed' of names"),
         ({}, {"modules": ["model.tokens", "lm_head"]}, "which is not in modules"),
         ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
         ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
         ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
-        ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes says"),
+        ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes has"),
         ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
     ],
 )
-def test_bad_input_leaves_the_folder_alone(tmp_path, names, options, match):
+def test_export_peft_with_bad_input_leaves_the_folder_alone(
+    tmp_path, names, options, match
+):
     params = lj.lorafy(tree(), 1, targets="*", axes=AXES)
     names = {k: v for k, v in (NAMES | names).items() if v is not None}
     lj.export_peft(tmp_path / "out", lj.lorafy(tree(), 1, targets="head"), NAMES)
@@ -268,7 +278,7 @@ def test_bad_input_leaves_the_folder_alone(tmp_path, names, options, match):
     assert [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())] == before
 
 
-def test_other_bad_input(tmp_path):
+def test_export_peft_refuses_bad_input(tmp_path):
     base = {"a": {"kernel": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match="have no adapters"):
         lj.export_peft(tmp_path, base, {"a": "a"})
@@ -305,10 +315,10 @@ one = lambda *shape: {"kernel": jnp.ones(shape)}
         ("head", "up", one(4, 3), "head.up", "ignores the adapter of 'head.up'"),
         ("head", "bottom", one(4, 3), "head.up", "'bottom/kernel' is in one that also"),
         ("up", "up", one(4, 3), "h.0.c_fc", "layer of that name may store .in, out"),
-        ("up", "up", {"w": jnp.ones((4, 3))}, "up", "does not say what it is.*kinds="),
+        ("up", "up", {"w": jnp.ones((4, 3))}, "up", "does not show its kind.*kinds="),
         ("up", "up", {"scale": jnp.ones(())}, "up.{layer}", "counts 1 stacked dim"),
         ("norm", "norm", {"mean": jnp.ones(3)}, "norm", "more of such statistics"),
-        ("Conv*", "ConvTranspose_0", one(3, 4, 3), "c", "turns the windows"),
+        ("Conv*", "ConvTranspose_0", one(3, 4, 3), "c", "flips the windows"),
         ("head", "seen", {"mean": jnp.ones(3)}, "head", "'seen/mean' is in one that"),
         (
             "head/scale",
@@ -319,8 +329,10 @@ one = lambda *shape: {"kernel": jnp.ones(shape)}
         ),
     ],
 )
-def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
-    """Each would load without a word, and lose an adapter or a leaf."""
+def test_export_peft_refuses_copies_that_peft_cannot_save(
+    tmp_path, also, path, leaf, name, match
+):
+    """PEFT would load each without a warning, and lose an adapter or a leaf."""
     base = {"a": one(4, 4), "head": {"scale": jnp.ones(4)}, path: leaf}
     names = {"a": "m.a", path: name, "head": "head"}
     targets = ["a", "up"] if "ignores" in match else "a"
@@ -330,7 +342,7 @@ def test_what_peft_cannot_save_whole(tmp_path, also, path, leaf, name, match):
     assert not list(tmp_path.iterdir())
 
 
-def test_names_that_a_saved_module_would_take(tmp_path):
+def test_export_peft_refuses_names_that_end_in_that_of_a_copy(tmp_path):
     base = {"a": one(4, 4), "head": one(4, 2), "other": one(4, 2)}
     params = lj.lorafy(base, 1, targets="a", also=["head", "other"])
     names = {"a": "a", "head": "head", "other": "my_head"}
@@ -338,8 +350,8 @@ def test_names_that_a_saved_module_would_take(tmp_path):
         lj.export_peft(tmp_path / "out", params, names)
 
 
-def test_leaves_that_are_no_module_of_their_own(tmp_path):
-    """A table that is the head too, whole; a stack of experts, whole."""
+def test_export_peft_refuses_copies_of_parts_of_modules(tmp_path):
+    """A tied embedding, and a stack of experts in one parameter."""
     params = lj.lorafy(tree(), 1, targets="head", also="tokens", axes=AXES)
     match = "no module of its own: 'model.tokens', 'lm_head'.*out of also= in lorafy"
     with pytest.raises(ValueError, match=match):
@@ -349,30 +361,30 @@ def test_leaves_that_are_no_module_of_their_own(tmp_path):
     options = {"axes": AXES, "kinds": {"qkv": "experts"}}
     with pytest.raises(ValueError, match=r"no module of its own: 'm.experts'"):
         lj.export_peft(tmp_path / "out", params, names, **options)
-    # An adapter of the tied table, and a head of another name whole, are two modules.
+    # An adapter of the tied embedding and a copied head of another name both fit.
     params = lj.lorafy(tree(), 1, targets="tokens", also="head")
     lj.export_peft(tmp_path / "out", params, NAMES)
-    with pytest.raises(ValueError, match="PEFT then ignores the adapter of 'lm_head'"):
+    with pytest.raises(ValueError, match="PEFT ignores the adapter of 'lm_head'"):
         lj.export_peft(tmp_path / "out", params, NAMES | {"head": "lm_head"})
 
 
-def test_heads_of_a_task(tmp_path):
+def test_export_peft_checks_the_head_of_a_task(tmp_path):
     base = {"a": one(4, 4), "classifier": {**one(4, 2), "fn": print, "none": None}}
-    names, options = {"*/kernel": "m.{}"}, {"task_type": "SEQ_CLS"}
+    names, task = {"*/kernel": "m.{}"}, "SEQ_CLS"
     with pytest.raises(ValueError, match="called classifier or score: train it"):
         plain = lj.lorafy(base, 1, targets="a")
-        lj.export_peft(tmp_path, plain, names, **options)
+        lj.export_peft(tmp_path, plain, names, task_type=task)
     params = lj.lorafy(base, 1, targets="a", also="classifier/kernel")
-    lj.export_peft(tmp_path, params, names, **options)
+    lj.export_peft(tmp_path, params, names, task_type=task)
     config, _ = read(tmp_path)
     assert config["modules_to_save"] == ["m.classifier"]
     base["score"] = one(4, 2)
-    with pytest.raises(ValueError, match=r"saves 'm.score' whole, and it has an adapt"):
+    with pytest.raises(ValueError, match=r"saves 'm.score' as a whole, and it has"):
         params = lj.lorafy(base, 1, targets=["a", "score"], also="classifier/kernel")
-        lj.export_peft(tmp_path, params, names, **options)
+        lj.export_peft(tmp_path, params, names, task_type=task)
 
 
-def test_stacks_saved_whole_are_the_first_dimensions(tmp_path):
+def test_export_peft_refuses_copies_stacked_along_an_unknown_dimension(tmp_path):
     base = {"a": {"kernel": jnp.ones((4, 2, 3)), "b": jnp.ones((3, 2))}}
     axes = {"a/kernel": lj.Axes((1,), (0,), (2,))}
     params = lj.lorafy(base, 1, axes=axes, also="a/b")
@@ -381,7 +393,7 @@ def test_stacks_saved_whole_are_the_first_dimensions(tmp_path):
         lj.export_peft(tmp_path / "out", params, names)
 
 
-def test_square_kernels_of_gpt2_need_axes(tmp_path):
+def test_export_peft_of_square_gpt2_kernels_needs_axes(tmp_path):
     params = lj.lorafy({"attn": {"out": one(4, 4)}}, 1)
     with pytest.raises(ValueError, match=r"is square.*axes=find_axes\(fn"):
         lj.export_peft(tmp_path / "out", params, {"attn/out": "h.0.attn.c_proj"})
@@ -391,8 +403,8 @@ def test_square_kernels_of_gpt2_need_axes(tmp_path):
     assert read(tmp_path / "out")[0]["target_modules"] == ["h.0.attn.c_proj"]
 
 
-def test_a_bias_tells_a_kernel_that_is_stored_the_other_way(tmp_path):
-    """As Flax GPT-2 does: its kernels are (outputs, inputs)."""
+def test_export_peft_sees_a_transposed_kernel_by_its_bias(tmp_path):
+    """The kernels of Flax GPT-2 are (outputs, inputs)."""
     base = {"c_fc": {"kernel": jnp.ones((2, 6, 4)), "bias": jnp.ones((2, 6))}}
     axes = {"c_fc/kernel": lj.Axes((0,), (1,), (2,))}
     params = lj.lorafy(base, 1, axes=axes)
@@ -404,7 +416,7 @@ def test_a_bias_tells_a_kernel_that_is_stored_the_other_way(tmp_path):
     assert update(tmp_path / "out", "h.1.mlp.c_fc").shape == (6, 4)
 
 
-def test_a_table_used_as_a_matrix(tmp_path):
+def test_export_peft_of_an_embedding_used_as_a_matrix(tmp_path):
     axes = {"head/embedding": lj.Axes((), (1,), (0,))}
     base = {"head": {"embedding": jnp.ones((5, 3))}}
     params = lj.lorafy(base, 1, targets="*", axes=axes)
@@ -414,8 +426,8 @@ def test_a_table_used_as_a_matrix(tmp_path):
     assert update(tmp_path, "lm_head").shape == (5, 3)
 
 
-def test_scales_are_folded_in_float32(tmp_path, close):
-    """Narrow leaves keep their dtype, and lose no bits to the scale before that."""
+def test_export_peft_multiplies_scales_in_float32(tmp_path, close):
+    """Narrow leaves keep their dtype, and are rounded only after the product."""
     params = lj.lorafy({"a": one(8, 8)}, 8, alpha=0.7, dtype=jnp.bfloat16)
     b = jax.random.normal(jax.random.key(0), (8, 8), jnp.bfloat16)
     params["a"]["lora_b"] = b
@@ -429,7 +441,7 @@ def test_scales_are_folded_in_float32(tmp_path, close):
     assert config["base_model_name_or_path"] == str(tmp_path)
 
 
-def test_modules_may_be_those_of_tensors(tmp_path):
+def test_export_peft_takes_names_of_tensors_as_modules(tmp_path):
     params = lj.lorafy({"a": {"kernel": jnp.ones((4, 4))}}, 1)
     lj.export_peft(tmp_path, params, {"a": "m.a"}, modules=["m.a.weight", "m.b.bias"])
     assert read(tmp_path)[0]["target_modules"] == ["m.a"]
@@ -440,7 +452,7 @@ def test_modules_may_be_those_of_tensors(tmp_path):
     assert read(tmp_path)[0]["target_parameters"] == ["m.experts.up"]
 
 
-def test_sharded_and_boxed(tmp_path, randomized):
+def test_export_peft_of_sharded_weights(tmp_path, randomized):
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
     base = {"a": {"kernel": jax.device_put(jnp.ones((4, 8)), spec)}}
@@ -464,7 +476,7 @@ def stacked_dora(randomized):
     return base, randomized(params)
 
 
-def test_magnitudes_go_out_and_come_back(tmp_path, randomized, close):
+def test_export_peft_of_magnitudes(tmp_path, randomized, close):
     base, params = stacked_dora(randomized)
     names = {
         "blocks/qkv": ("layers.{layer}.q", "layers.{layer}.k", "layers.{layer}.v"),
@@ -490,13 +502,13 @@ def test_magnitudes_go_out_and_come_back(tmp_path, randomized, close):
             {},
             {"table": "t"},
             {"portable": True},
-            "cannot be portable: vLLM takes no DoRA",
+            "cannot be portable: vLLM loads no DoRA",
         ),
-        ({"lora_magnitude": None}, {"table": "t"}, {}, "have not: PEFT has use_dora"),
-        ({}, {"table": ("t", "head")}, {}, "is head 'head' too: PEFT has no such norm"),
+        ({"lora_magnitude": None}, {"table": "t"}, {}, "do not: PEFT has use_dora"),
+        ({}, {"table": ("t", "head")}, {}, "is the head 'head', for which PEFT has no"),
     ],
 )
-def test_magnitudes_that_peft_cannot_hold(
+def test_export_peft_refuses_magnitudes_that_peft_lacks(
     tmp_path, randomized, change, names, options, match
 ):
     _, params = stacked_dora(randomized)

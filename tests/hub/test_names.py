@@ -1,10 +1,16 @@
-"""Names: patterns with captures, stacks, parts, and what is a slip."""
+"""Maps of names: patterns with stars, stacks, parts, and errors in them."""
 
 import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from lora_jax._peft.names import Naming, captures, check_names, naming_of, numbered
+from lora_jax._hub.names import (
+    ModuleNames,
+    check_names,
+    each_index,
+    match_stars,
+    module_names,
+)
 
 PATHS = [
     ("layers_0", "attn", "query", "kernel"),
@@ -33,29 +39,31 @@ PATHS = [
         ("layers_*", "layers_/kernel", None),
     ],
 )
-def test_captures(pattern, path, found):
-    assert captures(pattern, tuple(path.split("/"))) == found
+def test_match_stars(pattern, path, found):
+    assert match_stars(pattern, tuple(path.split("/"))) == found
 
 
-def test_the_first_pattern_wins_and_fills_its_name():
+def test_module_names_uses_the_first_pattern_that_matches():
     names = {"layers_0/attn/*": "first.{}", "layers_*/*/query": "l.{1}.{0}.q"}
     check_names(names, PATHS)
-    assert naming_of(names, PATHS[0]) == Naming(("first.query",), None, 0, 0)
-    assert naming_of(names, PATHS[1]) == Naming(("l.attn.10.q",), None, 0, 1)
-    assert naming_of(names, PATHS[2]) is None
+    assert module_names(names, PATHS[0]) == ModuleNames(("first.query",), None, 0, 0)
+    assert module_names(names, PATHS[1]) == ModuleNames(("l.attn.10.q",), None, 0, 1)
+    assert module_names(names, PATHS[2]) is None
 
 
-def test_a_function_of_the_path():
+def test_module_names_from_a_function_of_the_path():
     dotted = lambda path: None if "head" in path else path.replace("/", ".")
-    assert naming_of(dotted, ("params", "a", "kernel")).templates == ("a.kernel",)
-    assert naming_of(dotted, PATHS[2]) is None
+    named = module_names(dotted, ("params", "a", "kernel"))
+    assert named is not None and named.templates == ("a.kernel",)
+    assert module_names(dotted, PATHS[2]) is None
 
 
-def test_stacks_and_parts():
+def test_each_index_fills_in_layers_and_experts():
     names = {"w": {"l.{layer}.e.{expert}.q": 4, "l.{layer}.e.{expert}.k": 2}}
-    naming = naming_of(names, ("w",))
-    assert naming.sizes == (4, 2) and naming.stacked == 2
-    found = dict(numbered(naming, (2, 3)))
+    named = module_names(names, ("w",))
+    assert named is not None
+    assert named.sizes == (4, 2) and named.stacked == 2
+    found = dict(each_index(("w",), named, (2, 3)))
     assert len(found) == 6
     assert found[1, 2] == ("l.1.e.2.q", "l.1.e.2.k")
 
@@ -69,7 +77,7 @@ def test_stacks_and_parts():
         (["head"], TypeError, "names is {pattern"),
     ],
 )
-def test_slips_of_a_map(names, error, match):
+def test_check_names_refuses(names, error, match):
     with pytest.raises(error, match=match):
         check_names(names, PATHS)
 
@@ -78,7 +86,7 @@ def test_slips_of_a_map(names, error, match):
     "name, error, match",
     [
         ("a.{}.{}", ValueError, r"more places {} than its pattern has stars: 1"),
-        ("a.{block}", ValueError, r"has a place {block}.*{layer} and {expert}"),
+        ("a.{block}", ValueError, r"has a place {block}.*{layer} or {expert}"),
         ("a.{", ValueError, "is no template"),
         (("a.{layer}", "b"), ValueError, "in some of its parts only"),
         ({"a": 0}, ValueError, "each part's outputs"),
@@ -89,9 +97,9 @@ def test_slips_of_a_map(names, error, match):
         ((1, 2), TypeError, "is no module name"),
     ],
 )
-def test_slips_of_a_name(name, error, match):
+def test_module_names_refuses(name, error, match):
     with pytest.raises(error, match=match):
-        naming_of({"*/kernel": name}, PATHS[2])
+        module_names({"*/kernel": name}, PATHS[2])
 
 
 def transformer(root, *leaves):
@@ -110,7 +118,7 @@ def transformer(root, *leaves):
     return tree
 
 
-def test_names_of_transformers():
+def test_transformers_names():
     tied = {"transformer/wte/embedding": ("transformer.wte", "lm_head")}
     gpt = transformer("transformer", "transformer/wte/embedding")
     rest = {"*/kernel": "{}", "*/embedding": "{}"}

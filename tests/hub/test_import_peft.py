@@ -1,4 +1,4 @@
-"""import_peft, against files written by hand as PEFT writes them."""
+"""import_peft, on files written here in the layout that PEFT writes."""
 
 import json
 
@@ -65,7 +65,7 @@ def peft_folder(folder, config=None, tensors=None, drop=()):
     return full
 
 
-def test_every_tensor_lands(tmp_path, close):
+def test_import_peft_uses_every_tensor(tmp_path, close):
     tensors = peft_folder(tmp_path)
     plain = base()
     params = lj.import_peft(tmp_path, plain, NAMES)
@@ -86,7 +86,7 @@ def test_every_tensor_lands(tmp_path, close):
     old = {id(leaf) for leaf in jax.tree.leaves(plain)}
     assert {id(leaf) for leaf in jax.tree.leaves(lj.strip(params))} == old
     assert params["blocks"]["q"]["lora_scale"].tolist() == [1.5, 3.0, 2.5]
-    # The padding of the smaller rank stays what it is: its gradients are zero.
+    # The padding of the smaller rank stays zero, because its gradients are zero.
     assert not params["blocks"]["q"]["lora_a"][1, :, 1].any()
     lj.export_peft(tmp_path / "out", params, NAMES)
     out = safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -95,7 +95,7 @@ def test_every_tensor_lands(tmp_path, close):
         np.testing.assert_array_equal(out[f"base_model.model.{name}"], x)
 
 
-def test_dtypes(tmp_path):
+def test_import_peft_dtypes(tmp_path):
     tensors = peft_folder(tmp_path)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
     params = lj.import_peft(tmp_path, half, NAMES)
@@ -104,37 +104,39 @@ def test_dtypes(tmp_path):
     np.testing.assert_array_equal(params["tokens"]["lora_a"], a)
     params = lj.import_peft(tmp_path, half, NAMES, dtype=jnp.bfloat16)
     assert params["tokens"]["lora_b"].dtype == jnp.bfloat16
-    # What is trained whole is never rounded to its leaf's dtype, nor to that of A.
+    # A trained copy is never rounded to its leaf's dtype, nor to that of A.
     assert params["head"]["lora_w"].dtype == jnp.float32
     want = tensors["score.weight"].T
     np.testing.assert_array_equal(params["head"]["lora_w"], want)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["dict", "boxes", "state", "shapes"])
-def test_a_trained_head_survives(tmp_path, randomized, close, form, dtype):
-    """With nothing said of it but also= in lorafy."""
+@pytest.mark.parametrize("container", ["dict", "boxes", "state", "shapes"])
+def test_import_peft_restores_a_trained_head(
+    tmp_path, randomized, close, container, dtype
+):
+    """Only also= in lorafy names it."""
     wrap = {
         "dict": lambda x: x,
         "boxes": lambda x: nn.Partitioned(x, ("a", "b", "c")[: x.ndim]),
         "state": nnx.Param,
         "shapes": lambda x: x,
-    }[form]
+    }[container]
     plain = jax.tree.map(lambda x: wrap(x.astype(dtype)), base())
-    plain = nnx.State(plain) if form == "state" else plain
+    plain = nnx.State(plain) if container == "state" else plain
     also = ["head", "blocks/o"]
     params = randomized(
         lj.lorafy(plain, 2, targets=["q", "tokens"], axes=AXES, also=also)
     )
     lj.export_peft(tmp_path, params, NAMES)
-    onto = jax.eval_shape(base) if form == "shapes" else plain
+    onto = jax.eval_shape(base) if container == "shapes" else plain
     back = lj.import_peft(tmp_path, onto, NAMES, axes=AXES)
     got, want = (jax.tree.leaves_with_path(lj.split(x)[0]) for x in (back, params))
     assert [path for path, _ in got] == [path for path, _ in want]
     for (_, x), (_, y) in zip(got, want, strict=True):
         assert x.dtype == y.dtype == jnp.float32
         np.testing.assert_array_equal(x, y)
-    if form == "shapes":
+    if container == "shapes":
         return
     assert jax.tree.structure(back) == jax.tree.structure(params)
     shared = zip(*map(jax.tree.leaves, (lj.strip(back), plain)), strict=True)
@@ -146,7 +148,7 @@ def test_a_trained_head_survives(tmp_path, randomized, close, form, dtype):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_sharded_head(tmp_path, randomized):
+def test_import_peft_of_a_sharded_head(tmp_path, randomized):
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     shard = lambda *spec: jax.NamedSharding(mesh, jax.P(*spec))
     draw = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
@@ -216,7 +218,7 @@ ones = lambda *shape: np.ones(shape, np.float32)
         ),
         (dict(tensors={"m.0.q.lora_B.bias": ones(6)}), "no part of a plain LoRA"),
         (dict(tensors={"raw:m.0.q.lora_A.weight": ones(2)}), "does not begin with"),
-        (dict(tensors={"other.weight": ones(2)}), "finds no leaf of base. Close"),
+        (dict(tensors={"other.weight": ones(2)}), "has no leaf in base. Close"),
         (dict(tensors={"score.weight": ones(4, 3)}), r"must be \(3, 4\)"),
         (dict(tensors={"m.tokens.base_layer.weight": ones(7, 4)}), "not the weight of"),
         (dict(tensors={"m.tokens.base_layer.weight": ones(8, 4)}), "not the weight of"),
@@ -224,13 +226,13 @@ ones = lambda *shape: np.ones(shape, np.float32)
         (dict(config={"use_dora": True}), "'.lora_magnitude_vector'] are needed"),
     ],
 )
-def test_what_does_not_fit(tmp_path, change, match):
+def test_import_peft_refuses_what_does_not_fit(tmp_path, change, match):
     peft_folder(tmp_path / "peft", **change)
     with pytest.raises(ValueError, match=match):
         lj.import_peft(tmp_path / "peft", base(), NAMES)
 
 
-def test_the_table_itself_may_be_there(tmp_path):
+def test_import_peft_takes_the_embedding_itself(tmp_path):
     table = np.asarray(base()["tokens"]["embedding"])
     peft_folder(tmp_path, tensors={"m.tokens.base_layer.weight": table})
     lj.import_peft(tmp_path, base(), NAMES)
@@ -240,8 +242,8 @@ def test_the_table_itself_may_be_there(tmp_path):
         lj.import_peft(tmp_path, shapes, NAMES)
 
 
-def test_tables_that_nobody_trained(tmp_path):
-    """PEFT saves all tables of a model whose vocabulary it takes to have grown."""
+def test_import_peft_drops_untrained_embeddings(tmp_path):
+    """PEFT saves all embeddings of a model if it takes its vocabulary to have grown."""
     table = np.asarray(base()["tokens"]["embedding"])
     drop = [f"m.tokens.lora_embedding_{n}" for n in "AB"]
     config = {"target_modules": ["q", "0.o"]}
@@ -249,12 +251,12 @@ def test_tables_that_nobody_trained(tmp_path):
     params = lj.import_peft(tmp_path, base(), NAMES)
     assert params["tokens"].keys() == {"embedding"}
     peft_folder(tmp_path, config, {"m.tokens.weight": table + 1}, drop)
-    with pytest.raises(ValueError, match="is of no module that the"):
+    with pytest.raises(ValueError, match="is of no module in the"):
         lj.import_peft(tmp_path, base(), NAMES)
 
 
-def test_entries_that_others_rule_out(tmp_path):
-    """PEFT's config may name heads that the model lacks, and what it excludes."""
+def test_import_peft_takes_entries_that_match_nothing(tmp_path):
+    """PEFT's config may name absent heads, and modules that it also excludes."""
     config = {
         "target_modules": ["q", "0.o", "1.o", "tokens"],
         "exclude_modules": ["1.o"],
@@ -265,25 +267,25 @@ def test_entries_that_others_rule_out(tmp_path):
     assert params["blocks"]["o"]["lora_scale"].shape == (LAYERS,)
 
 
-def test_a_stack_saved_in_part(tmp_path):
+def test_import_peft_refuses_a_part_of_a_stack(tmp_path):
     whole = {"m.0.o.weight": ones(4, 6), "m.0.o.bias": ones(4)}
     drop = [f"m.0.o.lora_{n}.weight" for n in "AB"]
     config = {"target_modules": ["q", "tokens"], "modules_to_save": ["score", "0.o"]}
     peft_folder(tmp_path, config, whole, drop)
-    with pytest.raises(ValueError, match=r"is a stack, of which it has 'm.0.o'"):
+    with pytest.raises(ValueError, match=r"is a stack\. The folder has 'm.0.o'"):
         lj.import_peft(tmp_path, base(), NAMES)
 
 
-def test_a_whole_leaf_that_cannot_train(tmp_path):
+def test_import_peft_refuses_a_copy_of_an_integer_leaf(tmp_path):
     peft_folder(tmp_path)
     plain = base()
     plain["head"]["bias"] = jnp.zeros(3, int)
-    match = "holds 'head/bias', which is int32 in base, and what trains is floating"
+    match = "holds 'head/bias', which is int32 in base, and only floating leaves"
     with pytest.raises(ValueError, match=match):
         lj.import_peft(tmp_path, plain, NAMES)
 
 
-def test_adapters_of_one_mapping_would_have_one_name(tmp_path):
+def test_import_peft_refuses_two_adapters_of_one_name(tmp_path):
     tensors = {f"m.k.lora_{n}.weight": ones(2, 2) for n in "AB"}
     config = {"target_modules": ["q", "0.o", "tokens", "k"]}
     peft_folder(tmp_path, config, tensors)
@@ -295,7 +297,7 @@ def test_adapters_of_one_mapping_would_have_one_name(tmp_path):
         lj.import_peft(tmp_path, plain, names)
 
 
-def test_a_folder_without_an_adapter(tmp_path):
+def test_import_peft_refuses_a_folder_without_an_adapter(tmp_path):
     tensors = peft_folder(tmp_path)
     drop = [name for name in tensors if ".lora_" in name]
     peft_folder(tmp_path, drop=drop)
@@ -303,18 +305,18 @@ def test_a_folder_without_an_adapter(tmp_path):
         lj.import_peft(tmp_path, base(), NAMES)
 
 
-def test_a_layer_that_the_folder_cannot_mean(tmp_path):
-    """PyTorch's own layout of a leaf that is saved whole must be known."""
+def test_import_peft_refuses_a_copy_of_unknown_layout(tmp_path):
+    """PyTorch's layout of a leaf that is trained in full must be known."""
     peft_folder(tmp_path)
     plain, names = base(), {**NAMES, "ConvTranspose_0": "score"}
     plain["ConvTranspose_0"] = plain.pop("head")
     del names["head"]
-    with pytest.raises(ValueError, match=r"turns the windows.*PEFT's modules_to_save"):
+    with pytest.raises(ValueError, match=r"flips the windows.*PEFT's modules_to_save"):
         lj.import_peft(tmp_path, plain, names)
 
 
-def test_a_head_that_the_function_uses(tmp_path):
-    """The import's copy is what lora computes with, and what trains further."""
+def test_import_peft_gives_the_function_a_trained_head(tmp_path):
+    """The imported copy is in the place of its leaf, and can be trained."""
     tensors = peft_folder(tmp_path)
     fn = lambda params, x: x @ params["head"]["kernel"] + params["head"]["bias"][None]
     params = lj.import_peft(tmp_path, base(), NAMES)
@@ -329,13 +331,13 @@ def test_a_head_that_the_function_uses(tmp_path):
     }
 
 
-def test_a_cast_out_of_range(tmp_path):
+def test_import_peft_refuses_a_cast_out_of_range(tmp_path):
     peft_folder(tmp_path, tensors={"m.0.q.lora_A.weight": 1e6 * ones(2, 4)})
     with pytest.raises(ValueError, match=r"'m.0.q' in float16.*not finite"):
         lj.import_peft(tmp_path, base(), NAMES, dtype=jnp.float16)
 
 
-def test_other_bad_input(tmp_path):
+def test_import_peft_refuses_bad_input(tmp_path):
     peft_folder(tmp_path)
     params = lj.import_peft(tmp_path, base(), NAMES)
     with pytest.raises(
@@ -361,8 +363,8 @@ def test_other_bad_input(tmp_path):
         lj.import_peft(tmp_path, base(), NAMES)
 
 
-def test_square_weights_of_transposed_layers(tmp_path):
-    """GPT-2: PyTorch stores (in, out), Flax may do either, and a square hides which."""
+def test_import_peft_of_square_transposed_weights_needs_axes(tmp_path):
+    """PyTorch's GPT-2 stores (in, out), and Flax either: a square does not show it."""
     plain, names = {"c": {"kernel": jnp.ones((4, 4))}}, {"c": "h.c"}
     axes = {"c/kernel": lj.Axes((), (1,), (0,))}
     params = lj.lorafy(plain, 2, axes=axes)
@@ -374,7 +376,7 @@ def test_square_weights_of_transposed_layers(tmp_path):
     np.testing.assert_array_equal(
         lj.merge(back)["c"]["kernel"], lj.merge(params)["c"]["kernel"]
     )
-    # Made without axes, the same update is on the other side's inputs, turned around.
+    # An adapter made without axes has lora_a on the outputs: it is transposed.
     turned = lj.lorafy(plain, 2)
     turned["c"]["lora_b"] += 1
     lj.export_peft(tmp_path, turned, names, axes=axes, fan_in_fan_out=True)

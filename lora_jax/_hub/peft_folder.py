@@ -1,35 +1,44 @@
-"""A folder in PEFT's format: written whole or not at all, and read whole."""
+"""A folder in PEFT's format: two files, written together or not at all."""
 
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lora_jax._hub.peft_config import read_config
 from lora_jax._tree import listed
 from lora_jax._write import check_finite, write
 
-CONFIG, TENSORS = FILES = "adapter_config.json", "adapter_model.safetensors"
-DTYPES = ("float32", "bfloat16", "float16")
+CONFIG_FILE, TENSORS_FILE = FILES = "adapter_config.json", "adapter_model.safetensors"
+TORCH_DTYPES = ("float32", "bfloat16", "float16")  # in which PyTorch keeps adapters
+
+
+class PeftFolder(NamedTuple):
+    """The contents of a folder."""
+
+    path: str
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
 
 
 def free_folder(folder: str | os.PathLike[str]) -> str:
-    """The full path of a folder that an export may write, or write again.
+    """Returns the full path of a folder that holds nothing, or an old export.
 
     Raises:
       ValueError: If it holds anything else, or is a file.
-      FileNotFoundError: If there is nothing to make it in.
+      FileNotFoundError: If its parent is missing.
     """
     path = os.path.realpath(folder)
     if not os.path.isdir(os.path.dirname(path)):
         raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
     if path == os.path.realpath(os.curdir):
-        raise ValueError(f"{path} is where you are. Give the name of a folder in it.")
+        raise ValueError(f"{path} is the current folder. Give the name of one in it.")
     if os.path.lexists(path):
         if not os.path.isdir(path):
             raise ValueError(f"{path} is a file. Give the name of a folder.")
@@ -43,13 +52,17 @@ def free_folder(folder: str | os.PathLike[str]) -> str:
 def write_folder(
     path: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes both files beside the folder's place, and moves them there at once."""
+    """Writes both files to a temporary folder, and renames it to `path`.
+
+    An old folder is renamed first, because no system replaces a folder that holds
+    files; it is renamed back if the new one cannot take its place.
+    """
     data = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSORS: safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}),
+        CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        TENSORS_FILE: safetensors.numpy.save(dict(tensors), metadata={"format": "pt"}),
     }
-    beside = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}")
-    new, old = f"{beside}.new", f"{beside}.old"
+    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}")
+    new, old = f"{temporary}.new", f"{temporary}.old"
     try:
         os.mkdir(new)
         for name, content in data.items():
@@ -68,20 +81,32 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_folder(folder: str | os.PathLike[str]) -> PeftFolder:
+    """Returns the contents of a folder, checked as `read_config` and `read_tensors` do.
+
+    Raises:
+      FileNotFoundError: If a file is missing.
+      ValueError: If a file is truncated, or holds no adapter that can be imported.
+    """
+    path = os.fspath(folder)
+    return PeftFolder(path, read_config(path), read_tensors(path))
+
+
 def read_tensors(folder: str) -> dict[str, np.ndarray]:
-    """The tensors in a folder, each floating and finite.
+    """Returns the tensors in a folder, each floating and finite.
 
     Raises:
       FileNotFoundError: If there are none.
       ValueError: If the file is truncated, or holds what no adapter does.
     """
-    path = os.path.join(folder, TENSORS)
+    path = os.path.join(folder, TENSORS_FILE)
     if not os.path.isfile(path):
         advice = "Pass the folder that PEFT's save_pretrained wrote."
         if os.path.isfile(os.path.join(folder, "adapter_model.bin")):
             advice = (
-                "Its adapter_model.bin is a pickle, in which code can hide: save it "
-                "again with PEFT, save_pretrained(..., safe_serialization=True)."
+                "Its adapter_model.bin is a pickle, which can run code when it is "
+                "read: save it again with PEFT, save_pretrained(..., "
+                "safe_serialization=True)."
             )
         raise FileNotFoundError(f"There is no file {path}. {advice}")
     try:
@@ -89,28 +114,29 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (safetensors.SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no whole safetensors file: {error}. It may be truncated."
+            f"{path} is no complete safetensors file: {error}. It may be truncated."
         ) from error
     for name, x in tensors.items():
-        if x.dtype.name not in DTYPES:
+        if x.dtype.name not in TORCH_DTYPES:
             raise ValueError(
-                f"{path}: tensor {name!r} is {x.dtype}; {', '.join(DTYPES)} are known."
+                f"{path}: tensor {name!r} is {x.dtype}. Only {', '.join(TORCH_DTYPES)} "
+                "can be imported."
             )
         check_finite(f"{path}: tensor {name!r}", x)
     return tensors
 
 
 def as_dtype(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
-    """A tensor as the file will hold it.
+    """Returns a tensor as the file will hold it, in this dtype or its own.
 
     Raises:
       ValueError: If PyTorch trains in no such dtype, or the values leave its range.
     """
-    with np.errstate(over="ignore"):  # the check below says it with the name
+    with np.errstate(over="ignore"):  # check_finite below reports it with the name
         x = np.ascontiguousarray(x, x.dtype if dtype is None else dtype)
-    if x.dtype.name not in DTYPES:
+    if x.dtype.name not in TORCH_DTYPES:
         raise ValueError(
-            f"{name!r} is {x.dtype}, in which no adapter is kept. Write "
+            f"{name!r} is {x.dtype}, in which PyTorch keeps no adapter. Write "
             "dtype=jnp.float32."
         )
     check_finite(f"{name!r} in {x.dtype}", x)

@@ -1,8 +1,8 @@
-"""Maps found, not written: models that others converted, out to PEFT and back.
+"""find_names on models from the converters of other libraries, to PEFT and back.
 
 Needs the extra `peers`: torch, peft and transformers. Each PyTorch model is random and
-saved as safetensors, loaded by somebody else's converter, adapted at random here, and
-compared with PEFT on torch.
+saved as safetensors, loaded by the other library, adapted at random here, and compared
+with PEFT on torch.
 """
 
 import copy
@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("third_party")
 IDS = np.array([[3, 7, 1, 2, 9], [4, 4, 8, 0, 5]])
 SIZES = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-# Flax makes masks of all positions: Mistral's own number of them squared is 17 GB.
+# Flax makes a mask of all positions: with Mistral's own number it has 17 GB.
 LLAMA = SIZES | dict(
     intermediate_size=24, num_key_value_heads=2, max_position_embeddings=16
 )
@@ -47,7 +47,7 @@ def saved(name, config, folder):
 
 
 def logits(module, folder=None):
-    """PyTorch's logits, with an adapter's folder loaded by PEFT or without."""
+    """PyTorch's logits, with an adapter that PEFT loads from a folder or without."""
     if folder is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -61,7 +61,7 @@ def logits(module, folder=None):
 
 @pytest.fixture
 def check(randomized):
-    """Find, export, compare with PEFT, import, compare with what went out."""
+    """Finds names, exports, compares with PEFT, imports, compares with the original."""
 
     def run(fn, params, module, source, folder, **given):
         export = {k: given.pop(k) for k in ("fan_in_fan_out",) if k in given}
@@ -92,9 +92,9 @@ FLAX = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.filterwarnings("ignore")  # from transformers
 @pytest.mark.parametrize("family", FLAX)
-def test_the_flax_models_of_transformers(family, tmp_path, check):
+def test_find_names_of_flax_models_of_transformers(family, tmp_path, check):
     name, sizes = FLAX[family]
     module = saved((name, sizes), family, tmp_path / "torch")
     flax = getattr(transformers, f"Flax{name}")
@@ -105,10 +105,10 @@ def test_the_flax_models_of_transformers(family, tmp_path, check):
     assert all("*" in pattern or "{" not in str(n) for pattern, n in names.items())
 
 
-# Tunix reads the safetensors of Hugging Face itself: with google-tunix 0.1.7.
+# Tunix reads Hugging Face's safetensors itself. Tested with google-tunix 0.1.7.
 
 OURS = dict(num_layers=2, embed_dim=16, hidden_dim=24, num_heads=4, num_kv_heads=2)
-# Its Llama 3 and Qwen 3 take this rotary base whatever the configuration says.
+# Its Llama 3 and Qwen 3 use this rotary base whatever the configuration has.
 OURS |= dict(vocab_size=30, head_dim=4, rope_theta=1_000_000, norm_eps=1e-6)
 THEIRS = QWEN | dict(rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False)
 MOE = dict(num_experts=4, num_experts_per_tok=2)
@@ -140,9 +140,9 @@ TUNIX = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # tunix's own
+@pytest.mark.filterwarnings("ignore")  # from tunix
 @pytest.mark.parametrize("family", TUNIX)
-def test_the_loaders_of_tunix(family, tmp_path, check):
+def test_find_names_of_models_of_tunix(family, tmp_path, check):
     package = f"tunix.models.{family.split()[0]}"
     models = pytest.importorskip(f"{package}.model")
     end = "params_safetensors" if family == "gemma3" else "params"
@@ -169,11 +169,11 @@ def test_the_loaders_of_tunix(family, tmp_path, check):
     assert len(names) < 12, names
 
 
-# Keras Hub converts folders of Hugging Face too: with keras-hub 0.32 on JAX.
+# Keras Hub converts folders of Hugging Face, too. Tested with keras-hub 0.32 on JAX.
 
 
 def keras_model(source, backbone, monkeypatch):
-    """A backbone of Keras Hub from a folder: its parameters, and its states of them."""
+    """The parameters of a backbone of Keras Hub, and its function of them."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     hub = pytest.importorskip("keras_hub")
     model = getattr(hub.models, backbone).from_preset(str(source))
@@ -189,8 +189,8 @@ def keras_model(source, backbone, monkeypatch):
     return unflatten_dict(dict(zip(order, values, strict=True))), states
 
 
-@pytest.mark.filterwarnings("ignore")  # Keras's own
-def test_the_converter_of_keras_hub(tmp_path, monkeypatch, check):
+@pytest.mark.filterwarnings("ignore")  # from Keras
+def test_find_names_of_a_model_of_keras_hub(tmp_path, monkeypatch, check):
     sizes = LLAMA | dict(rms_norm_eps=1e-6, tie_word_embeddings=True)
     source = tmp_path / "torch"
     module = saved(("Qwen2ForCausalLM", sizes), "Qwen2", source)
@@ -204,8 +204,8 @@ def test_the_converter_of_keras_hub(tmp_path, monkeypatch, check):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_parts_of_one_module_are_refused(tmp_path, monkeypatch):
-    """Keras Hub cuts GPT-2's fused query, key and value into three."""
+def test_find_names_refuses_parts_of_one_module(tmp_path, monkeypatch):
+    """Keras Hub splits GPT-2's fused query, key and value."""
     name, sizes = FLAX["GPT2"]
     source = tmp_path / "torch"
     saved((name, sizes), "GPT2", source)
@@ -218,9 +218,9 @@ def test_parts_of_one_module_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # transformers' own
-def test_a_real_model_in_stacked_layers(tmp_path):
-    """SmolLM2-135M from its GGUF: our converter beside transformers' own."""
+@pytest.mark.filterwarnings("ignore")  # from transformers
+def test_find_names_of_smollm2_in_stacked_layers(tmp_path):
+    """SmolLM2-135M from its GGUF, by the converter of the benchmarks."""
     smollm2.torch_model(None).save_pretrained(tmp_path, safe_serialization=True)
     loaded = smollm2.load()
     kernels = lj.find_names(loaded.params, tmp_path, targets="blocks")

@@ -1,16 +1,16 @@
-"""adapter_config.json: exact patterns out, strict reading in."""
+"""adapter_config.json: exact patterns when written, strict checks when read."""
 
 import json
 import math
 
 import pytest
 
-from lora_jax._peft.config import (
+from lora_jax._hub.peft_config import (
+    is_target,
     new_config,
     rank_and_scale,
     read_config,
-    targets,
-    unfilled,
+    unmatched_targets,
 )
 
 SMALLEST = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q"]}
@@ -22,7 +22,7 @@ def read(folder, config):
     return read_config(str(folder))
 
 
-def test_each_module_gets_its_own_rank_and_alpha():
+def test_new_config_gives_each_module_its_own_rank_and_alpha():
     ranks = {"q": 2, "a.q": 4, "b.a.q": 4, "axq": 4, "v": 4, "wide": 1}
     alphas = {"q": 1.0, "a.q": 3.0, "b.a.q": 0.1, "axq": 3.0, "v": 3.0, "wide": 3.0}
     config = new_config(ranks, alphas, [])
@@ -33,7 +33,7 @@ def test_each_module_gets_its_own_rank_and_alpha():
         assert rank_and_scale(config, name) == (ranks[name], alphas[name] / ranks[name])
 
 
-def test_parameters_are_no_modules():
+def test_new_config_lists_parameters_apart():
     ranks = {"q": 2, "k": 2, "mlp.up": 4}
     config = new_config(ranks, ranks, ["mlp.up"])
     assert config["target_modules"] == ["k", "q"]
@@ -42,7 +42,7 @@ def test_parameters_are_no_modules():
     assert "target_parameters" not in new_config({"q": 2}, {"q": 2}, [])
 
 
-def test_rslora_and_patterns():
+def test_rank_and_scale_with_rslora_and_patterns():
     config = SMALLEST | {
         "use_rslora": True,
         "rank_pattern": {"layers.1.q": 4, r"layers\.\d\.v": 2},
@@ -70,15 +70,15 @@ def test_rslora_and_patterns():
         ),
     ],
 )
-def test_what_it_targets(more, chosen, not_chosen):
+def test_is_target(more, chosen, not_chosen):
     config = SMALLEST | more
-    assert [n for n in chosen + not_chosen if targets(config, n)] == chosen
+    assert [n for n in chosen + not_chosen if is_target(config, n)] == chosen
 
 
-def test_unfilled_entries():
+def test_unmatched_targets():
     config = SMALLEST | {"target_modules": ["q", "k"], "modules_to_save": ["s"]}
-    assert unfilled(config, ["a.q", "b.s"]) == ["target_modules 'k'"]
-    assert unfilled(SMALLEST | {"target_modules": "x.*"}, ["q"]) == [
+    assert unmatched_targets(config, ["a.q", "b.s"]) == ["target_modules 'k'"]
+    assert unmatched_targets(SMALLEST | {"target_modules": "x.*"}, ["q"]) == [
         "target_modules 'x.*'"
     ]
 
@@ -93,7 +93,7 @@ def test_unfilled_entries():
         {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
     ],
 )
-def test_a_plain_lora_is_read(tmp_path, more):
+def test_read_config_of_a_plain_lora(tmp_path, more):
     assert read(tmp_path, SMALLEST | more) == SMALLEST | more
 
 
@@ -124,12 +124,12 @@ def test_a_plain_lora_is_read(tmp_path, more):
         ({"init_lora_weights": "olora"}, "'olora', which also changes the base"),
     ],
 )
-def test_what_it_refuses(tmp_path, change, match):
+def test_read_config_refuses(tmp_path, change, match):
     with pytest.raises(ValueError, match=match):
         read(tmp_path, SMALLEST | change)
 
 
-def test_broken_files(tmp_path):
+def test_read_config_refuses_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config"):
         read_config(str(tmp_path))
     with pytest.raises(ValueError, match="is no JSON"):

@@ -1,4 +1,4 @@
-"""The folder: whole or not at all, and nobody else's files."""
+"""A folder is written completely or not at all, and never over other files."""
 
 import os
 import pathlib
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora_jax._peft import folder
-from lora_jax._peft.folder import as_dtype, free_folder, read_tensors, write_folder
+from lora_jax._hub import peft_folder
+from lora_jax._hub.peft_folder import as_dtype, free_folder, read_tensors, write_folder
 
 TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.ones(2, ml_dtypes.bfloat16)}
 
@@ -18,7 +18,7 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in pathlib.Path(folder).iterdir()}
 
 
-def test_it_is_written_and_written_again(tmp_path):
+def test_write_folder_twice(tmp_path):
     path = free_folder(tmp_path / "out")
     write_folder(path, {"r": 1}, TENSORS)
     assert (tmp_path / "out/adapter_config.json").read_text() == '{\n  "r": 1\n}\n'
@@ -33,15 +33,15 @@ def test_it_is_written_and_written_again(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_through_a_link(tmp_path):
+def test_write_folder_through_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_folder(free_folder(tmp_path / "link"), {}, TENSORS)
     assert (tmp_path / "link").is_symlink()
-    assert sorted(contents(tmp_path / "real")) == sorted(folder.FILES)
+    assert sorted(contents(tmp_path / "real")) == sorted(peft_folder.FILES)
 
 
-def test_other_files_stay(tmp_path):
+def test_free_folder_refuses_other_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
@@ -56,11 +56,11 @@ def test_other_files_stay(tmp_path):
 
 @pytest.mark.parametrize("call", ["write", "rename"])
 @pytest.mark.parametrize("old", [False, True])
-def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, call, old):
+def test_write_folder_that_fails_leaves_the_old_one(tmp_path, monkeypatch, call, old):
     path = free_folder(tmp_path / "out")
     if old:
         write_folder(path, {"r": 1}, TENSORS)
-        before = contents(path)
+    before = contents(path) if old else {}
     calls = []
 
     def fail(real):
@@ -73,9 +73,9 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, call, old):
         return once
 
     if call == "write":
-        monkeypatch.setattr(folder, "write", fail(folder.write))
+        monkeypatch.setattr(peft_folder, "write", fail(peft_folder.write))
     else:
-        monkeypatch.setattr(folder.os, "rename", fail(os.rename))
+        monkeypatch.setattr(peft_folder.os, "rename", fail(os.rename))
     with pytest.raises(OSError, match="no space left"):
         write_folder(path, {"r": 2}, TENSORS)
     assert os.listdir(tmp_path) == (["out"] if old else [])
@@ -83,7 +83,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, call, old):
         assert contents(path) == before
 
 
-def test_reading_is_strict(tmp_path):
+def test_read_tensors_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         read_tensors(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
@@ -102,7 +102,7 @@ def test_reading_is_strict(tmp_path):
         read_tensors(tmp_path)
 
 
-def test_dtypes():
+def test_as_dtype():
     x = np.arange(6, dtype=np.float32).reshape(2, 3).T
     assert as_dtype("x", x, None).flags.c_contiguous
     assert as_dtype("x", x, "bfloat16").dtype.name == "bfloat16"

@@ -1,0 +1,28 @@
+"""Adapters to and from Hugging Face: PEFT's format, and the names of PyTorch's modules.
+
+`export_peft` writes a tree with adapters as a folder that PEFT and vLLM load, and
+`import_peft` reads such a folder into a plain tree. Both take a map, which names the
+PyTorch modules that each weight of the tree is; `transformers_names` and `find_names`
+make it. The files work on trees, names and NumPy arrays, and not on jaxprs.
+
+In reading order:
+
+  names.py            the map: patterns of paths to names, `transformers_names`
+  module_kinds.py     the kinds of PyTorch modules: how each stores weight and adapter
+  modules.py          the modules that one leaf is, its values as their tensors
+  module_adapters.py  the adapter of a weight as those of its modules, and back
+  module_plan.py      the modules of all trained leaves, before an array is read
+  tensor_keys.py      the keys of tensors in a PEFT file
+  peft_config.py      PEFT's adapter_config.json
+  peft_folder.py      PEFT's folder, written completely or not at all
+  export_checks.py    the checks that PEFT, or vLLM, loads an export as it was meant
+  export_peft.py      `export_peft`
+  sort_tensors.py     the tensors of a folder, sorted to the leaves of a tree
+  import_peft.py      `import_peft`
+  checkpoint.py       a PyTorch checkpoint, read tensor by tensor
+  match_tensors.py    the tensors that a weight is, compared in every value
+  closest_tensor.py   the tensor closest to an unmatched weight, for error messages
+  equal_tensors.py    the choice between tensors of equal values, by their names
+  name_patterns.py    the map in few lines, with stars for numbers
+  find_names.py       `find_names`
+"""

@@ -1,0 +1,273 @@
+"""`find_names`: the map of names, found in the values of a checkpoint."""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lora_jax._adapters import Adapters, Axes, find_adapters, is_adapter, of_rank
+from lora_jax._hub.checkpoint import open_checkpoint
+from lora_jax._hub.closest_tensor import describe_closest
+from lora_jax._hub.equal_tensors import WeightPart, choose_modules
+from lora_jax._hub.match_tensors import (
+    TensorIndex,
+    TensorMatch,
+    match_tensors,
+    values_of_leaf,
+)
+from lora_jax._hub.module_kinds import CONV1D_NAMES
+from lora_jax._hub.name_patterns import stack_template, with_stars
+from lora_jax._hub.names import Name, escape_braces
+from lora_jax._processes import agreed, outline
+from lora_jax._targets import Selector, choose, is_adaptable
+from lora_jax._tree import (
+    Path,
+    PyTree,
+    flatten,
+    is_abstract,
+    is_traced,
+    leaf_name,
+    listed,
+    path_name,
+    unbox,
+)
+
+EMBEDDINGS = ("emb", "wte", "wpe")  # in the names of PyTorch's embedding modules
+SHOWN = 3  # unmatched weights that a message describes
+
+
+def find_names(
+    params: PyTree,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    targets: Selector | None = None,
+    exclude: Selector = (),
+) -> dict[str, Name]:
+    """Finds which PyTorch module each weight is, in the checkpoint they came from.
+
+    Values decide: some order of the dimensions of a tensor, or of several, is the
+    weight, in every value, up to the rounding of its dtype. This finds transposed and
+    reshaped kernels, with heads apart or together, stacks of layers and of experts,
+    weights fused along their outputs, embeddings, tied heads and convolutions; also if
+    the weights are in another dtype than the checkpoint, quantized, or on several
+    devices. Nothing is returned without this comparison.
+
+    Args:
+      params: The parameters, plain or from `lorafy`: of concrete arrays, not trained
+        since. With adapters, their inputs and outputs must be PyTorch's.
+      checkpoint: A `.safetensors` file, a folder of them, with their index if it has
+        one, or `{name: array}`. It is read a tensor at a time.
+      targets: Which weights, as in `lorafy`. Default: those with adapters or trained
+        copies; if there are none, all of two or more dimensions.
+      exclude: Which of them not.
+
+    Returns:
+      The map that `export_peft` and `import_peft` take, a plain dict: with patterns for
+      layers that repeat, `{layer}` for a stack, several names for a fused weight. An
+      embedding under another name than `embedding` also needs `kinds=` there.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint, or one of its files is missing.
+      ValueError: If a weight is abstract, or no tensor: the message names the closest
+        one and how it differs, such as the same rows in another order, or the tensor
+        plus one; if tensors are equal and their names do not decide which one it is; if
+        the input in PyTorch is the output of the adapter here; if a file is truncated;
+        or if another process has other weights or tensors.
+      RuntimeError: If the search failed in another process, whose error it quotes.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax as lj, numpy as np
+      >>> draw = np.random.default_rng(0).standard_normal
+      >>> torch = {f"layers.{i}.q_proj.weight": draw((3, 4)) for i in range(2)}
+      >>> kernel = lambda i: jnp.asarray(torch[f"layers.{i}.q_proj.weight"].T)
+      >>> params = {f"block_{i}": {"query": {"kernel": kernel(i)}} for i in range(2)}
+      >>> lj.find_names(params, torch)
+      {'block_*/query/kernel': 'layers.{}.q_proj'}
+    """
+    with agreed("find_names") as same:
+        leaves = flatten(params)
+        adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
+        chosen = _chosen_weights(leaves, adapters, targets, exclude)
+        _check_values(chosen, leaves)
+        tensors = open_checkpoint(checkpoint)
+        same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
+        same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
+    found: dict[Path, list[TensorMatch]] = {}
+    lost: dict[Path, str] = {}
+    with _progress(len(chosen)) as tick:
+        index = TensorIndex(tensors)
+        for path in chosen:
+            weight = values_of_leaf(unbox(leaves[path]))
+            if matches := match_tensors(weight, index):
+                found[path] = matches
+            else:
+                close = len(lost) < SHOWN
+                lost[path] = describe_closest(weight, tensors) if close else ""
+            tick()
+    if lost:
+        raise ValueError(_lost_message(lost, len(chosen)))
+    own = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
+    picked = {path: _pick(path, each, own.get(path)) for path, each in found.items()}
+    return with_stars(_names_of_matches(picked))
+
+
+def _chosen_weights(
+    leaves: dict[Path, Any],
+    adapters: Adapters,
+    targets: Selector | None,
+    exclude: Selector,
+) -> list[Path]:
+    if targets is None and adapters:
+        weights = [path for path in leaves if path in adapters]
+    else:
+        weights = [path for path, leaf in leaves.items() if is_adaptable(path, leaf)]
+    return [*choose(leaves, weights, 1, targets or "*", exclude, "rank")]
+
+
+def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
+    for path in chosen:
+        w, name = unbox(leaves[path]), path_name(path)
+        if is_abstract(w) or is_traced(w):
+            raise ValueError(
+                f"{name!r} has no values to compare: it is a {type(w).__name__}. Pass "
+                "concrete parameters, outside jit; or see transformers_names, which "
+                "goes by paths alone."
+            )
+        if not math.prod(w.shape):
+            raise ValueError(
+                f"{name!r} is empty, of shape {w.shape}, so that no tensor can be "
+                f"found for it. Write exclude=[{name!r}]."
+            )
+
+
+def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> TensorMatch:
+    """Returns the match with the adapter's axes; without one, the largest stack."""
+    # Two matrices in one weight can be a stack of two layers, or two parts of a fused
+    # weight. Names that count from 0 show a stack.
+    if own is None:
+        order = sorted(matches, key=lambda match: -len(match.cut.batch))
+        return next((match for match in order if _is_counted(match)), order[-1])
+    for match in matches:
+        wide = lambda dims, match=match: {d for d in dims if match.shape[d] > 1}
+        batch, inputs, outputs = map(wide, own)
+        stack, rows, columns = map(wide, match.cut)
+        if stack == batch and (rows, columns) == (outputs, inputs):
+            return match
+        if stack == batch and (rows, columns) == (inputs, outputs):
+            if _has_input_rows(path, match):
+                return match
+    first = matches[0]
+    raise ValueError(
+        f"{path_name(path)!r}, of shape {first.shape}, has an adapter with the inputs "
+        f"{own.inputs}, the outputs {own.outputs} and the stacked dimensions "
+        f"{own.batch}; as {_modules(first)[0]!r} its inputs are {first.cut.columns}, "
+        f"its outputs {first.cut.rows} and its stacked dimensions {first.cut.batch}. "
+        "Write lorafy(..., axes=find_axes(fn, params, *args))."
+    )
+
+
+def _is_counted(match: TensorMatch) -> bool:
+    """Whether the names of a stack's modules count it, or are not decided yet."""
+    parts = [*match.parts.values()]
+    if not match.cut.batch or any(len(equals) > 1 for own in parts for equals in own):
+        return True
+    if len({len(own) for own in parts}) > 1:
+        return False
+    counts = [match.shape[d] for d in match.cut.batch]
+    columns = zip(*([equals[0].module for equals in own] for own in parts), strict=True)
+    return all(
+        stack_template(dict(zip(match.parts, names, strict=True)), counts)
+        for names in columns
+    )
+
+
+def _has_input_rows(path: Path, match: TensorMatch) -> bool:
+    """Whether the rows in PyTorch are inputs: for embeddings and GPT-2's layers."""
+    last = [name.split(".")[-1].lower() for name in _modules(match)]
+    named = any(word in name for name in last for word in EMBEDDINGS)
+    is_embedding = leaf_name(path) == "embedding" or named
+    return is_embedding or any(name in CONV1D_NAMES for name in last)
+
+
+def _modules(match: TensorMatch) -> list[str]:
+    return [t.module for own in match.parts.values() for equals in own for t in equals]
+
+
+def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
+    """Returns the name of each weight in the map, after the choice of equal tensors."""
+    chosen = choose_modules(
+        {
+            WeightPart(path, at, i): equals
+            for path, match in matches.items()
+            for at, own in match.parts.items()
+            for i, equals in enumerate(own)
+        }
+    )
+    return {path: _name(path, match, chosen) for path, match in matches.items()}
+
+
+def _name(
+    path: Path, match: TensorMatch, chosen: Mapping[WeightPart, tuple[str, ...]]
+) -> Name:
+    counts = [match.shape[d] for d in match.cut.batch]
+    names = {  # at each index of the stack: a tied embedding has two for its one part
+        at: [name for i in range(len(own)) for name in chosen[WeightPart(path, at, i)]]
+        for at, own in match.parts.items()
+    }
+    sizes = {tuple(part[0].shape[0] for part in own) for own in match.parts.values()}
+    templates: list[str] = []
+    for column in zip(*names.values(), strict=False):
+        own = dict(zip(names, column, strict=True))
+        template = stack_template(own, counts) if counts else escape_braces(column[0])
+        if template is None or len(sizes) > 1:
+            raise ValueError(
+                f"{path_name(path)!r} is a stack, and the names of its modules do not "
+                f"count it from 0: {listed(column)}. Write the map by hand, a function "
+                "of the path, or keep these layers apart."
+            )
+        templates.append(template)
+    (widths,) = sizes
+    if len(templates) == 1:
+        return templates[0]
+    if len({*widths}) > 1:
+        return dict(zip(templates, widths, strict=True))
+    return tuple(templates)
+
+
+def _lost_message(lost: Mapping[Path, str], count: int) -> str:
+    found = count - len(lost)
+    each = "; ".join(f"{path_name(p)!r}: {why}" for p, why in lost.items() if why)
+    more = f"; and {listed([*lost][SHOWN:])}" if len(lost) > SHOWN else ""
+    if not found:
+        share = "none of the weights is a tensor of the checkpoint"
+        advice = "Is it the checkpoint of another model?"
+    else:
+        share = f"{len(lost)} of {count} weights are no tensors of the checkpoint, and "
+        share += f"{found} are"
+        advice = (
+            "Pass the parameters as they came from it, or leave these out: "
+            f"exclude=[{path_name(next(iter(lost)))!r}]."
+        )
+    return f"No map is found: {share}. {each}{more}. {advice}"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """Yields a function that counts a weight as done: in a bar on a terminal."""
+    done, shown = 0, sys.stderr.isatty()
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if shown:
+            bar = "#" * (30 * done // total)
+            sys.stderr.write(f"\rfind_names |{bar:30}| {done}/{total} weights")
+            sys.stderr.flush()
+
+    try:
+        yield tick
+    finally:
+        if shown and done:
+            sys.stderr.write("\n")
