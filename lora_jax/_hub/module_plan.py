@@ -4,7 +4,7 @@ It is made from names and shapes alone, before any array is read.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
@@ -107,7 +107,7 @@ def axes_by_path(
 def check_inputs(
     plan: ModulePlan,
     leaves: Mapping[Path, Any],
-    known: Iterable[Path],
+    known: Container[Path],
     fan_in_fan_out: bool,
 ) -> None:
     """Checks that the inputs of kernels like GPT-2's are known.
@@ -121,7 +121,6 @@ def check_inputs(
       known: Weights whose axes come from the function, not from their names.
       fan_in_fan_out: Whether PyTorch stores (inputs, outputs).
     """
-    known = {*known}
     for path, weight in plan.adapted.items():
         if path in known or leaf_name(path) == "embedding":
             continue
