@@ -21,7 +21,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._arithmetic import check_base, check_values, layout_of
 from lora_jax._engine.factors import wider
-from lora_jax._lorafy import beside, norms, trained_copy
+from lora_jax._leaves import adapter_leaves, input_norms, trained_copy
 from lora_jax._tree import (
     Path,
     flatten,
@@ -102,7 +102,7 @@ def stack(trees: Sequence[Any]) -> Any:
                 arrays_of(own, tree) if isinstance(own, LowRank) else None
                 for tree, own in zip(leaves, each, strict=True)
             ]
-            new |= beside(path, leaf, _padded(path, w, arrays), stacked=True)
+            new |= adapter_leaves(path, leaf, _padded(path, w, arrays), stacked=True)
     return unflatten(trees[0], base | new)
 
 
@@ -161,9 +161,9 @@ def take(stacked: Any, ids: Any) -> Any:
         taken = dataclasses.replace(taken, scale=where(taken.scale, jnp.zeros(())))
         if there is not None and own.magnitude is not None:
             shape = unbox(leaves[own.magnitude]).shape[1:]
-            norm = jnp.reshape(norms(w, own.axes.inputs), shape)
+            norm = jnp.reshape(input_norms(w, own.axes.inputs), shape)
             taken = dataclasses.replace(taken, magnitude=where(taken.magnitude, norm))
-        new |= beside(path, leaf, taken, stacked=several is not None)
+        new |= adapter_leaves(path, leaf, taken, stacked=several is not None)
     return unflatten(stacked, leaves | new)
 
 
@@ -223,7 +223,7 @@ def _padded(
     first, r = given[0], max(own.a.shape[-1] for own in given)
     nothing = first.map(jnp.zeros_like)
     if first.magnitude is not None and len(given) < len(each):
-        norm = jnp.reshape(norms(w, axes.inputs), first.magnitude.shape)
+        norm = jnp.reshape(input_norms(w, axes.inputs), first.magnitude.shape)
         nothing = dataclasses.replace(nothing, magnitude=norm)
 
     def pad(x: jax.Array, axis: int) -> jax.Array:

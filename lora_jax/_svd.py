@@ -21,13 +21,16 @@ from lora_jax._arithmetic import check_values
 from lora_jax._engine.dora import weight
 from lora_jax._engine.factors import align, delta, materialize, wider
 from lora_jax._engine.quantized import dequantize
-from lora_jax._lorafy import beside, gaussian, lorafy, path_key, place, trained_copy
-from lora_jax._targets import (
-    Patterns,
-    Selector,
-    by_pattern,
-    check_rank,
+from lora_jax._leaves import (
+    adapter_leaves,
+    gaussian,
+    path_key,
+    put_like,
+    trained_copy,
 )
+from lora_jax._lorafy import lorafy
+from lora_jax._patterns import Patterns, Selector, by_pattern
+from lora_jax._targets import check_rank
 from lora_jax._tree import (
     Path,
     as_tree,
@@ -116,7 +119,7 @@ def resize(
             thin = _padded(w.shape, own, r, path_key(key, path))
         else:
             continue
-        new |= beside(path, leaves[path], _like(own, thin))
+        new |= adapter_leaves(path, leaves[path], _like(own, thin))
     return unflatten(params, leaves | new)
 
 
@@ -201,7 +204,7 @@ def extract(
             raise ValueError(f"The change of {path_name(path)!r} is not finite.")
         thin = _nearest(_matrices(change, own.axes), _thin(w.shape, own))
         values = dataclasses.replace(_like(own, thin), scale=jnp.ones_like(own.scale))
-        new |= beside(path, start[path], values)
+        new |= adapter_leaves(path, start[path], values)
     return unflatten(base, start | new)
 
 
@@ -323,9 +326,9 @@ def principal(params: Any) -> Any:
         each = jnp.sqrt(jnp.reshape(old.scale, (-1, 1, 1)).astype(thin.a.dtype))
         values = _like(old, Thin(thin.a / each, thin.b / each))
         rest = wide - delta(align(w, *values)).astype(wide.dtype)
-        rest = place(rest.astype(w.dtype), tuple(range(w.ndim)), w)
+        rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= beside(path, leaves[path], values)
+        new |= adapter_leaves(path, leaves[path], values)
     return unflatten(params, leaves | new)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._tree import Path, path_name, unbox
 
 try:
@@ -39,7 +39,7 @@ def check_savable(path: Path, leaf: Any) -> None:
 
 def in_memory(leaves: dict[Path, Any], parts: Iterable[Path]) -> dict[Path, np.ndarray]:
     """The values of leaves, wherever they are: all processes ask for the same."""
-    return {path: _own(whole(unbox(leaves[path]))) for path in parts}
+    return {path: _own(gathered(unbox(leaves[path]))) for path in parts}
 
 
 def _own(x: Any) -> np.ndarray:

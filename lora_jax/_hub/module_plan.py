@@ -8,10 +8,11 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
+from lora_jax._flax_names import check_axes, is_adaptable, own_names
 from lora_jax._hub.module_kinds import EXPERTS, KINDS, VECTOR, Linear
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
 from lora_jax._hub.names import ModuleNames
-from lora_jax._targets import check_axes, is_adaptable, match_each, matches, own_names
+from lora_jax._patterns import match_each, matches
 from lora_jax._tree import Path, is_array, leaf_name, path_name, sibling, unbox
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
+from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.module_kinds import KINDS
 from lora_jax._hub.module_plan import ModulePlan
 from lora_jax._hub.modules import leaf_to_torch
@@ -31,9 +32,8 @@ from lora_jax._hub.tensor_keys import (
     parameter_stems,
     tensor_name,
 )
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._sample import differ, sample
-from lora_jax._targets import is_adaptable
 from lora_jax._tree import (
     Path,
     is_abstract,
@@ -243,7 +243,7 @@ def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> b
     """
     if is_abstract(w):
         return to_torch(np.broadcast_to(np.int8(0), w.shape)).shape == x.shape
-    own = to_torch(np.asarray(whole(dequantize(w))))
+    own = to_torch(np.asarray(gathered(dequantize(w))))
     if own.shape != x.shape:
         return False
     if is_quantized(w):
