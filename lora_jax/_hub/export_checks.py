@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, is_adapter
+from lora_jax._flax_names import is_floating
 from lora_jax._hub.module_kinds import EXPERTS
 from lora_jax._hub.module_plan import ModulePlan
 from lora_jax._hub.modules import MappedLeaf
@@ -18,7 +19,6 @@ from lora_jax._hub.names import Names, module_names, similar_names
 from lora_jax._hub.peft_config import is_saved_by
 from lora_jax._hub.peft_folder import TORCH_DTYPES
 from lora_jax._hub.tensor_keys import parameter_stems, tensor_name
-from lora_jax._targets import is_floating
 from lora_jax._tree import Path, components, is_array, listed, path_name, unbox
 
 # https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py

@@ -131,10 +131,9 @@ def export_peft(
         adapters = find_adapters(leaves)
         plan = _export_plan(leaves, adapters, names, axes, kinds)
         check_loads(plan, leaves, names, modules, task_type)
-        known = [p for p, own in of_rank(adapters).items() if own.aligned]
-        check_inputs(
-            plan, leaves, [*axes_by_path(axes, leaves), *known], fan_in_fan_out
-        )
+        known = {p for p, own in of_rank(adapters).items() if own.aligned}
+        known |= axes_by_path(axes, leaves).keys()
+        check_inputs(plan, leaves, known, fan_in_fan_out)
         if portable:
             check_portable(plan, leaves, dtype)
         parts = [part for own in adapters.values() for part in own]

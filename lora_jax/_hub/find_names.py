@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_jax._adapters import Adapters, Axes, find_adapters, is_adapter, of_rank
+from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.checkpoint import open_checkpoint
 from lora_jax._hub.closest_tensor import describe_closest
 from lora_jax._hub.equal_tensors import WeightPart, choose_modules
@@ -20,8 +21,9 @@ from lora_jax._hub.match_tensors import (
 from lora_jax._hub.module_kinds import CONV1D_NAMES
 from lora_jax._hub.name_patterns import stack_template, with_stars
 from lora_jax._hub.names import Name, escape_braces
+from lora_jax._patterns import Selector
 from lora_jax._processes import agreed, outline
-from lora_jax._targets import Selector, choose, is_adaptable
+from lora_jax._targets import choose
 from lora_jax._tree import (
     Path,
     PyTree,

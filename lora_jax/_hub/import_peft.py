@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.dtypes import wider
+from lora_jax._flax_names import is_floating
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
 from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
@@ -24,9 +25,8 @@ from lora_jax._hub.sort_tensors import (
     sort_tensors,
 )
 from lora_jax._hub.tensor_keys import MAGNITUDE_SUFFIX, tensor_name
-from lora_jax._lorafy import beside, trained_copy
+from lora_jax._leaves import adapter_leaves, trained_copy
 from lora_jax._processes import agreed, outline
-from lora_jax._targets import is_floating
 from lora_jax._tree import Path, PyTree, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite
 
@@ -108,7 +108,9 @@ def import_peft(
     check_complete(source, index, tensors)
     new = {copy_of(p).w: trained_copy(leaves[p], x) for p, x in copies.items()}
     for path, modules in adapters.items():
-        new |= beside(path, leaves[path], join_adapters(plan.adapted[path], modules))
+        new |= adapter_leaves(
+            path, leaves[path], join_adapters(plan.adapted[path], modules)
+        )
     return attached(base, leaves, new)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_jax._engine.quantized import dequantize
 from lora_jax._hub.checkpoint import CheckpointTensor
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._tree import is_quantized
 
 CHUNK = 1 << 24  # elements that are compared at a time
@@ -80,7 +80,7 @@ class TensorIndex:
 def values_of_leaf(leaf: Any) -> WeightValues:
     """Returns the values of an array, in this process, to compare in its own dtype."""
     quantized = is_quantized(leaf)
-    x = np.asarray(whole(dequantize(leaf) if quantized else leaf))
+    x = np.asarray(gathered(dequantize(leaf) if quantized else leaf))
     return WeightValues(x, x.dtype, quantized)
 
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax._adapters import Axes, LowRank, Shape
+from lora_jax._adapters import ABSENT, RANK, Axes, LowRank, Shape, factor_dims
 from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
 from lora_jax._hub.modules import MappedLeaf
-from lora_jax._lorafy import ABSENT, RANK, factor_dims
 from lora_jax._tree import Path, path_name
 
 

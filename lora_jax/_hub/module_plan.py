@@ -4,14 +4,15 @@ It is made from names and shapes alone, before any array is read.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
+from lora_jax._flax_names import check_axes, is_adaptable, own_names
 from lora_jax._hub.module_kinds import EXPERTS, KINDS, VECTOR, Linear
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
 from lora_jax._hub.names import ModuleNames
-from lora_jax._targets import check_axes, is_adaptable, match_each, matches, own_names
+from lora_jax._patterns import match_each, matches
 from lora_jax._tree import Path, is_array, leaf_name, path_name, sibling, unbox
 
 
@@ -107,7 +108,7 @@ def axes_by_path(
 def check_inputs(
     plan: ModulePlan,
     leaves: Mapping[Path, Any],
-    known: Iterable[Path],
+    known: Container[Path],
     fan_in_fan_out: bool,
 ) -> None:
     """Checks that the inputs of kernels like GPT-2's are known.
@@ -121,7 +122,6 @@ def check_inputs(
       known: Weights whose axes come from the function, not from their names.
       fan_in_fan_out: Whether PyTorch stores (inputs, outputs).
     """
-    known = {*known}
     for path, weight in plan.adapted.items():
         if path in known or leaf_name(path) == "embedding":
             continue

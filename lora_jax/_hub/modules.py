@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._adapters import Axes, Shape
+from lora_jax._flax_names import axes_of, is_adaptable
 from lora_jax._hub.module_kinds import (
     CONV1D_NAMES,
     EXPERTS,
@@ -20,7 +21,6 @@ from lora_jax._hub.module_kinds import (
     Linear,
 )
 from lora_jax._hub.names import ModuleNames, each_index
-from lora_jax._targets import axes_of, is_adaptable
 from lora_jax._tree import Path, is_array, path_name, unbox
 
 

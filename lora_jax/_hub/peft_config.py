@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # Fields that do not change the result of a trained adapter.
@@ -22,6 +22,27 @@ UNDERSTOOD = {
     *"peft_type r lora_alpha use_rslora rank_pattern alpha_pattern use_dora".split(),
     *"target_modules target_parameters exclude_modules modules_to_save bias".split(),
     *"layers_to_transform layers_pattern init_lora_weights".split(),
+}
+# The types of fields: a test of the value, and its description.
+_whole = lambda n: type(n) is int and 0 < n < 2**31
+_real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32
+_values = lambda fits: lambda x: isinstance(x, dict) and all(map(fits, x.values()))
+_list = lambda kind: lambda x: isinstance(x, list) and all(type(n) is kind for n in x)
+_names = lambda x: isinstance(x, str) or _list(str)(x)
+FIELDS = {
+    "r": (_whole, "a whole number above 0"),
+    "lora_alpha": (_real, "a number"),
+    "rank_pattern": (_values(_whole), "{module: rank}"),
+    "alpha_pattern": (_values(_real), "{module: alpha}"),
+    "target_modules": (_names, "a list of modules, or a regular expression"),
+    "exclude_modules": (_names, "a list of modules, or a regular expression"),
+    "target_parameters": (_list(str), "a list of parameters"),
+    "modules_to_save": (_list(str), "a list of modules"),
+    "layers_pattern": (_names, "a list of names"),
+    "layers_to_transform": (
+        lambda x: type(x) is int or _list(int)(x),
+        "a list of numbers",
+    ),
 }
 # Ways to initialize an adapter that leave the base weights as they are.
 INITIALIZERS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -80,86 +101,57 @@ def read_config(folder: str) -> dict[str, Any]:
             config = json.load(file)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config: found {type(config).__name__}.")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path} is of the PEFT method {config.get('peft_type')!r}. Only 'LORA' "
-            "can be imported."
-        )
-    _check_types(path, config)
-    if config.get("target_modules") == "all-linear":
-        raise ValueError(
-            f"{path} has target_modules 'all-linear', which only the PyTorch model can "
-            "resolve. Save the adapter with PEFT, which writes the names."
-        )
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{path} has bias {config['bias']!r}. Only 'none' can be imported."
-        )
-    if config.get("init_lora_weights", True) not in INITIALIZERS:
-        raise ValueError(
-            f"{path} has init_lora_weights {config['init_lora_weights']!r}, which also "
-            "changes the base weights. Convert it to a plain LoRA, with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        )
-    for field, value in config.items():
-        if value and field not in IGNORED | UNDERSTOOD:
-            raise ValueError(
-                f"{path} has {field} {value!r}. That is no plain LoRA, or unknown "
-                "here, and could change the result: it cannot be imported."
-            )
-    _check_patterns(path, config)
+    if problem := _problem(config):
+        raise ValueError(f"{path} {problem}")
     return config
 
 
-def _check_types(path: str, config: dict[str, Any]) -> None:
-    whole = lambda n: type(n) is int and 0 < n < 2**31
-    real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32
-    each = lambda fits: lambda x: isinstance(x, dict) and all(map(fits, x.values()))
-    names = lambda x: isinstance(x, list) and all(isinstance(n, str) for n in x)
-    chosen = lambda x: isinstance(x, str) or names(x)
-    integer = lambda n: type(n) is int
-    layers = lambda x: integer(x) or (isinstance(x, list) and all(map(integer, x)))
-    needed = {
-        "r": (whole, "a whole number above 0"),
-        "lora_alpha": (real, "a number"),
-        "rank_pattern": (each(whole), "{module: rank}"),
-        "alpha_pattern": (each(real), "{module: alpha}"),
-        "target_modules": (chosen, "a list of modules, or a regular expression"),
-        "exclude_modules": (chosen, "a list of modules, or a regular expression"),
-        "target_parameters": (names, "a list of parameters"),
-        "modules_to_save": (names, "a list of modules"),
-        "layers_pattern": (chosen, "a list of names"),
-        "layers_to_transform": (layers, "a list of numbers"),
-    }
-    for field, (fits, what) in needed.items():
+def _problem(config: Any) -> str | None:
+    """Returns what is wrong with a config, or cannot be imported."""
+    if not isinstance(config, dict):
+        return f"is no config: found {type(config).__name__}."
+    if (method := config.get("peft_type")) != "LORA":
+        return f"is of the PEFT method {method!r}. Only 'LORA' can be imported."
+    for field, (fits, what) in FIELDS.items():
         value = config.get(field)
         if not fits(value) and (value is not None or field in ("r", "lora_alpha")):
-            raise ValueError(
-                f"{path} has {field} {value!r}: {what} is needed. Save the adapter "
-                "again with PEFT."
+            advice = "Save the adapter again with PEFT."
+            return f"has {field} {value!r}: {what} is needed. {advice}"
+    if config.get("target_modules") == "all-linear":
+        return (
+            "has target_modules 'all-linear', which only the PyTorch model can resolve."
+            " Save the adapter with PEFT, which writes the names."
+        )
+    if (bias := config.get("bias", "none")) != "none":
+        return f"has bias {bias!r}. Only 'none' can be imported."
+    if (start := config.get("init_lora_weights", True)) not in INITIALIZERS:
+        return (
+            f"has init_lora_weights {start!r}, which also changes the base weights. "
+            "Convert it to a plain LoRA, with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)."
+        )
+    for field, value in config.items():
+        if value and field not in IGNORED | UNDERSTOOD:
+            return (
+                f"has {field} {value!r}. That is no plain LoRA, or unknown here, and "
+                "could change the result: it cannot be imported."
             )
-
-
-def _check_patterns(path: str, config: dict[str, Any]) -> None:
-    patterns = [
-        (field, rf"(.*\.)?({key})$")
-        for field in ("rank_pattern", "alpha_pattern")
-        for key in config.get(field) or ()
-    ]
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str):
-            patterns.append((field, config[field]))
-    for field in ("modules_to_save", "layers_pattern"):
-        patterns += [(field, entry) for entry in _entries(config, field)]
-    for field, pattern in patterns:
+    for field, pattern in _expressions(config):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(
-                f"{path} has a {field} that is no pattern: {error}."
-            ) from error
+            return f"has a {field} that is no pattern: {error}."
+    return None
+
+
+def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for field in ("rank_pattern", "alpha_pattern"):
+        yield from ((field, rf"(.*\.)?({key})$") for key in config.get(field) or ())
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str):
+            yield field, config[field]
+    for field in ("modules_to_save", "layers_pattern"):
+        yield from ((field, entry) for entry in _entries(config, field))
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
+from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.module_kinds import KINDS
 from lora_jax._hub.module_plan import ModulePlan
 from lora_jax._hub.modules import leaf_to_torch
@@ -31,9 +32,8 @@ from lora_jax._hub.tensor_keys import (
     parameter_stems,
     tensor_name,
 )
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._sample import differ, sample
-from lora_jax._targets import is_adaptable
 from lora_jax._tree import (
     Path,
     is_abstract,
@@ -146,8 +146,8 @@ def sort_tensors(
     for name, x in others.items():
         if name.endswith(BASE_SUFFIX):
             found.base_weights[name.removesuffix(BASE_SUFFIX)] = x
-        elif not _is_untrained_embedding(folder, index, leaves, name, x):
-            module, path = _copied_leaf(folder, index, name)
+        elif copied := _copied_leaf(folder, index, leaves, name, x):
+            module, path = copied
             found.copies.setdefault(path, {})[module] = x
     return found
 
@@ -175,7 +175,7 @@ def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -
     if missing:
         raise ValueError(
             f"{folder.path} lacks the tensors of {listed(missing)}, which its config "
-            "targets. It may be truncated, or names may name other modules."
+            "targets. It may be truncated, or names may be the map of another model."
         )
 
 
@@ -207,21 +207,33 @@ def _parameters_by_stem(folder: PeftFolder, index: LeafIndex) -> dict[str, str]:
     return {stem: name for name, stem in parameter_stems(orders).items()}
 
 
-def _is_untrained_embedding(
+def _copied_leaf(
     folder: PeftFolder,
     index: LeafIndex,
     leaves: dict[Path, Any],
     key: str,
     x: np.ndarray,
-) -> bool:
-    """Whether a tensor is an embedding of the base, which PEFT saved untrained.
+) -> tuple[str, Path] | None:
+    """Returns the module and the leaf of a tensor that was trained in full.
 
-    PEFT saves all embeddings of a model if it takes their vocabulary to have grown.
+    Or `None` for an embedding of the base: PEFT saves all embeddings, untrained, of a
+    model whose vocabulary seems to have grown.
     """
-    name, path = index.tensors.get(key, ("", ()))
-    if not path or leaf_name(path) != "embedding" or is_saved(folder.config, name):
-        return False
-    return _is_of_base(unbox(leaves[path]), x, lambda w: w)
+    if key not in index.tensors:
+        raise ValueError(
+            f"{folder.path}: the tensor {PREFIX + key!r} has no leaf in base. Close: "
+            f"{similar_names(key, index.tensors)}. Add a name for it to names."
+        )
+    name, path = index.tensors[key]
+    if is_saved(folder.config, name):
+        return name, path
+    is_embedding = leaf_name(path) == "embedding"
+    if is_embedding and _is_of_base(unbox(leaves[path]), x, lambda w: w):
+        return None
+    raise ValueError(
+        f"{folder.path}: the tensor {PREFIX + key!r} is of no module in the config's "
+        "modules_to_save."
+    )
 
 
 def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> bool:
@@ -231,7 +243,7 @@ def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> b
     """
     if is_abstract(w):
         return to_torch(np.broadcast_to(np.int8(0), w.shape)).shape == x.shape
-    own = to_torch(np.asarray(whole(dequantize(w))))
+    own = to_torch(np.asarray(gathered(dequantize(w))))
     if own.shape != x.shape:
         return False
     if is_quantized(w):
@@ -239,19 +251,3 @@ def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> b
         return ours is not None and theirs is not None and not differ(ours, theirs)
     same = np.array_equal(own.astype(x.dtype), x)
     return same or np.array_equal(own, x.astype(own.dtype))
-
-
-def _copied_leaf(folder: PeftFolder, index: LeafIndex, key: str) -> tuple[str, Path]:
-    """Returns the module and the leaf of a tensor that was trained in full."""
-    if key not in index.tensors:
-        raise ValueError(
-            f"{folder.path}: the tensor {PREFIX + key!r} has no leaf in base. Close: "
-            f"{similar_names(key, index.tensors)}. Add a name for it to names."
-        )
-    name, path = index.tensors[key]
-    if not is_saved(folder.config, name):
-        raise ValueError(
-            f"{folder.path}: the tensor {PREFIX + key!r} is of no module in the "
-            "config's modules_to_save."
-        )
-    return name, path
