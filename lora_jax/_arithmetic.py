@@ -25,6 +25,7 @@ from lora_jax._lorafy import beside, trained_copy
 from lora_jax._targets import by_pattern
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_traced,
     path_name,
@@ -38,7 +39,7 @@ Number = float | jax.Array
 Term = tuple[Number, LowRank[Any] | jax.Array]
 
 
-def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
+def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
     """Adds the updates of several adapters over one base, exactly.
 
     The result computes W + sum_i c_i s_i A_i B_i. The ranks add up, because averaging
@@ -105,7 +106,7 @@ def add(*params: Any, weights: Sequence[Number] | None = None) -> Any:
     return unflatten(params[0], base | new)
 
 
-def rescale(params: Any, factor: Number | Mapping[str, Number]) -> Any:
+def rescale(params: PyTree, factor: Number | Mapping[str, Number]) -> PyTree:
     """Multiplies the updates of adapters by a number.
 
     A negative number subtracts the updates, and 0 turns them off. Only scales change,

@@ -3,10 +3,10 @@
 from typing import Any
 
 from lora_jax._adapters import check_own, find_adapters, is_adapter
-from lora_jax._tree import Path, flatten, is_box, listed, path_name, unflatten
+from lora_jax._tree import Path, PyTree, flatten, is_box, listed, path_name, unflatten
 
 
-def detach(params: Any) -> Any:
+def detach(params: PyTree) -> PyTree:
     """Returns all leaves of the adapters, scales included, and `None` elsewhere.
 
     Use the result to checkpoint adapters with Orbax or any other checkpointer of trees,
@@ -37,7 +37,7 @@ def detach(params: Any) -> Any:
     return unflatten(params, {p: x if p in parts else None for p, x in leaves.items()})
 
 
-def attach(adapters: Any, base: Any) -> Any:
+def attach(adapters: PyTree, base: PyTree) -> PyTree:
     """Puts adapters next to the weights of a plain tree: the inverse of `detach`.
 
     Args:
@@ -87,7 +87,7 @@ def attach(adapters: Any, base: Any) -> Any:
     return attached(base, leaves, new)
 
 
-def attached(base: Any, leaves: dict[Path, Any], new: dict[Path, Any]) -> Any:
+def attached(base: PyTree, leaves: dict[Path, Any], new: dict[Path, Any]) -> PyTree:
     """Returns the tree `base`, with these leaves, and the new leaves of adapters."""
     for path in new:
         if path in leaves:

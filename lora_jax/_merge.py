@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from lora_jax._adapters import (
     adapters_if_any,
@@ -40,6 +41,7 @@ from lora_jax._lorafy import with_copies
 from lora_jax._targets import warn
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_abstract,
     is_traced,
@@ -53,7 +55,7 @@ from lora_jax._tree import (
 MOST = 0.5  # the share of an update whose loss to rounding causes a warning
 
 
-def merge(params: Any, *, dtype: Any = None) -> Any:
+def merge(params: PyTree, *, dtype: DTypeLike | None = None) -> PyTree:
     """Returns the plain parameters with the updates in them: W + scale * A B.
 
     Each sum is computed in float32 (float64 for a float64 weight) and cast once. With
@@ -212,7 +214,7 @@ def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
         )
 
 
-def strip(params: Any) -> Any:
+def strip(params: PyTree) -> PyTree:
     """Returns the plain parameters without the updates, bit for bit.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from lora_jax._adapters import check_adapter, find_adapters, is_adapter
 from lora_jax._live import call, copied, fill
@@ -246,7 +247,7 @@ class LoRA(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def merge(self, *, dtype: Any = None) -> nnx.Module:
+    def merge(self, *, dtype: DTypeLike | None = None) -> nnx.Module:
         """Returns a plain model of the given class, with W + scale A B for each W.
 
         Its variables are new; those without an adapter share their arrays with `model`.

@@ -34,7 +34,7 @@ from lora_jax._detach import attached
 from lora_jax._lorafy import beside, trained_copy
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._sample import COUNT, differ, sample
-from lora_jax._tree import Path, flatten, path_name, unbox
+from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
 from lora_jax._write import (
     check_finite,
     check_savable,
@@ -44,9 +44,10 @@ from lora_jax._write import (
 )
 
 VERSION = 2
+StrPath = str | os.PathLike[str]
 
 
-def save(path: str | os.PathLike[str], params: Any) -> None:
+def save(path: StrPath, params: PyTree) -> None:
     """Saves the adapters, and nothing else, to one `.safetensors` file.
 
     The file contains the leaves of `detach(params)` (factors, scales, trained copies)
@@ -134,7 +135,7 @@ def _header(
     }
 
 
-def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> Any:
+def load(path: StrPath, base: PyTree, *, same_base: bool = True) -> PyTree:
     """Puts the adapters of a file next to the weights that they were trained for.
 
     This is `attach(adapters, base)` with a check of the base: the file contains some
@@ -189,7 +190,7 @@ def load(path: str | os.PathLike[str], base: Any, *, same_base: bool = True) -> 
 
 
 def _matched(
-    file: Any,
+    file: StrPath,
     header: dict[str, Any],
     tensors: dict[str, np.ndarray],
     leaves: dict[Path, Any],
@@ -227,7 +228,7 @@ def _matched(
 
 
 def _leaf_of(
-    file: Any,
+    file: StrPath,
     name: str,
     entry: dict[str, Any],
     paths: dict[str, Path],
@@ -254,7 +255,7 @@ def _leaf_of(
 
 
 def _check_names(
-    file: Any, name: str, entry: dict[str, Any], parts: Iterable[Path]
+    file: StrPath, name: str, entry: dict[str, Any], parts: Iterable[Path]
 ) -> None:
     if entry["tensors"] != [path_name(part) for part in parts]:
         raise ValueError(
@@ -264,7 +265,7 @@ def _check_names(
 
 
 def _check_base(
-    file: Any, name: str, found: np.ndarray | None, saved: np.ndarray | None
+    file: StrPath, name: str, found: np.ndarray | None, saved: np.ndarray | None
 ) -> None:
     if found is None or saved is None:
         return
@@ -277,7 +278,7 @@ def _check_base(
         )
 
 
-def _read(path: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the header and the tensors of a file, checked against each other."""
     path = os.fspath(path)
     if os.path.isdir(path):

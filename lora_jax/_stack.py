@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lora_jax._adapters import (
     FullCopy,
@@ -24,6 +25,7 @@ from lora_jax._engine.factors import wider
 from lora_jax._lorafy import beside, norms, trained_copy
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_traced,
     path_name,
@@ -32,7 +34,7 @@ from lora_jax._tree import (
 )
 
 
-def stack(trees: Sequence[Any]) -> Any:
+def stack(trees: Sequence[PyTree]) -> PyTree:
     """Stacks several adapters over one base, to run them at once by `jax.vmap`.
 
         jax.vmap(lora(fn), in_axes=(in_axes(stacked), 0))(stacked, batches)
@@ -108,7 +110,7 @@ def stack(trees: Sequence[Any]) -> Any:
     return unflatten(trees[0], base | new)
 
 
-def take(stacked: Any, ids: Any) -> Any:
+def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
     """Returns one adapter of a stack, or one for each example of a batch.
 
         own = take(stacked, ids)  # ids: (batch,)
@@ -143,8 +145,8 @@ def take(stacked: Any, ids: Any) -> Any:
     n = check_adapter(leaves, *next(iter(adapters.items())))
     if n is None:
         raise ValueError(_no_stack(next(iter(adapters.values())).trained[0]))
-    ids, valid = _checked(ids, n)
-    several = ids.shape[0] if ids.ndim else None
+    index, valid = _checked(ids, n)
+    several = index.shape[0] if index.ndim else None
 
     def where_valid(x: jax.Array, default: jax.Array) -> jax.Array:
         if valid is None:
@@ -155,7 +157,7 @@ def take(stacked: Any, ids: Any) -> Any:
     new: dict[Path, Any] = {}
     for path, own in adapters.items():
         leaf, w = leaves[path], unbox(leaves[path])
-        pick = lambda part: jnp.take(unbox(leaves[part]), ids, axis=0, mode="clip")
+        pick = lambda part: jnp.take(unbox(leaves[part]), index, axis=0, mode="clip")
         if isinstance(own, FullCopy):
             copies = where_valid(pick(own.w), w)
             new[own.w] = trained_copy(leaf, copies, stack=several)
@@ -163,14 +165,14 @@ def take(stacked: Any, ids: Any) -> Any:
         taken = own.map(pick)
         scale, m = where_valid(taken.scale, jnp.zeros(())), taken.magnitude
         if valid is not None and m is not None:
-            norm = jnp.reshape(norms(w, own.axes.inputs), m.shape[ids.ndim :])
+            norm = jnp.reshape(norms(w, own.axes.inputs), m.shape[index.ndim :])
             m = where_valid(m, norm)
         taken = dataclasses.replace(taken, scale=scale, magnitude=m)
         new |= beside(path, leaf, taken, stacked=several is not None)
     return unflatten(stacked, leaves | new)
 
 
-def in_axes(stacked: Any) -> Any:
+def in_axes(stacked: PyTree) -> PyTree:
     """Returns the `in_axes` of `jax.vmap` for a stack: 0 at adapters, `None` elsewhere.
 
     It is also the `out_axes` of a step that returns the tree: the base in the result
@@ -256,7 +258,7 @@ def _no_stack(path: Path) -> str:
     )
 
 
-def _checked(ids: Any, n: int) -> tuple[Any, Any]:
+def _checked(ids: Any, n: int) -> tuple[jax.Array, jax.Array | None]:
     """Returns indices as an array, and which are in range if they are traced."""
     if not hasattr(ids, "dtype"):
         ids = np.asarray(ids)

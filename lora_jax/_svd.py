@@ -38,6 +38,7 @@ from lora_jax._targets import (
 )
 from lora_jax._tree import (
     Path,
+    PyTree,
     as_tree,
     flatten,
     is_array,
@@ -53,8 +54,8 @@ from lora_jax._tree import (
 
 
 def resize(
-    params: Any, rank: int | Mapping[str, int], *, key: jax.Array | None = None
-) -> Any:
+    params: PyTree, rank: int | Mapping[str, int], *, key: jax.Array | None = None
+) -> PyTree:
     """Returns adapters of another rank: exact if it is larger, the nearest if smaller.
 
     An adapter of larger rank computes the same: the new rows of B are zero, and the new
@@ -119,15 +120,15 @@ def resize(
 
 
 def extract(
-    tuned: Any,
-    base: Any,
+    tuned: PyTree,
+    base: PyTree,
     rank: int | Mapping[str, int],
     *,
     targets: Selector | None = None,
     exclude: Selector = (),
     also: Patterns = (),
     axes: Mapping[str, Axes] | None = None,
-) -> Any:
+) -> PyTree:
     """Returns the adapters that come nearest to a full fine-tune.
 
     The update of each weight has the largest singular values of the weight's change,
@@ -228,7 +229,7 @@ class Kept(NamedTuple):
         )
 
 
-def kept(tuned: Any, params: Any) -> Kept:
+def kept(tuned: PyTree, params: PyTree) -> Kept:
     """Returns how much of a fine-tune's change the adapters keep, for each weight.
 
     Args:
@@ -265,7 +266,7 @@ def kept(tuned: Any, params: Any) -> Kept:
     return Kept(tuple(rows))
 
 
-def principal(params: Any) -> Any:
+def principal(params: PyTree) -> PyTree:
     """Initializes each adapter to the largest singular values of its weight (PiSSA).
 
     The product of A and B becomes the part of the weight W with the largest singular

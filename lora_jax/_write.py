@@ -55,7 +55,7 @@ def check_finite(what: str, x: np.ndarray) -> None:
         raise ValueError(f"{what} is not finite: the training had diverged.")
 
 
-def check_target(path: Any) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
     """Raises if a path is a folder, a device, a pipe, ...: only files are replaced."""
     path = os.path.realpath(path)
     if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
@@ -63,7 +63,7 @@ def check_target(path: Any) -> None:
         raise ValueError(f"{path} is {what}. Pass the name of a file.")
 
 
-def write(path: Any, data: bytes) -> None:
+def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that at any time the path has its old content or the new one.
 
     The data goes to a temporary file in the same folder, which is synced to disk and
