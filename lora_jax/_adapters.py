@@ -1,8 +1,8 @@
-"""Adapters beside their weights in a tree: by names and shapes, without an array."""
+"""Finds and checks adapters in a tree, from names and shapes alone."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ FROZEN = "frozen"
 
 KERAS = re.compile(r"lora_(kernel|embeddings)_[ab]")
 
+# A dimension of a factor is a dimension of the weight, the rank, or of size 1.
+RANK, ABSENT = -1, -2
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
@@ -42,7 +44,7 @@ class Axes(NamedTuple):
 
     @property
     def standard(self) -> bool:
-        """Whether the dimensions stand in the order (batch, inputs, outputs)."""
+        """Whether the weight is stored in the order (batch, inputs, outputs)."""
         order = (*self.batch, *self.inputs, *self.outputs)
         return order == tuple(range(len(order)))
 
@@ -52,17 +54,17 @@ UNKNOWN = Axes((), (), ())
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Generic[T]):
-    """The low-rank adapter of one weight, as the paths, arrays or shapes of its leaves.
+    """The low-rank adapter of one weight: the paths, arrays or shapes of its leaves.
 
-    Iterating yields the leaves that there are: only DoRA has a magnitude.
+    Iterating yields the leaves that exist. Only DoRA has a magnitude.
 
     Attributes:
       a: The factor with the weight's inputs.
       b: The factor with its outputs.
       scale: What multiplies the product of the factors.
-      magnitude: The norms of the outputs in DoRA, or `None`.
-      axes: The dimensions of the weight, which `find_adapters` reads from shapes.
-        `UNKNOWN` in a record of paths that was not read from a tree.
+      magnitude: DoRA's norm of each output, or `None`.
+      axes: The dimensions of the weight, which `find_adapters` infers from shapes.
+        `UNKNOWN` in a record of paths that does not come from a tree.
       aligned: Whether both factors have every dimension of the weight, and the rank
         last: the layout for weights that are not stored as (batch, inputs, outputs).
     """
@@ -81,7 +83,7 @@ class LowRank(Generic[T]):
             yield self.magnitude
 
     def map(self, fn: Callable[[T], U]) -> "LowRank[U]":
-        """Applies a function to each leaf; the axes stay."""
+        """Applies a function to each leaf, and keeps the axes."""
         return LowRank(*map(fn, self), axes=self.axes, aligned=self.aligned)
 
     @property
@@ -104,93 +106,90 @@ Adapters = dict[Path, LowRank[Path] | FullCopy]  # by the path of the adapted le
 
 
 def adapter_of(weight: Path, *, magnitude: bool = False) -> LowRank[Path]:
-    """The paths next to a weight where its adapter is, in DoRA with a magnitude."""
+    """Returns the paths of a weight's adapter, with DoRA's magnitude if asked."""
     names = (*FACTORS, MAGNITUDE) if magnitude else FACTORS
-    return LowRank(*(_beside(weight, name) for name in names))
+    return LowRank(*(_next_to(weight, name) for name in names))
 
 
 def copy_of(leaf: Path) -> FullCopy:
-    """The path next to a leaf where its trained copy is."""
-    return FullCopy(_beside(leaf, COPY))
+    """Returns the path of a leaf's trained copy."""
+    return FullCopy(_next_to(leaf, COPY))
 
 
-def arrays_of(own: LowRank[Path], leaves: dict[Path, Any]) -> LowRank[Any]:
-    """The arrays of an adapter, out of their boxes."""
+def arrays_of(own: LowRank[Path], leaves: Mapping[Path, Any]) -> LowRank[Any]:
+    """Returns the arrays of an adapter, out of their boxes."""
     return own.map(lambda path: unbox(leaves[path]))
 
 
 def with_axes(own: LowRank[T], w: Shape, shapes: LowRank[Shape]) -> LowRank[T]:
-    """The record with the axes of a weight of shape `w`, which its shapes fit."""
+    """Infers the axes of a weight of shape `w` from the shapes of its adapter."""
     aligned = len(shapes.a) == len(w) + 1
     return dataclasses.replace(own, axes=axes_of_shapes(w, *shapes), aligned=aligned)
 
 
 def is_adapter(path: Path) -> bool:
-    return _stem(path[-1]) is not None
+    """Whether a leaf belongs to an adapter, or is a trained copy, by its name."""
+    return _split_name(path[-1]) is not None
 
 
 def label_of(path: Path) -> str:
-    """The part of an adapter that a leaf is and trains as, or "frozen"."""
-    for part in (*FACTORS[:2], MAGNITUDE, COPY):
-        if path[-1] == part or str(path[-1]).endswith(f"_{part}"):
-            return part
-    return FROZEN
+    """Returns the kind of a trained leaf, such as "lora_a", or "frozen"."""
+    _, part = _split_name(path[-1]) or ("", FROZEN)
+    return FROZEN if part == FACTORS[2] else part
 
 
-def find_adapters(leaves: dict[Path, Any], *, stacks: bool = False) -> Adapters:
-    """Every adapted leaf and what adapts it, checked from names and shapes alone.
+def find_adapters(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adapters:
+    """Returns the adapter or the trained copy of each adapted leaf, with its axes.
 
     Args:
-      leaves: Of a tree.
-      stacks: Whether each may be several in a stack, as `stack` makes them.
+      leaves: The leaves of a tree.
+      stacks: Whether stacks of several adapters, as from `stack`, are allowed.
 
     Raises:
       ValueError: If there is no adapter, a broken one, or one of another library.
     """
     check_own(leaves)
     found: Adapters = {}
-    for path in leaves:
-        if is_adapter(path):
-            weight = _weight_of(path, leaves)
-            dora = _beside(weight, MAGNITUDE) in leaves
-            factored, copied = adapter_of(weight, magnitude=dora), copy_of(weight)
-            own = factored if path in factored else copied
-            if path not in own:
-                raise ValueError(
-                    f"The adapter leaf {path_name(path)!r} has no name of ours: those "
-                    f"of {path_name(weight)!r} are {listed([*factored, *copied])}. "
-                    "Rename it, or remove it."
-                )
-            if found.setdefault(weight, own) != own:
-                raise ValueError(
-                    f"{path_name(weight)!r} has both an adapter and a trained copy, "
-                    f"{path_name(copied.w)!r}, which would hide it. Remove one of them."
-                )
+    for path in filter(is_adapter, leaves):
+        weight = _weight_of(path, leaves)
+        dora = _next_to(weight, MAGNITUDE) in leaves
+        factored, copied = adapter_of(weight, magnitude=dora), copy_of(weight)
+        own = factored if path in factored else copied
+        if path not in own:
+            raise ValueError(
+                f"{path_name(path)!r} is named like an adapter, but the adapter of "
+                f"{path_name(weight)!r} has the leaves "
+                f"{listed([*factored, *copied])}. Rename it, or remove it."
+            )
+        if found.setdefault(weight, own) != own:
+            raise ValueError(
+                f"{path_name(weight)!r} has both an adapter and a trained copy, "
+                f"{path_name(copied.w)!r}, which would hide it. Remove one of them."
+            )
     if not found:
         raise ValueError(
             "These parameters have no adapters. Write params = lorafy(params, rank), "
             "or LoRA(model, rank) for a live nnx.Module."
         )
-    sizes = {
-        weight: check_adapter(leaves, weight, own) for weight, own in found.items()
-    }
+    sizes = {weight: check_adapter(leaves, weight, x) for weight, x in found.items()}
     check_stack(sizes)
-    if not stacks and (n := next(iter(sizes.values()))) is not None:
+    n = next(iter(sizes.values()))
+    if n is not None and not stacks:
         raise ValueError(
             f"These parameters have {n} adapters in a stack. Run them at once, "
             "jax.vmap(lora(fn), in_axes=(in_axes(params), ...)), or take one: "
             "take(params, 0)."
         )
+    first = 0 if n is None else 1  # the dimension of a stack is none of the weight's
     for weight, own in found.items():
         if isinstance(own, LowRank):
-            first = 0 if sizes[weight] is None else 1  # of a stack, that of one
-            shapes = arrays_of(own, leaves).map(lambda x, first=first: x.shape[first:])
+            shapes = arrays_of(own, leaves).map(lambda x: x.shape[first:])
             found[weight] = with_axes(own, unbox(leaves[weight]).shape, shapes)
     return found
 
 
-def check_own(leaves: dict[Path, Any]) -> None:
-    """Checks that a tree holds no adapters that another library, or a restore, left.
+def check_own(leaves: Mapping[Path, Any]) -> None:
+    """Checks that a tree has no adapters of another library or of a failed restore.
 
     Raises:
       ValueError: If a leaf is an adapter of another library or one of ours in a tree
@@ -223,49 +222,49 @@ def check_own(leaves: dict[Path, Any]) -> None:
             )
 
 
-def _library_of(path: Path, leaves: dict[Path, Any]) -> str | None:
-    """The library whose adapter a leaf is, if it is no adapter of ours."""
+def _library_of(path: Path, leaves: Mapping[Path, Any]) -> str | None:
+    """Returns the other library whose adapter a leaf is, or `None`."""
     *parent, name = path
-    beside = lambda *names: all((*parent, n) in leaves for n in names)
+    there = lambda *names: all((*parent, n) in leaves for n in names)
     if KERAS.fullmatch(leaf_name(path)):
         return "Keras (enable_lora)"
     if components(path)[-2:] == ("lora", "a") and sibling(path, "b") in leaves:
         return "gemma.peft"
-    if name in ("kernel_lora_a", "embedding_lora_a") and beside(f"{name[:-1]}b"):
+    if name in ("kernel_lora_a", "embedding_lora_a") and there(f"{name[:-1]}b"):
         return "qwix, as tunix and MaxText use it"
-    if name != "lora_a" or not beside("lora_b") or beside("lora_scale"):
+    if name != "lora_a" or not there("lora_b") or there("lora_scale"):
         return None
-    if beside("kernel") or beside("embedding"):
+    if there("kernel") or there("embedding"):
         return None
     base = (*parent, "base_module")
     module = str(parent[-1]).lower() if parent else ""
     if "lora" in module or any(p[: len(base)] == base for p in leaves):
         return "flax.nnx (nnx.LoRA, nnx.LoRALinear)"
-    return "openpi" if beside("w") else None
+    return "openpi" if there("w") else None
 
 
-def _was_in_box(path: Path, leaves: dict[Path, Any]) -> bool:
-    """Whether a leaf named `value` is all that a mapping named like a leaf holds."""
+def _was_in_box(path: Path, leaves: Mapping[Path, Any]) -> bool:
+    """Whether `value` is the only leaf of a mapping that is named like a leaf."""
     parent = path[:-1]
     leaf = is_adapter(parent) or parent[-1] in ("kernel", "embedding", "bias")
     return leaf and not any(p[:-1] == parent and p != path for p in leaves)
 
 
-def check_stack(sizes: dict[Path, int | None]) -> None:
-    """Raises unless there are as many adapters of one leaf as of another."""
+def check_stack(sizes: Mapping[Path, int | None]) -> None:
+    """Raises ValueError unless all leaves have the same number of adapters."""
     if len({*sizes.values()}) > 1:
-        told = listed([f"{path_name(path)}: {n or 1}" for path, n in sizes.items()])
+        counts = listed([f"{path_name(path)}: {n or 1}" for path, n in sizes.items()])
         raise ValueError(
-            f"The adapters are no stack: there are not as many of each, {told}. "
+            f"The leaves have different numbers of adapters, {counts}. "
             "Stack whole trees: stack([one, two, ...])."
         )
 
 
-def adapters_if_any(leaves: dict[Path, Any], *, stacks: bool = False) -> Adapters:
-    """Those of `find_adapters`; none where there are weights in few bits instead.
+def adapters_if_any(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adapters:
+    """Returns what `find_adapters` does, or `{}` for a quantized tree without any.
 
     Raises:
-      ValueError: If there are neither, or one of either is broken.
+      ValueError: If there are neither adapters nor quantized weights, or broken ones.
     """
     if quantized_leaves(leaves) and not any(map(is_adapter, leaves)):
         return {}
@@ -273,25 +272,29 @@ def adapters_if_any(leaves: dict[Path, Any], *, stacks: bool = False) -> Adapter
 
 
 def of_rank(adapters: Adapters) -> dict[Path, LowRank[Path]]:
-    """Those that are low-rank updates, with magnitudes or without."""
+    """Returns the low-rank adapters, with and without magnitudes."""
     return {p: own for p, own in adapters.items() if isinstance(own, LowRank)}
 
 
 def of_copies(adapters: Adapters) -> dict[Path, FullCopy]:
-    """Those that are trained copies."""
+    """Returns the trained copies."""
     return {p: own for p, own in adapters.items() if isinstance(own, FullCopy)}
 
 
-def without_adapters(leaves: dict[Path, Any], adapters: Adapters) -> dict[Path, Any]:
-    """The plain tree's leaves: all but those that `find_adapters` found."""
+def without_adapters(leaves: Mapping[Path, Any], adapters: Adapters) -> dict[Path, Any]:
+    """Returns the leaves of the plain tree: all except those of the adapters."""
     gone = {part for adapter in adapters.values() for part in adapter}
     return {path: leaf for path, leaf in leaves.items() if path not in gone}
 
 
 def check_adapter(
-    leaves: dict[Path, Any], weight: Path, adapter: LowRank[Path] | FullCopy
+    leaves: Mapping[Path, Any], weight: Path, adapter: LowRank[Path] | FullCopy
 ) -> int | None:
-    """Raises if an adapter is broken; gives how many there are in a stack, if it is."""
+    """Checks an adapter, and returns the size of its stack, or `None` for a single one.
+
+    Raises:
+      ValueError: If a leaf is missing or does not fit the weight.
+    """
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
             no_scale = path == adapter_of(weight).scale
@@ -301,17 +304,17 @@ def check_adapter(
                 f"{path_name(path)!r} is missing, or no array. Pass the whole tree, or "
                 "combine(adapters, base) if it was split." + others * no_scale
             )
-    shapes = [unbox(leaves[path]).shape for path in (weight, *adapter)]
-    fit = fits if isinstance(adapter, LowRank) else lambda w, copy: w == copy
-    own = [shape[1:] for shape in shapes[1:]]
-    first = {shape[:1] for shape in shapes[1:]}
+    w, *shapes = (unbox(leaves[path]).shape for path in (weight, *adapter))
+    is_fit = fits if isinstance(adapter, LowRank) else lambda w, copy: w == copy
+    first = {shape[:1] for shape in shapes}
     n = None
-    if len(first) == 1 and not fit(*shapes) and fit(shapes[0], *own):
-        ((n,),) = first
+    if len(first) == 1 and not is_fit(w, *shapes):
+        if is_fit(w, *(shape[1:] for shape in shapes)):
+            ((n,),) = first
     if isinstance(adapter, FullCopy):
         check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight], stacks=n)
-    elif n is None and not fits(*shapes):
-        w, a, b, scale, *magnitude = shapes
+    elif n is None and not fits(w, *shapes):
+        a, b, scale, *magnitude = shapes
         more = f", with {MAGNITUDE} {magnitude[0]}," if magnitude else ""
         raise ValueError(
             f"The adapter of {path_name(weight)!r} does not fit: lora_a {a}, lora_b "
@@ -322,92 +325,88 @@ def check_adapter(
 
 
 def check_copy(name: str, copy: Any, leaf: Any, *, stacks: int | None = None) -> None:
-    """A trained copy, or each of several, is floating and has the shape of its leaf."""
+    """Raises ValueError unless a trained copy, or each of a stack, fits its leaf."""
     x, w = unbox(copy), unbox(leaf)
     floating = all(jnp.issubdtype(y.dtype, jnp.floating) for y in (x, w))
     shape = w.shape if stacks is None else (stacks, *w.shape)
     if x.shape != shape or not floating:
         raise ValueError(
             f"{name!r}, {x.dtype} {x.shape}, is no trained copy of its leaf, "
-            f"{w.dtype} {w.shape}: both are floating, of one shape. Write "
-            "lorafy(..., also=...) on these very parameters."
+            f"{w.dtype} {w.shape}: both must be floating and have the same shape. "
+            "Write lorafy(..., also=...) on these very parameters."
         )
 
 
-def fits(
-    w: tuple, a: tuple, b: tuple, scale: tuple, magnitude: tuple | None = None
-) -> bool:
-    """Whether factors of these shapes update a weight of shape `w`, in some layout."""
-    if not a or not b:
+def fits(w: Shape, *shapes: Shape) -> bool:
+    """Whether leaves of these shapes make an adapter of a weight of shape `w`."""
+    own = LowRank(*shapes)
+    n = len(w) + 1
+    if not own.a or not own.b or (len(own.a) == n) != (len(own.b) == n):
         return False
-    if magnitude is not None:
-        return fits(w, a, b, scale) and magnitude == _magnitude_shape(w, a, b)
-    if len(a) == len(b) == len(w) + 1:  # aligned
-        pairs = list(zip(w, a[:-1], b[:-1], strict=True))
-        batch = [n for n, i, o in pairs if i == o == n and n != 1]
-        whole = all(n in (i, o) and {i, o} <= {1, n} for n, i, o in pairs)
-        return whole and a[-1] == b[-1] and [n for n in scale if n != 1] == batch
-    batch = len(a) + len(b) - 2 - len(w)
-    inputs, outputs = len(a) - 1 - batch, len(b) - 1 - batch
-    if min(batch, inputs - 1, outputs - 1) < 0:
+    own = with_axes(own, w, own)
+    if not (own.aligned or (own.axes.inputs and own.axes.outputs)):
         return False
-    split = batch + inputs
-    return (
-        a[:-1] == w[:split]
-        and b[:batch] == scale == w[:batch]
-        and b[batch + 1 :] == w[split:]
-        and a[-1] == b[batch]
-    )
+    sizes = dict(enumerate(w)) | {RANK: own.a[-1], ABSENT: 1}
+    dims = factor_dims(own.axes, w, aligned=own.aligned)
+    pairs = zip(own, dims, strict=False)
+    return all(shape == tuple(sizes[d] for d in found) for shape, found in pairs)
 
 
-def _magnitude_shape(w: tuple, a: tuple, b: tuple) -> tuple:
-    if len(a) == len(w) + 1:
-        return tuple(n for n, o in zip(w, b[:-1], strict=True) if n == o != 1)
-    batch = len(a) + len(b) - 2 - len(w)
-    return (*b[:batch], *b[batch + 1 :])
-
-
-def axes_of_shapes(w: tuple, a: tuple, b: tuple, scale: tuple, *_: tuple) -> Axes:
-    """The dimensions that factors of fitting shapes say a weight has."""
+def axes_of_shapes(w: Shape, a: Shape, b: Shape, scale: Shape, *_: Shape) -> Axes:
+    """Infers the dimensions of a weight from the shapes of factors that fit it."""
+    dims = tuple(range(len(w)))
     if len(a) == len(w) + 1:
         batch: tuple[int, ...] = ()
         for d, (n, i, o) in enumerate(zip(w, a[:-1], b[:-1], strict=True)):
-            # One layer looks like one input or output, but that a scale counts it.
+            # A single layer has size 1, like an input or output that a factor lacks.
+            # The scale decides: it has a dimension for each of the batch.
             if n == i == o and scale[len(batch) :][:1] == (n,):
                 batch += (d,)
-        inputs = tuple(d for d, n in enumerate(w) if d not in batch and n == a[d])
-        outputs = tuple(d for d in range(len(w)) if d not in (*batch, *inputs))
-        return Axes(batch, inputs, outputs)
-    batch = len(a) + len(b) - 2 - len(w)
-    dims = tuple(range(len(w)))
-    return Axes(dims[:batch], dims[batch : len(a) - 1], dims[len(a) - 1 :])
+        inputs = tuple(d for d in dims if d not in batch and w[d] == a[d])
+        return Axes(batch, inputs, tuple(d for d in dims if d not in (*batch, *inputs)))
+    n_batch = len(a) + len(b) - 2 - len(w)
+    return Axes(dims[:n_batch], dims[n_batch : len(a) - 1], dims[len(a) - 1 :])
 
 
-def _beside(weight: Path, part: str) -> Path:
+def factor_dims(axes: Axes, shape: Shape, *, aligned: bool) -> LowRank[Shape]:
+    """Returns the weight's dimension for each dimension of an adapter's leaves."""
+    batch, inputs, outputs = axes
+    if not aligned:
+        a, b = (*batch, *inputs, RANK), (*batch, RANK, *outputs)
+        return LowRank(a, b, batch, (*batch, *outputs))
+    # A dimension of size 1 is in neither factor: shapes could not show in which.
+    a, b = (
+        [d if d in own and n > 1 else ABSENT for d, n in enumerate(shape)]
+        for own in ((*batch, *inputs), (*batch, *outputs))
+    )
+    scale = tuple(d if shape[d] > 1 else ABSENT for d in batch)
+    return LowRank((*a, RANK), (*b, RANK), scale, tuple(d for d in b if d != ABSENT))
+
+
+def _next_to(weight: Path, part: str) -> Path:
+    """Returns the path of a part of an adapter, in the mapping of its weight."""
     *parent, name = weight
     prefix = "" if name in ("kernel", "embedding") else f"{name}_"
     return (*parent, prefix + part)
 
 
-def _stem(name: Any) -> str | None:
-    """What stands before `lora_a`, `lora_b`, ... in a leaf's name."""
+def _split_name(name: Any) -> tuple[str, str] | None:
+    """Splits "bias_lora_w" into "bias" and "lora_w"; `None` for other names."""
     for part in (*FACTORS, MAGNITUDE, COPY):
-        if name == part:
-            return ""
-        if isinstance(name, str) and name.endswith(f"_{part}"):
-            return name.removesuffix(f"_{part}")
+        if name == part or (isinstance(name, str) and name.endswith(f"_{part}")):
+            return name[: -len(part) - 1], part
     return None
 
 
-def _weight_of(path: Path, leaves: dict[Path, Any]) -> Path:
+def _weight_of(path: Path, leaves: Mapping[Path, Any]) -> Path:
     *parent, name = path
-    stem = _stem(name)
+    stem, _ = _split_name(name) or ("", "")
     names = [stem] if stem else ["kernel", "embedding"]
     weights = [(*parent, n) for n in names if (*parent, n) in leaves]
     if len(weights) != 1:
         raise ValueError(
             f"The adapter leaf {path_name(path)!r} belongs to no weight: found "
-            f"{len(weights)} of {names} beside it, needed one. "
+            f"{len(weights)} of {names} next to it, expected one. "
             "Remove the leaf, or restore its weight."
         )
     return weights[0]

@@ -1,4 +1,4 @@
-"""Which arguments of a call hold the parameters: by position, or by keyword."""
+"""Finds the arguments of a call that hold the parameters, and replaces them."""
 
 import inspect
 import operator
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import DictKey
 
 from lora_jax._adapters import is_adapter
 from lora_jax._tree import (
@@ -24,7 +25,7 @@ Where = tuple[int | str, ...]
 
 
 def chosen(argnums: int | Sequence[int] | None, argnames: str | Sequence[str]) -> Where:
-    """The positions, then the keywords, that a caller names; by default position 0."""
+    """Returns the positions, then the keywords, that a caller names; by default 0."""
     names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
     for name in names:
         if not isinstance(name, str):
@@ -41,7 +42,7 @@ def chosen(argnums: int | Sequence[int] | None, argnames: str | Sequence[str]) -
 
 
 def pick(args: Sequence[Any], kwargs: dict[str, Any], where: Where) -> dict[Any, Any]:
-    """The arguments that hold parameters, by position from the first, or by keyword.
+    """Returns the arguments that hold parameters, by non-negative position or keyword.
 
     Raises:
       TypeError: If the call has no such argument.
@@ -75,14 +76,15 @@ def on_states(
     *,
     adapters: bool,
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], set[int | str]]:
-    """A call with the state of each live `nnx.Module` that holds parameters.
+    """Replaces each live `nnx.Module` that holds parameters by its state.
 
-    The function may be such a module itself, or a method of one: that is its first
-    argument then. It makes the modules anew from states without adapters, since `lora`
-    calls it so; whether those in the call have them, `adapters` says.
+    If the function is such a module itself, or a method of one, the module becomes its
+    first argument. The returned function rebuilds the modules from states without
+    adapters, because that is how `lora` calls it. The returned arguments have their
+    adapters if `adapters` is true.
 
     Returns:
-      The function, its arguments, and which of them were modules.
+      The function, its arguments, and the keys of those that were modules.
     """
     if is_live(fn):
         fn, args = _called("__call__"), (fn, *args)
@@ -116,10 +118,10 @@ def _without_adapters(module: Any) -> Any:
 
 
 def leaves_of(key: int | str, params: Any) -> dict[Path, Any]:
-    """The leaves of an argument that should hold parameters.
+    """Flattens an argument that holds parameters.
 
     Raises:
-      TypeError: If it is an array, say, or a live `nnx.Module`.
+      TypeError: If it is no tree, or a live `nnx.Module`.
     """
     if is_live(params):
         raise TypeError(
@@ -138,22 +140,22 @@ def leaves_of(key: int | str, params: Any) -> dict[Path, Any]:
 
 
 def named(key: int | str, path: Path, given: Collection[Any]) -> str:
-    """A path, in front of it the argument that it is in if several are given."""
+    """Returns a path as text, with its argument in front if several hold parameters."""
     return path_name(path if len(given) < 2 else (key, *path))
 
 
 def replaced(
     args: Sequence[Any], kwargs: dict[str, Any], new: dict[Any, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with others in place of those that hold parameters."""
+    """Replaces arguments by their position or keyword."""
     return (
         tuple(new.get(i, x) for i, x in enumerate(args)),
         {name: new.get(name, x) for name, x in kwargs.items()},
     )
 
 
-def place(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
-    """Where the leaves of an argument start in `tree_leaves((args, kwargs))`."""
+def leaf_offset(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
+    """Returns where an argument's leaves start in `tree_leaves((args, kwargs))`."""
     if isinstance(key, str):
         before = (args, {name: x for name, x in kwargs.items() if name < key})
     else:
@@ -161,27 +163,34 @@ def place(args: Sequence[Any], kwargs: dict[str, Any], key: int | str) -> int:
     return len(tree_leaves(before))
 
 
-def elsewhere(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, tuple]:
-    """The leaves of `(args, kwargs)` named as adapters: those of arguments not named.
+def adapters_elsewhere(
+    args: Sequence[Any], kwargs: dict[str, Any]
+) -> dict[int, tuple[int | str, str]]:
+    """Returns the leaves of arguments that are named like adapters.
 
-    Of each the argument's position or keyword, and the leaf's own name.
+    Called with arguments whose known adapters are removed, so that it finds adapters in
+    arguments that the caller did not name. By the leaf's index in
+    `tree_leaves((args, kwargs))`: the argument's position or keyword, and the leaf's
+    name.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         (tuple(args), kwargs), is_leaf=is_quantized
     )
     found = {}
     for i, ((_, argument, *path), _) in enumerate(leaves):
-        while path and not isinstance(path[-1], jax.tree_util.DictKey):
-            path.pop()  # what is in a box
+        while path and not isinstance(path[-1], DictKey):
+            path.pop()  # a key inside the leaf's box
         name = path[-1].key if path else ""
         if is_adapter((name,)):
-            by_keyword = isinstance(argument, jax.tree_util.DictKey)
-            found[i] = argument.key if by_keyword else argument.idx, name
+            key = argument.key if isinstance(argument, DictKey) else argument.idx
+            found[i] = key, name
     return found
 
 
-def check_elsewhere(found: dict[int, tuple], used: dict[int, bool]) -> None:
-    """Adapters in an argument that nobody named would do nothing."""
+def check_elsewhere(
+    found: dict[int, tuple[int | str, str]], used: dict[int, bool]
+) -> None:
+    """Raises ValueError if the function never reads adapters in another argument."""
     for i, (key, name) in found.items():
         if not used.get(i, True):
             by_keyword = isinstance(key, str)

@@ -21,8 +21,8 @@ from lora_jax._adapters import (
 from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import align, delta, wider
 from lora_jax._engine.quantized import dequantize
-from lora_jax._lorafy import beside, trained_copy
-from lora_jax._targets import by_pattern
+from lora_jax._leaves import adapter_leaves, trained_copy
+from lora_jax._patterns import by_pattern
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -102,7 +102,7 @@ def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
             total = _full_sum(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
-            new |= beside(path, base[path], _low_rank_sum(path, w, factored))
+            new |= adapter_leaves(path, base[path], _low_rank_sum(path, w, factored))
     return unflatten(params[0], base | new)
 
 

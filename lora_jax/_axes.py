@@ -1,4 +1,4 @@
-"""Which dimensions of a weight are stacked, inputs and outputs: by how it is used."""
+"""Infers the axes of weights from how a function uses them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from flax import nnx
 
 from lora_jax._adapters import Axes
-from lora_jax._arguments import chosen, leaves_of, on_states, pick, place
+from lora_jax._arguments import chosen, leaf_offset, leaves_of, on_states, pick
 from lora_jax._engine.jaxpr import trace_call, used_inputs
 from lora_jax._engine.uses import Use, uses_of
-from lora_jax._targets import is_adaptable
+from lora_jax._flax_names import is_adaptable
 from lora_jax._tree import Path, leaf_order, path_name, unbox
 
 
@@ -20,31 +20,31 @@ def find_axes(
     argnames: str | Sequence[str] = (),
     **kwargs: Any,
 ) -> Any:
-    """Finds out, from how a function uses each weight, which dimensions are which.
+    """Infers which dimensions of each weight are stacked, inputs and outputs.
 
-    Dimensions that a product contracts are inputs, and the rest outputs; its batch
-    dimensions, and what a `scan` goes over, are a stack of layers or experts. The rows
-    of a lookup are inputs. It works for kernels stored (out, in), fused ones of shape
-    (3, heads, d, head_dim), scanned ones, experts, and tables that are also the head.
-    Weights that no product and no lookup uses have no axes: norms and biases that
-    `scan` stacks, and tables of positions that are added.
+    Dimensions that a product contracts are inputs, and its free dimensions outputs. Its
+    batch dimensions, and those that a `scan` loops over, are a stack of layers or
+    experts. The rows of a lookup are inputs. Supports kernels stored (out, in), fused
+    ones of shape (3, heads, d, head_dim), scanned ones, experts, and tables that are
+    also the head. Weights that no product and no lookup uses have no axes: norms and
+    biases that `scan` stacks, and tables of positions that are added.
 
     Args:
-      fn: Any function of arrays in JAX, such as `model.apply`; traced, never run. Or a
-        live `nnx.Module`, or a method of one, which holds the parameters itself:
-        `find_axes(model, x)` finds those of its `nnx.Param`.
-      *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them are
-        without adapters: the tree that `lorafy` will get.
+      fn: Any function of arrays in JAX, such as `model.apply`; it is traced and never
+        runs. Or a live `nnx.Module`, or a method of one, which holds the parameters
+        itself: `find_axes(model, x)` returns the axes of its `nnx.Param`.
+      *args: Its arguments, arrays or `ShapeDtypeStruct`. The parameters among them have
+        no adapters: they are the tree to pass to `lorafy`.
       argnums: Which positional argument holds the parameters, as in `lora`. Default: 0.
       argnames: Which keyword argument holds them, as in `lora`.
       **kwargs: Its keyword arguments.
 
     Returns:
       `{path: Axes(batch, inputs, outputs)}` for each floating weight of two or more
-      dimensions that a product or a lookup of `fn` uses; a tuple of them if several
-      arguments hold parameters, positions first. `lorafy(params, rank, axes=...)`
-      adapts those that are no tables. Experts that are all computed at once,
-      "td,edh->teh", cannot be told from heads; for an adapter each, write
+      dimensions that a product or a lookup of `fn` uses; a tuple of such dicts if
+      several arguments hold parameters, positions first. `lorafy(params, rank,
+      axes=...)` adapts those that are no tables. Experts that are all computed at once,
+      "td,edh->teh", look like heads; for an adapter each, write
       `find_axes(...) | {path: Axes((0,), (1,), (2,))}`.
 
     Raises:
@@ -66,10 +66,10 @@ def find_axes(
     fn, args, kwargs, live = on_states(fn, args, kwargs, where, adapters=False)
     trees = pick(args, kwargs, where)
     traced, dynamic = trace_call(fn, args, kwargs)
-    weights, paths = {}, {}  # dimensions of each weight; and which leaf is where
+    weights, paths = {}, {}  # the number of dimensions of each; the path of each leaf
     for key, params in trees.items():
         leaves = leaves_of(key, params)
-        for i, path in enumerate(leaf_order(params), place(args, kwargs, key)):
+        for i, path in enumerate(leaf_order(params), leaf_offset(args, kwargs, key)):
             paths[i] = key, path
             is_weight = key not in live or isinstance(leaves[path], nnx.Param)
             if is_weight and is_adaptable(path, leaves[path]):
@@ -77,7 +77,7 @@ def find_axes(
     names = [paths.get(i) for i in dynamic]
     own = {n for n, i in enumerate(dynamic) if i in paths}
     uses = uses_of(traced.jaxpr, names, weights, own)
-    # What no result depends on is not used, whatever is computed from it.
+    # A weight that no result depends on is unused, whatever is computed from it.
     met = dict(zip(names, used_inputs(traced.jaxpr), strict=True))
     found = [
         {
@@ -96,7 +96,7 @@ def _is_used(uses: list[Use]) -> bool:
 
 
 def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
-    """The axes that serve every use."""
+    """Returns the axes of a weight that fit all of its uses."""
     dims = range(n)
     picked = {d for use in uses for d in use.picked}
     kept_apart = {d for use in uses for d in use.batch - use.summed - use.free}
@@ -104,7 +104,7 @@ def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
     first = {d for d, side in sides.items() if side == 0}
     second = sides.keys() - first
     rows = {d for use in uses if use.sure for d in use.rows}
-    if second & rows:  # of a table that is also the head
+    if second & rows:  # a table that is also the head: its rows are inputs
         first, second = second, first
     if first and second:
         batch = kept_apart | (picked - sides.keys())
@@ -113,7 +113,7 @@ def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
             d for d in dims if d in first or (d not in second | batch and d < edge)
         ]
     else:
-        # No product decides: a table, whose rows are looked up or added.
+        # No product decides, so this is a table, whose rows are looked up or added.
         batch = kept_apart
         rest = [d for d in dims if d not in batch]
         inputs = [d for d in rest if d in picked] or rest[:-1]
@@ -125,10 +125,16 @@ def _settle(path: Path, n: int, uses: list[Use]) -> Axes:
 
 
 def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
-    """Each dimension on the inputs' side, 0, or the outputs', 1, as products say."""
+    """Returns which dimensions are inputs, 0, and which are outputs, 1, in products.
+
+    A product contracts the dimensions on one side and keeps those on the other. A
+    second product may be in the opposite direction, like that of a tied head: then its
+    sides are swapped. A product with an activation computed from the weight, which is
+    not `sure`, may contract any dimensions. So it comes last, and is skipped if it
+    contradicts the others.
+    """
     sides: dict[int, int] = {}
     decided: list[Use] = []
-    # Products with the weight itself first: an activation's may be anything.
     for use in sorted(uses, key=lambda use: not use.sure):
         if not (use.summed and use.free):
             continue
@@ -140,10 +146,10 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
                 continue
             other = next(u for u in decided if (u.summed | u.free) & shared)
             raise ValueError(
-                f"{path_name(path)!r} is used in two ways that no one adapter serves: "
-                f"{_side_names(other)}, and {_side_names(use)}. Leave it out of "
-                "params, in a function that holds it itself, and name its axes in "
-                "lorafy(..., axes={...}) for the one to factor, or exclude it."
+                f"{path_name(path)!r} is used in two ways that no single adapter fits: "
+                f"{_side_names(other)}, and {_side_names(use)}. Exclude it from "
+                "lorafy; or call find_axes on a function that closes over it, and add "
+                "the axes of the use to factor: lorafy(..., axes=found | {...})."
             )
         flip = bool(same) and not all(same)
         own = dict.fromkeys(use.window, 0) | own
@@ -153,7 +159,7 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
 
 
 def _without(use: Use, batch: set[int]) -> Use:
-    """The use without stacked dimensions, and those that are on both of its sides."""
+    """Removes stacked dimensions, and those on both sides, from a use."""
     both = use.summed & use.free
     return use._replace(summed=use.summed - both - batch, free=use.free - both - batch)
 

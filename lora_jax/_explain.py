@@ -9,11 +9,11 @@ import jax
 from lora_jax._adapters import LowRank, adapters_if_any, without_adapters
 from lora_jax._arguments import (
     chosen,
+    leaf_offset,
     leaves_of,
     named,
     on_states,
     pick,
-    place,
     replaced,
 )
 from lora_jax._engine.jaxpr import flops, trace_call, used_inputs
@@ -156,7 +156,7 @@ def explain(
         (key, path)
         for key in given
         for i, path in enumerate(
-            leaf_order(base[key]), place(plain_args, plain_kwargs, key)
+            leaf_order(base[key]), leaf_offset(plain_args, plain_kwargs, key)
         )
         if use.get(i)
     }

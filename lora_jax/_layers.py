@@ -1,8 +1,8 @@
-"""Drop-in `flax.linen` layers that use adapters where their parameters have them.
+"""Drop-in `flax.linen` layers that use the adapters in their own parameters.
 
-Each is Flax's own layer under `lora`, so it keeps every option of it: paddings, masks,
-dtypes, injected products. Without adapters it is Flax's own layer and nothing else. Of
-other layers in a model these know nothing: `lora(model.apply)` does.
+Each one calls Flax's own layer under `lora`, so it keeps every option of that layer.
+Without adapters it only calls Flax's own layer. A layer uses no adapters of other
+layers in a model; `lora(model.apply)` uses all of them.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from lora_jax._tree import unbox
 
 
 class Dense(nn.Dense):
-    """`flax.linen.Dense` with an adapter: y = x W + b + scale * (x A) B.
+    """Applies `flax.linen.Dense` with an adapter: y = x W + b + scale * (x A) B.
 
-    It uses what its own parameters hold, whether from `init`, `lorafy`, `quantize` or
-    `load`: also trained copies. Flax's plain layers beside it pass adapters and copies
-    over without a word: where those train too, as with `lorafy(also=...)`, run the
-    whole model as `lora(model.apply)`.
+    It uses the adapters, trained copies and quantized weights in its own parameters,
+    whether from `init`, `lorafy`, `quantize` or `load`. Flax's own layers in the same
+    model silently ignore theirs: if those have any, for example by `lorafy(also=...)`,
+    call the model as `lora(model.apply)`.
 
     Attributes:
       rank: If given, `init` creates `lora_a` (in, rank), `lora_b` (rank, features),
-        zero at the start, and `lora_scale` () beside the kernel.
+        zero at the start, and `lora_scale` () next to the kernel.
       alpha: The update is scaled by alpha / rank. Default: the rank.
       rslora: Scale by alpha / sqrt(rank) instead.
-      dora: Give the outputs magnitudes of their own, `lora_magnitude` (features,), as
-        in `lorafy`.
+      dora: Also train a magnitude of each output, `lora_magnitude` (features,), as in
+        `lorafy`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -60,10 +60,10 @@ class Dense(nn.Dense):
 
 
 class DenseGeneral(nn.DenseGeneral):
-    """`flax.linen.DenseGeneral` with an adapter; attributes as `Dense`.
+    """Applies `flax.linen.DenseGeneral` with an adapter; attributes as `Dense`.
 
     `lora_a` has shape (batch..., in..., rank), `lora_b` (batch..., rank, out...) and
-    `lora_scale` (batch...), after `batch_dims`, `axis` and `features`.
+    `lora_scale` (batch...), according to `batch_dims`, `axis` and `features`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -91,10 +91,10 @@ class DenseGeneral(nn.DenseGeneral):
 
 
 class Embed(nn.Embed):
-    """`flax.linen.Embed` with an adapter, for lookups and for `attend`.
+    """Applies `flax.linen.Embed` with an adapter, in lookups and in `attend`.
 
-    `lora_a` has shape (num_embeddings, rank), `lora_b` (rank, features); a lookup takes
-    rows of `lora_a`. Attributes as `Dense`.
+    `lora_a` has shape (num_embeddings, rank), `lora_b` (rank, features). A lookup
+    gathers rows of `lora_a`. Attributes as `Dense`.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -125,10 +125,10 @@ class Embed(nn.Embed):
 
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` with an adapter; attributes as `Dense`.
+    """Applies `flax.linen.Conv` with an adapter; attributes as `Dense`.
 
     `lora_a` is a convolution to `rank` channels, of shape (window..., in, rank), and
-    `lora_b` (rank, features) mixes them at each place.
+    `lora_b` (rank, features) mixes them at each position.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -153,10 +153,10 @@ class Conv(nn.Conv):
 
 
 class Einsum(nn.Einsum):
-    """`flax.linen.Einsum` with an adapter; attributes as `Dense`.
+    """Applies `flax.linen.Einsum` with an adapter; attributes as `Dense`.
 
-    The equation says which of the kernel's dimensions are which: those in the result
-    alone are outputs, those in the input and the result a batch, the others inputs.
+    The equation determines the axes of the kernel: dimensions that are only in the
+    result are outputs, those in the input and the result a batch, the others inputs.
 
     Example:
       >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -176,6 +176,7 @@ class Einsum(nn.Einsum):
             return _adapted(self, nn.Einsum, "__call__", inputs, einsum_str)
         y = super().__call__(inputs, einsum_str)
         equation = einsum_str or self.einsum_str
+        assert equation is not None, "Flax has checked it"
         operands, result = equation.replace(" ", "").split("->")
         x, kernel = operands.split(",")
         kinds = [(n in x, n in result) for n in kernel]
@@ -187,18 +188,18 @@ class Einsum(nn.Einsum):
 
 
 def _has_adapter(layer: nn.Module) -> bool:
-    """Whether anything in the layer is adapted: its kernel, or a bias that trains."""
+    """Whether the layer has an adapter or a trained copy."""
     return any(is_adapter((name,)) for name in layer.variables.get("params", ()))
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether Flax's own layer can use the parameters: no adapter, all in floats."""
+    """Whether the layer has no adapter and no quantized weight."""
     leaves = layer.variables.get("params", {}).values()
     return not (_has_adapter(layer) or any(is_quantized(unbox(x)) for x in leaves))
 
 
 def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
-    """Creates the adapter's leaves while the layer's parameters are being created."""
+    """Creates the adapter's leaves during `init`."""
     if layer.rank is None or _has_adapter(layer) or not layer.is_initializing():
         return
     adapted = lorafy(
@@ -216,7 +217,7 @@ def _create(layer: nn.Module, axes: Axes, name: str = "kernel") -> None:
 
 
 def _adapted(layer: nn.Module, plain: type, method: str, *args: Any) -> jax.Array:
-    """The result of Flax's own layer, with the same options, under `lora`."""
+    """Calls Flax's own layer, with the same options, under `lora`."""
     names = {f.name for f in dataclasses.fields(plain) if f.init} - {"parent", "name"}
     fields = {name: getattr(layer, name) for name in names}
     apply = lora(plain(**fields, parent=None).apply)

@@ -10,13 +10,13 @@ import jax
 from lora_jax._adapters import Adapters, LowRank, adapters_if_any, of_rank
 from lora_jax._arguments import (
     Where,
+    adapters_elsewhere,
     check_elsewhere,
     chosen,
-    elsewhere,
+    leaf_offset,
     leaves_of,
     named,
     pick,
-    place,
     replaced,
 )
 from lora_jax._engine.dora import weight
@@ -24,7 +24,7 @@ from lora_jax._engine.factors import Factors, bare, canonical
 from lora_jax._engine.jaxpr import trace_call, used_inputs, vary_like
 from lora_jax._engine.rules import run_jaxpr
 from lora_jax._engine.run import Run, by_weight, noting, plain, warn
-from lora_jax._lorafy import with_copies
+from lora_jax._leaves import with_copies
 from lora_jax._tree import (
     Path,
     is_live,
@@ -157,7 +157,7 @@ def call(
     factors: dict[int, Factors] = {}
     names: dict[int, str] = {}  # of all adapted leaves
     for key, tree in base.items():
-        for i, path in enumerate(leaf_order(tree), place(args, kwargs, key)):
+        for i, path in enumerate(leaf_order(tree), leaf_offset(args, kwargs, key)):
             own, name = adapters[key].get(path), named(key, path, given)
             if own is not None:
                 names[i] = name
@@ -168,7 +168,7 @@ def call(
                 factors[i] = bare(operands[i], name)
 
     # All else reaches `fn` as it is: derivative rules in it may close over arguments.
-    others = elsewhere(args, kwargs)
+    others = adapters_elsewhere(args, kwargs)
     traced, dynamic = trace_call(fn, args, kwargs, {*names, *factors, *others})
     if unused == "error":
         used = dict(zip(dynamic, used_inputs(traced.jaxpr), strict=True))

@@ -37,8 +37,7 @@ from lora_jax._engine.quantized import (
     spread,
     values_of,
 )
-from lora_jax._lorafy import with_copies
-from lora_jax._targets import warn
+from lora_jax._leaves import with_copies
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -51,6 +50,7 @@ from lora_jax._tree import (
     unbox,
     unflatten,
 )
+from lora_jax._warnings import warn_user
 
 MOST = 0.5  # the share of an update whose loss to rounding causes a warning
 
@@ -207,7 +207,7 @@ def _warn_of_loss(norms: dict[Path, Any], plain: dict[Path, Any]) -> None:
             dtype = unbox(plain[path]).dtype
             lost.append(f"{path_name(path)!r} ({share:.0%} in {dtype})")
     if lost:
-        warn(
+        warn_user(
             "Rounding the merged weights loses most of the updates of "
             f"{', '.join(lost[:6])}{', ...' if len(lost) > 6 else ''}. To keep them, "
             "write merge(params, dtype=jnp.float32)."

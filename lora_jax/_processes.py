@@ -1,7 +1,7 @@
-"""Several processes of one JAX program, on several machines: what one does for all.
+"""Coordinates the processes of one JAX program, which may run on several machines.
 
-Each makes the same calls, as JAX demands of every computation that spans processes. In
-one process all of this is nothing.
+Every process makes the same calls, as JAX requires of computations that span processes.
+In a program of one process these functions do nothing.
 """
 
 import contextlib
@@ -13,64 +13,72 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-ROOM = 1000  # bytes of an error that the other processes are told
-SIZE = hashlib.sha256().digest_size
+ERROR_BYTES = 1000  # of an error message, sent to the other processes
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def is_first() -> bool:
-    """Whether this process writes what all have to say: files are written once."""
+    """Whether this process is the one that writes files."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def agreed(what: str) -> Iterator[dict[str, Any]]:
-    """Runs a block in every process; an error in one is an error in all.
+    """Runs a block in every process, and raises in all of them if it fails in one.
 
-    Nothing in the block may wait for other processes, so that all of them get to the
-    end of it, where they tell each other. It gets a dict for what must be the same in
-    all of them: processes that go on with other things would wait for each other.
+    The processes exchange errors at the end of the block. So nothing in it may wait for
+    other processes: one that has failed would never arrive.
+
+    Args:
+      what: The function that is called, for messages.
+
+    Yields:
+      A dict to fill with values that must be equal in all processes. If they differed,
+      processes would later wait for each other in different computations.
 
     Raises:
-      RuntimeError: If the block failed elsewhere; of the first of those processes.
-      ValueError: If what must be the same is not.
+      RuntimeError: If the block failed in another process.
+      ValueError: If the values in the dict differ.
     """
     same: dict[str, Any] = {}
     if jax.process_count() == 1:
         yield same
         return
-    own, digest = None, bytes(SIZE)
+    own, digest = None, bytes(DIGEST_BYTES)
     try:
         yield same
         digest = _digest(same)
     except BaseException as error:  # Ctrl-C too: the others are waiting for this one
         own = error
-    said = b"" if own is None else f"{type(own).__name__}: {own}".encode()[:ROOM]
-    row = bytes([own is not None]) + digest + said.ljust(ROOM, b"\0")
+    text = "" if own is None else f"{type(own).__name__}: {own}"
+    error = text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0")
+    row = bytes([own is not None]) + digest + error
     rows = multihost_utils.process_allgather(np.frombuffer(row, np.uint8))
     if own is not None:
         raise own
-    for i, told in enumerate(map(bytes, rows)):
-        if told[0]:
-            text = told[1 + SIZE :].rstrip(b"\0").decode(errors="replace")
+    rows = [bytes(row) for row in rows]
+    for i, row in enumerate(rows):
+        if row[0]:
+            text = row[1 + DIGEST_BYTES :].rstrip(b"\0").decode(errors="replace")
             raise RuntimeError(f"{what} failed in process {i}. There: {text}")
-    digests = [bytes(told)[1 : 1 + SIZE] for told in rows]
+    digests = [row[1 : 1 + DIGEST_BYTES] for row in rows]
     if other := [i for i, x in enumerate(digests) if x != digests[0]]:
         raise ValueError(
             f"{what} has other {' or '.join(same)} in process {other[0]} than in "
-            "process 0. Call it with the same in every process."
+            "process 0. Call it with the same arguments in every process."
         )
 
 
 def outline(x: Any) -> list[Any]:
-    """What processes must have in common of an array to gather it together."""
+    """Returns the properties of an array that processes must share to gather it."""
     spans = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
     return [[x.shape, str(x.dtype), spans(x)] for x in jax.tree.leaves(x)]
 
 
-def _digest(said: Any) -> bytes:
-    """Of lists and dicts: of arrays the values, of all else how it prints."""
+def _digest(tree: Any) -> bytes:
+    """Hashes the values of arrays, and the `repr` of other leaves."""
     digest = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(said):
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
         head = [*x.shape, x.dtype] if isinstance(x, np.ndarray) else x
         digest.update(f"{jax.tree_util.keystr(path)} {head!r}\n".encode())
         if isinstance(x, np.ndarray):
@@ -78,10 +86,10 @@ def _digest(said: Any) -> bytes:
     return digest.digest()
 
 
-def whole(x: Any) -> Any:
-    """The array, in this process's memory if other processes have some of it.
+def gathered(x: Any) -> Any:
+    """Returns an array that spans processes as a NumPy array; any other unchanged.
 
-    All processes must ask for it, each for the same arrays in the same order.
+    All processes must call this, for the same arrays in the same order.
     """
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return x
@@ -90,10 +98,10 @@ def whole(x: Any) -> Any:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The array where the sharding says, each process giving what is its own.
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns what `jax.device_put` does, also if the sharding spans processes.
 
-    All processes have the whole of `x`, or, where it spans them, a part.
+    Every process must have all of `x`, unless `x` itself spans processes.
     """
     here = not isinstance(x, jax.Array) or x.is_fully_addressable
     if sharding.is_fully_addressable or not here:
@@ -103,8 +111,8 @@ def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def first_found(values: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each place the value of a process that has it, and whether one does."""
+    """Returns each element from a process that has found it, and whether one has."""
     every = multihost_utils.process_allgather((values, found))
-    values, found = (np.asarray(x) for x in every)
-    which = found.argmax(0)  # (process, place) to (place,)
-    return values[which, np.arange(values.shape[1])], found.any(0)
+    values, found = (np.asarray(x) for x in every)  # (process, element)
+    process = found.argmax(0)
+    return values[process, np.arange(values.shape[1])], found.any(0)

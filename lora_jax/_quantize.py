@@ -1,4 +1,4 @@
-"""Quantized frozen weights: from floats, to floats, and in checkpoints of Flax."""
+"""Quantizes frozen weights of a tree, and dequantizes them."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-from lora_jax._adapters import Axes, adapter_of, find_adapters
+from lora_jax._adapters import Axes, adapter_of, find_adapters, of_rank
 from lora_jax._engine.quantized import (
     FORMATS,
     Quantized,
@@ -16,10 +16,13 @@ from lora_jax._engine.quantized import (
     ways,
 )
 from lora_jax._engine.quantized import dequantize as dequantized
+from lora_jax._flax_names import axes_of, check_axes, is_adaptable
+from lora_jax._patterns import Selector
 from lora_jax._state import from_state, to_state
-from lora_jax._targets import Selector, axes_of, check_axes, choose, is_adaptable
+from lora_jax._targets import check_each, choose
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_abstract,
     is_traced,
@@ -37,47 +40,47 @@ BLOCK = 64  # elements of 4 bits that share a scale
 
 
 def quantize(
-    params: Any,
+    params: PyTree,
     how: str | Mapping[str, str],
     *,
     targets: Selector | None = None,
     exclude: Selector = (),
     axes: Mapping[str, Axes] | None = None,
     block: int | None = None,
-) -> Any:
-    """Quantizes frozen weights, which `lora` then uses as they are.
+) -> PyTree:
+    """Quantizes frozen weights, which `lora` then uses in that form.
 
     Each chosen weight becomes a `Quantized`: a code of 4 or 8 bits for each element,
-    and a scale for each block of elements. `lora(fn)` makes the floats of a weight for
-    each of its uses, and keeps none for the backward pass. A base of 16 GB in bfloat16
+    and a scale for each block of elements. `lora(fn)` dequantizes a weight for each of
+    its uses, and stores no floats for the backward pass. A base of 16 GB in bfloat16
     takes 8 GB in int8 and 4.3 GB in NF4.
 
-    Before `lorafy` or after it. What is trained stays in floats next to it. Take
-    gradients with respect to `split(params)[0]`, or with `allow_int=True`: JAX has none
-    for integers ("grad requires real- or complex-valued inputs", it says of int4).
+    Call it before `lorafy` or after it; adapters and trained copies are not quantized.
+    Take gradients with respect to `split(params)[0]`, or with `allow_int=True`: JAX has
+    none for integers ("grad requires real- or complex-valued inputs").
 
-    Outside of `jit` a stack of layers is quantized one layer at a time, on each device
-    the layers that it has, so that no more floats are needed than those of one layer.
-    Under `jit` too, except on a mesh with automatic axes, where shardings are unknown.
+    A stack of layers is quantized one layer at a time, on each device its own layers,
+    so that the floats of one layer at most are needed at once. Under `jit` this does
+    not hold on a mesh with automatic axes, where shardings are unknown.
 
-    Orbax, `flax.serialization` and pickle store the result. To restore it, give them a
+    Orbax, `flax.serialization` and pickle store the result. To restore it, pass them a
     target: `quantize` of the same parameters, which may be abstract.
 
     Args:
       params: A tree of parameters, as in `lorafy`: concrete, traced or abstract,
-        sharded or not. Leaves are taken one by one, and stay on their devices. Or a
-        live `nnx.Module`: the result is one of its class, for `LoRA(model, rank)`.
+        sharded or not. Leaves are quantized one by one, on their devices. Or a live
+        `nnx.Module`: the result is one of its class, for `LoRA(model, rank)`.
       how: "int8", "int4" or "nf4" (4 bits, the values of a normal distribution); or
         `{pattern: format}`, which also selects the weights.
       targets: Which weights, as in `lorafy`. Default: every leaf named `kernel` of two
         or more dimensions.
-      exclude: What to leave out, in the same form.
-      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` finds them for a
-        function, where neither Flax's names nor an adapter give a weight's dimensions.
-      block: How many elements share a scale (in bfloat16), along the last input; in
-        tables, along a row, so that lookups read rows. Where it does not divide them,
-        the greatest common divisor is taken. Default: 64 for 4 bits, so that an element
-        takes 4.25 bits; for int8 all the inputs of an output.
+      exclude: Which weights to leave out, in the same form.
+      axes: `{path: Axes(batch, inputs, outputs)}`, as `find_axes` returns it, for
+        weights whose dimensions neither Flax's names nor an adapter determine.
+      block: The number of elements that share a scale (in bfloat16), along the last
+        input; in tables, along a row, so that lookups read rows. If it does not divide
+        their number, the greatest common divisor is used. Default: 64 for 4 bits, so
+        that an element takes 4.25 bits; for int8 all the inputs of an output.
 
     Returns:
       A tree with the same containers and boxes that shares all other leaves.
@@ -85,8 +88,8 @@ def quantize(
     Raises:
       TypeError: If `params` is no tree of parameters.
       ValueError: If a format is unknown, a pattern matches nothing, a weight is already
-        quantized, empty, not finite or no array of floats, its dimensions are unknown,
-        or no block divides them.
+        quantized, empty, not finite or not floating, its dimensions are ambiguous, or
+        no block divides them.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -103,7 +106,6 @@ def quantize(
       https://arxiv.org/abs/2305.14314
     """
     leaves = flatten(params)
-    _check_restored(leaves)
     formats = _check_formats(how)
     _check_block(block)
     stored = quantized_leaves(leaves)
@@ -137,16 +139,16 @@ def quantize(
     return unflatten(params, leaves | new)
 
 
-def dequantize(params: Any) -> Any:
-    """Makes plain arrays of quantized weights.
+def dequantize(params: PyTree) -> PyTree:
+    """Converts quantized weights to plain arrays.
 
     Args:
       params: A tree from `quantize`, with adapters or without.
 
     Returns:
-      A tree with the same containers and boxes that shares all other leaves, and
-      computes the same, since floats have the values that the codes stand for. (With
-      the update in the weights: `merge`.)
+      A tree with the same containers and boxes that shares all other leaves. It
+      computes the same: these are the floats that `lora` computes with. (To
+      also add the updates to the weights, use `merge`.)
 
     Raises:
       ValueError: If no leaf is quantized, or one is broken.
@@ -160,7 +162,6 @@ def dequantize(params: Any) -> Any:
     leaves = flatten(params)
     stored = quantized_leaves(leaves)
     if not stored:
-        _check_restored(leaves)
         raise ValueError(
             "No leaf of these parameters is quantized. Pass a tree from "
             "quantize(params, how)."
@@ -169,23 +170,23 @@ def dequantize(params: Any) -> Any:
     return unflatten(params, leaves | new)
 
 
-def _plain(w: Any) -> Any:
+def _plain(w: Quantized) -> Any:
     return jax.eval_shape(dequantized, w) if is_abstract(w) else dequantized(w)
 
 
 def _axes(path: Path, leaves: dict[Path, Any], others: bool) -> Axes:
-    """The dimensions of a weight, from an adapter next to it or from its name."""
+    """Returns a weight's axes, from an adapter next to it or from its name."""
     parts = (path, *adapter_of(path))
     if all(part in leaves for part in parts):
-        found = find_adapters({part: leaves[part] for part in parts}, stacks=True)
-        return found[path].axes
+        own = {part: leaves[part] for part in parts}
+        return of_rank(find_adapters(own, stacks=True))[path].axes
     return axes_of(path, leaves, others)
 
 
 def _scale_shape(
     path: Path, w: Any, name: str, axes: Axes, block: int | None
 ) -> tuple[int, ...]:
-    """How many blocks there are along each dimension."""
+    """Returns the number of blocks along each dimension."""
     shared = axes.outputs if leaf_name(path) == "embedding" else axes.inputs
     sizes = list(w.shape)
     if name == "int8" and block is None:
@@ -204,12 +205,10 @@ def _scale_shape(
     return tuple(sizes)
 
 
-def _check_formats(how: Any) -> Any:
-    if isinstance(how, Mapping):
-        if not how:
-            raise ValueError("how is an empty mapping. Write how={pattern: format}.")
-        return {pattern: _check_format(name) for pattern, name in how.items()}
-    return _check_format(how)
+def _check_formats(how: Any) -> str | dict[str, str]:
+    if isinstance(how, Mapping) and not how:
+        raise ValueError("how is an empty mapping. Write how={pattern: format}.")
+    return check_each(how, _check_format)
 
 
 def _check_format(name: Any) -> str:
@@ -224,27 +223,3 @@ def _check_block(block: Any) -> None:
     integer = isinstance(block, int) and not isinstance(block, bool)
     if block is not None and not (integer and block > 1):
         raise ValueError(f"block must be an integer of at least 2, found {block!r}.")
-
-
-def _check_restored(leaves: Mapping[Path, Any]) -> None:
-    """Raises for the two arrays of a quantized weight in a dict.
-
-    Orbax and `msgpack_restore` give that where they have no target.
-    """
-    for *parent, name in leaves:
-        path = tuple(parent)
-        dtype = getattr(unbox(leaves[(*path, name)]), "dtype", None)
-        named = name in ("values", *FORMATS) and (*path, "scale") in leaves
-        if named and dtype is not None and jnp.issubdtype(dtype, jnp.integer):
-            how = "" if name == "values" else f", {name!r}"
-            line = f"Quantized(x[{name!r}], x['scale'], (dtype,){how})"
-            raise ValueError(
-                f"{path_name(path)!r} is a mapping with {name!r} and 'scale': a "
-                "quantized weight that was restored without a target. Restore with a "
-                "target, quantize(params, how) of the same parameters, abstract or not"
-                + (
-                    "."
-                    if dtype == jnp.uint8
-                    else f"; or write {line} for each such mapping x."
-                )
-            )

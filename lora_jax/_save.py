@@ -31,7 +31,7 @@ from lora_jax._adapters import (
     with_axes,
 )
 from lora_jax._detach import attached
-from lora_jax._lorafy import beside, trained_copy
+from lora_jax._leaves import adapter_leaves, trained_copy
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._sample import COUNT, differ, sample
 from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
@@ -183,7 +183,7 @@ def load(path: StrPath, base: PyTree, *, same_base: bool = True) -> PyTree:
             _check_base(path, name, found, header["samples"].get(name))
     new: dict[Path, Any] = {}
     for weight, values in weights.values():
-        new |= beside(weight, leaves[weight], values)
+        new |= adapter_leaves(weight, leaves[weight], values)
     for leaf, copy in copies.items():
         new[copy_of(leaf).w] = trained_copy(leaves[leaf], copy)
     return attached(base, leaves, new)

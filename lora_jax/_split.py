@@ -1,4 +1,4 @@
-"""The trainable part and the frozen part of a tree: two trees, one mask, or a count."""
+"""Separates the trainable leaves of a tree from the frozen ones."""
 
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from lora_jax._adapters import (
 from lora_jax._engine.quantized import nbytes
 from lora_jax._tree import (
     Path,
+    PyTree,
     flatten,
     is_array,
     is_counter,
@@ -24,9 +25,9 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Count(NamedTuple):
-    """How many numbers train, and how many there are; scales are not counted.
+    """The number of trainable and of all parameters. Prints as one line.
 
-    `base_bytes` is what XLA keeps the frozen ones in.
+    `base_bytes` is the size of the frozen leaves in XLA's memory.
     """
 
     trainable: int
@@ -44,21 +45,22 @@ class Count(NamedTuple):
         )
 
 
-def split(params: Any) -> tuple[Any, Any]:
-    """Splits parameters in two trees of the same shape, with `None` in the holes.
+def split(params: PyTree) -> tuple[PyTree, PyTree]:
+    """Splits parameters into trainable and frozen ones: two trees with `None` in them.
 
-    Differentiating with respect to the first alone never computes a gradient of a
-    frozen weight, and an optimizer of the first alone holds no state for one. A jitted
-    step that takes both and returns the first copies no frozen weight. It may donate
-    the first, `@jax.jit(donate_argnums=(0, 1))`, and the base stays for other trees.
+    Differentiating with respect to the first tree computes no gradient of a frozen
+    weight, and an optimizer of the first tree holds no state for one. A jitted step
+    that takes both and returns the first copies no frozen weight. It may donate the
+    first and the optimizer's state, `@jax.jit(donate_argnums=(0, 1))`; the base remains
+    usable with other adapters.
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      `(adapters, base)`: the trainable leaves, which are A, B and magnitudes of each
-      adapter and each trained copy; and all other leaves, scales too. To store the
-      adapters, use `detach`, which includes their scales.
+      `(adapters, base)`: the trainable leaves, which are A, B and the magnitudes of
+      each adapter, and the trained copies; and all other leaves, including scales. To
+      store adapters, use `detach`, which includes their scales.
 
     Raises:
       ValueError: If `params` has no adapters, or a broken one.
@@ -71,18 +73,18 @@ def split(params: Any) -> tuple[Any, Any]:
       {'kernel': None, 'lora_a': (4, 2), 'lora_b': (2, 3), 'lora_scale': None}
     """
     leaves = flatten(params)
-    trains = trainable(leaves)
+    trained = trainable(leaves)
     return (
-        unflatten(params, {p: x if p in trains else None for p, x in leaves.items()}),
-        unflatten(params, {p: None if p in trains else x for p, x in leaves.items()}),
+        unflatten(params, {p: x if p in trained else None for p, x in leaves.items()}),
+        unflatten(params, {p: None if p in trained else x for p, x in leaves.items()}),
     )
 
 
-def combine(adapters: Any, base: Any) -> Any:
+def combine(adapters: PyTree, base: PyTree) -> PyTree:
     """Joins the two trees of `split`, before or after training, into one.
 
     Args:
-      adapters: The trainable tree, or any of the same structure.
+      adapters: The trainable tree, or another one of the same structure.
       base: The frozen tree.
 
     Returns:
@@ -114,21 +116,21 @@ def combine(adapters: Any, base: Any) -> Any:
     return unflatten(base, joined)
 
 
-def mask(params: Any) -> Any:
+def mask(params: PyTree) -> PyTree:
     """Makes a tree with `True` at each trainable leaf and `False` at the others.
 
-    For `optax.masked`, `optax.freeze` and their like; `adapters_only` needs no mask.
-    Use it, or `labels`, or `nnx.LoRAParam` in an nnx module, in place of a filter of
-    your own: ".*lora.*" also takes `lora_scale`. A scale has no gradient, but an
-    optimizer with weight decay, such as `optax.adamw`, shrinks every leaf that it is
-    given. (`optax.masked` passes the gradients of the other leaves on as updates:
+    For `optax.masked`, `optax.freeze` and the like; `adapters_only` needs no mask. Use
+    it, or `labels`, or `nnx.LoRAParam` in an nnx module, instead of a filter of your
+    own: ".*lora.*" also selects `lora_scale`. A scale has no gradient, but an optimizer
+    with weight decay, such as `optax.adamw`, shrinks every leaf that it gets.
+    (`optax.masked` passes the gradients of the other leaves on as updates, while
     `optax.partition` with `labels` sets them to zero.)
 
     Args:
       params: A tree from `lorafy`.
 
     Returns:
-      A tree of the same containers with a bool for each leaf, boxed or not.
+      A tree with the same containers and a bool in the place of each leaf or box.
 
     Raises:
       ValueError: As `split`.
@@ -139,24 +141,23 @@ def mask(params: Any) -> Any:
       {'kernel': False, 'lora_a': True, 'lora_b': True, 'lora_scale': False}
     """
     leaves = flatten(params)
-    trains = trainable(leaves)
-    return unflatten(params, {path: path in trains for path in leaves})
+    trained = trainable(leaves)
+    return unflatten(params, {path: path in trained for path in leaves})
 
 
-def labels(params: Any) -> Any:
+def labels(params: PyTree) -> PyTree:
     """Labels each leaf "lora_a", "lora_b", "lora_magnitude", "lora_w", or "frozen".
 
     For `optax.partition`, to train factors at different rates. LoRA+ has a larger rate
-    for B than for A. LoRA-FA keeps A as it is drawn: under one `jit` its gradient is
-    never computed, nor is x kept for it. A scale is "frozen"; a filter of names such as
-    ".*lora.*" would take it, and weight decay would shrink it.
+    for B than for A. LoRA-FA freezes A at its initial values: under one `jit` its
+    gradient is not computed, and x is not stored for it. A scale is "frozen".
 
     Args:
-      params: A tree from `lorafy`, or the half of `split` that trains.
+      params: A tree from `lorafy`, or the trainable tree of `split`.
 
     Returns:
-      A tree with the same containers and a string for each leaf, boxed or not; `None`
-      in the holes of a half.
+      A tree with the same containers and a string in the place of each leaf or box;
+      `None` stays `None`.
 
     Raises:
       ValueError: If `params` has no adapters.
@@ -185,19 +186,19 @@ def labels(params: Any) -> Any:
     return unflatten(params, found)
 
 
-def count(params: Any) -> Count:
-    """Counts the numbers that train, all that there are, and the bytes of the base.
+def count(params: PyTree) -> Count:
+    """Counts the trainable and all parameters, and the bytes of the base.
 
     Args:
       params: A tree from `lorafy`, or from `quantize`.
 
     Returns:
       `Count(trainable, total, base_bytes)`. The scales of adapters, which are settings,
-      are not counted. The bytes are those of all frozen leaves, as XLA keeps them: of
-      weights in few bits, their numbers (two of four bits to a byte) and their scales.
+      are not counted. The bytes are those of all frozen leaves in XLA's memory: for a
+      quantized weight its codes (two of four bits in a byte) and its scales.
 
     Raises:
-      ValueError: As `split`, but that a tree in few bits needs no adapters.
+      ValueError: As `split`, except that a quantized tree needs no adapters.
 
     Example:
       >>> import jax.numpy as jnp, lora_jax as lj
@@ -220,6 +221,6 @@ def count(params: Any) -> Count:
 
 
 def trainable(leaves: dict[Path, Any]) -> set[Path]:
-    """The paths of all leaves that train."""
+    """Returns the paths of all trainable leaves."""
     found = find_adapters(leaves, stacks=True)
     return {part for own in found.values() for part in own.trained}

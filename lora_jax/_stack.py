@@ -22,7 +22,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.factors import wider
-from lora_jax._lorafy import beside, norms, trained_copy
+from lora_jax._leaves import adapter_leaves, input_norms, trained_copy
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -106,7 +106,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
                 arrays_of(own, tree) if isinstance(own, LowRank) else None
                 for tree, own in zip(leaves, each, strict=True)
             ]
-            new |= beside(path, leaf, _padded(path, w, arrays), stacked=True)
+            new |= adapter_leaves(path, leaf, _padded(path, w, arrays), stacked=True)
     return unflatten(trees[0], base | new)
 
 
@@ -165,10 +165,10 @@ def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
         taken = own.map(pick)
         scale, m = where_valid(taken.scale, jnp.zeros(())), taken.magnitude
         if valid is not None and m is not None:
-            norm = jnp.reshape(norms(w, own.axes.inputs), m.shape[index.ndim :])
+            norm = jnp.reshape(input_norms(w, own.axes.inputs), m.shape[index.ndim :])
             m = where_valid(m, norm)
         taken = dataclasses.replace(taken, scale=scale, magnitude=m)
-        new |= beside(path, leaf, taken, stacked=several is not None)
+        new |= adapter_leaves(path, leaf, taken, stacked=several is not None)
     return unflatten(stacked, leaves | new)
 
 
@@ -229,7 +229,7 @@ def _padded(
     first, r = given[0], max(own.a.shape[-1] for own in given)
     nothing = first.map(jnp.zeros_like)
     if first.magnitude is not None and len(given) < len(each):
-        norm = jnp.reshape(norms(w, axes.inputs), first.magnitude.shape)
+        norm = jnp.reshape(input_norms(w, axes.inputs), first.magnitude.shape)
         nothing = dataclasses.replace(nothing, magnitude=norm)
 
     def pad(x: jax.Array, axis: int) -> jax.Array:

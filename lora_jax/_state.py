@@ -1,4 +1,4 @@
-"""`Quantized` as `flax.serialization` stores it: a state dict of two plain arrays.
+"""Converts `Quantized` to and from the state dicts of `flax.serialization`.
 
 The msgpack format of Flax has no 4-bit types, so two codes share a byte, the first one
 in the high bits.
@@ -15,16 +15,17 @@ import numpy as np
 from flax import serialization
 
 from lora_jax._engine.quantized import Quantized, keys_of
+from lora_jax._tree import is_abstract, is_traced
 
 
 def to_state(x: Quantized) -> dict[str, Any]:
-    """The state dict of a quantized array: `{format: codes, "scale": scale}`."""
+    """Returns a quantized array as `{format: codes, "scale": scale}`."""
     values, scale = keys_of(x)
     return {values: _packed(x.values), scale: x.scale}
 
 
 def from_state(target: Quantized, state: Any) -> Quantized:
-    """The quantized array of a state dict, in the format of `target`.
+    """Returns the quantized array of a state dict, in the format of `target`.
 
     Raises:
       ValueError: If the state is in another format, or has other shapes.
@@ -42,9 +43,8 @@ def from_state(target: Quantized, state: Any) -> Quantized:
         n = math.prod(target.shape)
         fits = values.shape == (-(-n // 2),)
         values = _unpacked(values)[:n].reshape(target.shape) if fits else values
-    for key, x, y in zip(
-        keys, (values, scale), (target.values, target.scale), strict=True
-    ):
+    parts = zip(keys, (values, scale), (target.values, target.scale), strict=True)
+    for key, x, y in parts:
         if x.shape != y.shape:
             raise ValueError(
                 f"{key!r} of {path!r} has the shape {y.shape} in the target, found "
@@ -55,15 +55,14 @@ def from_state(target: Quantized, state: Any) -> Quantized:
 
 
 def _packed(values: Any) -> Any:
-    if values.dtype != jnp.int4 or isinstance(values, jax.core.Tracer):
+    if values.dtype != jnp.int4 or is_traced(values):
         return values
     n = -(-math.prod(values.shape) // 2)
-    if isinstance(values, jax.ShapeDtypeStruct):
+    if is_abstract(values):
         return jax.ShapeDtypeStruct((n,), np.uint8)
     codes = np.zeros(2 * n, np.uint8)
-    codes[: values.size] = (
-        np.asarray(values).ravel().astype(np.int8).view(np.uint8) & 15
-    )
+    flat = np.asarray(values).ravel().astype(np.int8).view(np.uint8)
+    codes[: values.size] = flat & 15
     return codes[::2] << 4 | codes[1::2]
 
 

@@ -19,7 +19,8 @@ from lora_jax._checks import check_values
 from lora_jax._engine.dora import weight
 from lora_jax._engine.factors import align, delta, materialize, wider
 from lora_jax._engine.quantized import dequantize
-from lora_jax._lorafy import beside, lorafy, path_key, place, trained_copy
+from lora_jax._leaves import adapter_leaves, path_key, put_like, trained_copy
+from lora_jax._lorafy import lorafy
 from lora_jax._matrices import (
     Matrices,
     factor_matrices,
@@ -30,12 +31,8 @@ from lora_jax._matrices import (
     weight_matrices,
     with_matrices,
 )
-from lora_jax._targets import (
-    Patterns,
-    Selector,
-    by_pattern,
-    check_rank,
-)
+from lora_jax._patterns import Patterns, Selector, by_pattern
+from lora_jax._targets import check_rank
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -115,7 +112,7 @@ def resize(
             factors = truncated(factors, r)
         else:
             factors = padded(factors, r, path_key(key, path))
-        new |= beside(path, leaves[path], with_matrices(own, factors))
+        new |= adapter_leaves(path, leaves[path], with_matrices(own, factors))
     return unflatten(params, leaves | new)
 
 
@@ -205,7 +202,7 @@ def extract(
         factors = factor_matrices(w.shape, own)
         factors = nearest(weight_matrices(change, own.axes), factors)
         own = dataclasses.replace(own, scale=jnp.ones_like(own.scale))
-        new |= beside(path, start[path], with_matrices(own, factors))
+        new |= adapter_leaves(path, start[path], with_matrices(own, factors))
     return unflatten(base, start | new)
 
 
@@ -329,9 +326,9 @@ def principal(params: PyTree) -> PyTree:
         root = jnp.sqrt(jnp.reshape(own.scale, (-1, 1, 1)).astype(a.dtype))
         own = with_matrices(own, Matrices(a / root, b / root))
         rest = wide - delta(align(w, *own)).astype(wide.dtype)
-        rest = place(rest.astype(w.dtype), tuple(range(w.ndim)), w)
+        rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= beside(path, leaves[path], own)
+        new |= adapter_leaves(path, leaves[path], own)
     return unflatten(params, leaves | new)
 
 

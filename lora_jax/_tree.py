@@ -1,8 +1,7 @@
-"""Paths and containers: any parameter tree as `{path: leaf}`, and back again.
+"""Converts any parameter tree to `{path: leaf}` and back.
 
-Knows trees, not LoRA. A leaf keeps its box (`nn.Partitioned`, `nnx.Param`, ...), and a
-path is the tuple of the keys that lead to it, without the box. A weight in few bits,
-`Quantized`, is one leaf.
+A path is the tuple of keys that leads to a leaf. A leaf keeps its box, such as
+`nnx.Param`, which adds no key to the path. A quantized weight is one leaf.
 """
 
 import copy
@@ -16,23 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
+from jax.core import Tracer
 
-from lora_jax._engine.quantized import Quantized, is_quantized, values_of, wrong
+from lora_jax._engine.quantized import (
+    FORMATS,
+    Quantized,
+    is_quantized,
+    values_of,
+    wrong,
+)
+
+# A tree of parameters: nested mappings, or any other pytree, whose leaves are arrays in
+# boxes or not, `Quantized` or `None`; or a live `nnx.Module`. Typing cannot express it.
+PyTree = Any
 
 Path = tuple[Any, ...]
 
-# The components of a key that is itself a path: "dense/kernel", "layers.q.bias", and
+# A component of a key that is itself a path: of "dense/kernel", "layers.q.bias", or of
 # what `jax.tree_util.keystr` writes, ".layers[0].weight" or "['dense']['kernel']".
 PART = re.compile(r"[^/.\[\]'\"]+")
 
-# How to adapt a tree that is not made of mappings; error messages quote it.
+# How to adapt a tree that is not made of mappings. Error messages quote it.
 FLAT = """adapt its leaves as one flat dict, where y = fn(params, *args):
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     base = {name(path): leaf for path, leaf in flat}
-    whole = lambda base: treedef.unflatten([base[name(path)] for path, _ in flat])
-    flat_fn = lambda base, *args: fn(whole(base), *args)
+    nested = lambda base: treedef.unflatten([base[name(path)] for path, _ in flat])
+    flat_fn = lambda base, *args: fn(nested(base), *args)
     adapted = lj.lorafy(base, rank, axes=lj.find_axes(flat_fn, base, *args))
     y = lj.lora(flat_fn)(adapted, *args)
 
@@ -41,13 +51,14 @@ lambda params, *args: eqx.combine(params, static)(*args)."""
 
 
 def is_box(x: Any) -> bool:
+    """Whether a leaf is an array with metadata, by `flax.linen` or `flax.nnx`."""
     return isinstance(x, AxisMetadata | nnx.Variable)
 
 
 def is_counter(x: Any) -> bool:
-    """Whether a leaf is a key, a count or an index that a live module keeps.
+    """Whether a leaf is a random key, a count or an index of a live module.
 
-    It is no parameter: it differs between two runs of one model.
+    Such a variable is no parameter: it differs between two runs of the same model.
     """
     if not isinstance(x, nnx.Variable) or isinstance(x, nnx.Param):
         return False
@@ -56,38 +67,44 @@ def is_counter(x: Any) -> bool:
 
 
 def is_array(x: Any) -> bool:
+    """Whether a leaf is an array: of JAX or NumPy, abstract, traced or quantized."""
     plain = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
     return isinstance(x, plain | Quantized)
 
 
 def is_abstract(x: Any) -> bool:
-    """Whether an array has a shape and a dtype alone."""
+    """Whether an array has a shape and a dtype and no values."""
     return isinstance(values_of(x), jax.ShapeDtypeStruct)
 
 
 def is_traced(x: Any) -> bool:
-    return isinstance(values_of(x), jax.core.Tracer)
+    """Whether an array is a tracer, whose values are not known yet."""
+    return isinstance(values_of(x), Tracer)
 
 
-def tree_leaves(tree: Any) -> list[Any]:
+def tree_leaves(tree: PyTree) -> list[Any]:
+    """Returns what `jax.tree.leaves` does, with a quantized weight as one leaf."""
     return jax.tree.leaves(tree, is_leaf=is_quantized)
 
 
 def unbox(leaf: Any) -> Any:
-    """The array in a box, or boxes; anything else is returned as it is."""
+    """Returns the array in a box, or in several; returns anything else unchanged."""
     while is_box(leaf):
         leaf = open_box(leaf)
     return leaf
 
 
 def open_box(box: Any) -> Any:
-    """What one box holds. Flax's own `unbox` would also constrain its sharding."""
+    """Returns the content of one box.
+
+    Not Flax's own `unbox`, which would also constrain the sharding of the array.
+    """
     values = jax.tree.leaves(box, is_leaf=lambda x: x is not box)
     return values[0] if values else None
 
 
 def rebox(like: Any, value: Any) -> Any:
-    """The value in a box like that of `like`, if it has one."""
+    """Puts a value in a box like that of `like`, if it has one."""
     if isinstance(like, AxisMetadata):
         return like.replace_boxed(rebox(open_box(like), value))
     if isinstance(like, nnx.Variable):
@@ -96,11 +113,12 @@ def rebox(like: Any, value: Any) -> Any:
 
 
 def path_name(path: Path) -> str:
+    """Returns a path as text, "dense/kernel"."""
     return "/".join(map(str, path))
 
 
 def components(path: Path) -> tuple[str, ...]:
-    """The components of a path; a key that is itself a path has several."""
+    """Returns the components of a path; a key that is itself a path has several."""
     return tuple(part for key in path for part in _parts(str(key)))
 
 
@@ -110,12 +128,12 @@ def _parts(key: str) -> tuple[str, ...]:
 
 
 def leaf_name(path: Path) -> str:
-    """The last component of a path: "kernel" of ("dense", "kernel"), "dense/kernel"."""
+    """Returns the last component of a path, "kernel" of ("dense/kernel",)."""
     return _parts(str(path[-1]))[-1]
 
 
 def sibling(path: Path, *names: str) -> Path:
-    """The path with other last components, written with the same separators."""
+    """Replaces the last components of a path, and keeps its separators."""
     *parent, key = path
     spans = [part.span() for part in PART.finditer(str(key))] or [(0, len(str(key)))]
     own = min(len(names), len(spans))
@@ -129,17 +147,17 @@ def sibling(path: Path, *names: str) -> Path:
 
 
 def listed(names: Sequence[Any]) -> str:
-    """Some names or paths for a message: six of them, then an ellipsis."""
+    """Lists names or paths for a message: the first six, then an ellipsis."""
     names = [path_name(n) if isinstance(n, tuple) else n for n in names]
     text = ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
     return text or "there is none"
 
 
 class LiveModules(NamedTuple):
-    """How a live `nnx.Module` is a tree: the state it has, and a module of new leaves.
+    """How to treat a live `nnx.Module` as a tree: flatten it, and rebuild it.
 
-    `_module.py` fills this in, as one registers a pytree node with JAX: which module
-    has adapters, and what becomes of one that gains or loses them, only LoRA knows.
+    Registered by the file that defines `LoRA`, like a pytree node with JAX, because
+    rebuilding depends on `LoRA`: a module that gains adapters becomes one.
     """
 
     state: Callable[[nnx.Module], nnx.State]
@@ -150,25 +168,30 @@ _live_modules: list[LiveModules] = []
 
 
 def register_live_modules(live: LiveModules) -> None:
-    # The first stays: the public LoRA belongs to it. A reload, or pytest collecting
-    # doctests, runs the file a second time, with another class of that name.
+    """Registers how live modules are treated; later calls do nothing.
+
+    The public `LoRA` is the class of the first call. Reloading the file, as pytest does
+    to collect doctests, defines a second class of that name.
+    """
     if not _live_modules:
         _live_modules.append(live)
 
 
 def is_live(x: Any) -> bool:
+    """Whether a tree of parameters is a live module."""
     return isinstance(x, nnx.Module)
 
 
-def as_tree(params: Any) -> Any:
-    """The parameters as a tree of containers: of a live module, its `nnx.State`."""
+def as_tree(params: PyTree) -> PyTree:
+    """Returns a live module's `nnx.State`; returns any other tree unchanged."""
     return _live_modules[0].state(params) if is_live(params) else params
 
 
-def flatten(tree: Any) -> dict[Path, Any]:
-    """Every leaf by its path: boxes, arrays, `None` and whatever else is no container.
+def flatten(tree: PyTree) -> dict[Path, Any]:
+    """Returns each leaf by its path.
 
-    A live `nnx.Module` has the leaves and paths of its state.
+    A leaf is whatever is no container: a box, an array, `None`, ... A live `nnx.Module`
+    has the leaves and paths of its state.
 
     Raises:
       TypeError: If `tree` is no container.
@@ -190,11 +213,15 @@ def flatten(tree: Any) -> dict[Path, Any]:
     return leaves
 
 
-def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
-    """The containers of `like` around `leaves`; a mapping takes new and missing ones.
+def unflatten(like: PyTree, leaves: dict[Path, Any]) -> PyTree:
+    """Rebuilds the containers of `like` around other leaves.
 
-    Nothing is copied or mutated: leaves are shared, containers are new. For a live
-    module the result is one, too, wherever the leaves make one: see `_module.py`.
+    A mapping may gain and lose leaves. Leaves are shared and containers are new:
+    nothing is copied or mutated. For a live module the result is a module too, if the
+    leaves can make one, and its state otherwise.
+
+    Raises:
+      ValueError: If a container other than a mapping would gain or lose a leaf.
     """
     if is_live(like):
         return _live_modules[0].rebuild(like, leaves)
@@ -204,54 +231,54 @@ def unflatten(like: Any, leaves: dict[Path, Any]) -> Any:
     return _rebuild(like, (), by_parent)
 
 
-def quantized_leaves(leaves: dict[Path, Any]) -> dict[Path, Quantized]:
-    """Those in few bits, out of their boxes.
+def quantized_leaves(leaves: Mapping[Path, Any]) -> dict[Path, Quantized]:
+    """Returns the quantized weights by path, out of their boxes.
 
     Raises:
-      ValueError: If the parts of one make no array, or came back from a checkpoint as
-        a plain dict.
+      ValueError: If the codes and scales of one do not fit each other, or if one came
+        back from a checkpoint as a plain dict.
     """
     check_restored(leaves)
     found = {p: w for p, x in leaves.items() if is_quantized(w := unbox(x))}
     for path, w in found.items():
         if why := wrong(w):
             raise ValueError(
-                f"{path_name(path)!r} is no quantised array: {why}. Write "
+                f"{path_name(path)!r} is no quantized array: {why}. Write "
                 "quantize(params, how), or see Quantized."
             )
     return found
 
 
-def check_restored(leaves: dict[Path, Any]) -> None:
-    """Checks that no quantized weight came back from a checkpoint as a plain dict.
-
-    Raises:
-      ValueError: If one did.
-    """
+def check_restored(leaves: Mapping[Path, Any]) -> None:
+    """Raises ValueError if a quantized weight came back from a checkpoint as a dict."""
     for path, leaf in leaves.items():
-        if path[-1] != "values":
+        name = path[-1]
+        if name not in ("values", *FORMATS):
             continue
-        if _are_parts(unbox(leaf), unbox(leaves.get((*path[:-1], "scale")))):
-            raise ValueError(
-                f"{path_name(path[:-1])!r} is a dict of 'values' and 'scale', as a "
-                "Quantized comes back from a checkpoint that is restored without a "
-                "target. Restore it into a tree of the same structure, "
-                "checkpointer.restore(path, target) in Orbax, or write "
-                "Quantized(values, scale, (dtype,)) in its place."
-            )
+        codes, scale = unbox(leaf), unbox(leaves.get((*path[:-1], "scale")))
+        kinds = (codes, np.integer), (scale, np.floating)
+        if not all(is_array(x) and jnp.issubdtype(x.dtype, kind) for x, kind in kinds):
+            continue
+        # "values" may also be the name of a user's own leaf.
+        if name == "values" and not len(codes.shape) == len(scale.shape) >= 2:
+            continue
+        line = f"Quantized(x[{name!r}], x['scale'], (dtype,)"
+        line += ")" if name == "values" else f", {name!r})"
+        packed = codes.dtype == jnp.uint8  # two codes in each byte
+        raise ValueError(
+            f"{path_name(path[:-1])!r} is a dict of {name!r} and 'scale', as a "
+            "Quantized comes back from a checkpoint that is restored without a "
+            "target. Restore with a target of the same structure, such as "
+            "quantize(params, how); in Orbax, checkpointer.restore(path, target)"
+            f"{'' if packed else f'. Or write {line} for each such dict x'}."
+        )
 
 
-def _are_parts(values: Any, scale: Any) -> bool:
-    """Whether two arrays look like the parts of a `Quantized`."""
-    kinds = zip((values, scale), (np.integer, np.floating), strict=True)
-    return (
-        all(is_array(x) and jax.dtypes.issubdtype(x.dtype, kind) for x, kind in kinds)
-        and len(values.shape) == len(scale.shape) >= 2
-    )
+def fixed_leaves(tree: PyTree) -> dict[Path, str]:
+    """Returns the type of the container of each leaf that is in no mapping.
 
-
-def fixed_leaves(tree: Any) -> dict[Path, str]:
-    """The leaves held by no mapping, and what holds each: no leaf fits next to them."""
+    No leaf can be added next to those: only a mapping can gain a key.
+    """
     found: dict[Path, str] = {}
     for key, child in _children(tree) or ():
         if _children(child) is not None:
@@ -262,8 +289,8 @@ def fixed_leaves(tree: Any) -> dict[Path, str]:
     return found
 
 
-def leaf_order(tree: Any) -> list[Path]:
-    """The path of each of `tree_leaves(tree)`, in their order."""
+def leaf_order(tree: PyTree) -> list[Path]:
+    """Returns the path of each of `tree_leaves(tree)`, in their order."""
     if _children(tree) is None:
         return [()] if tree_leaves(tree) else []
     return [
@@ -272,17 +299,20 @@ def leaf_order(tree: Any) -> list[Path]:
 
 
 def _in_order(node: Any) -> list[tuple[Any, Any]]:
-    """The (key, child) pairs of a container, in the order in which JAX takes them."""
-    pairs = _children(node)
+    """Returns the (key, child) pairs of a container in the order of JAX's leaves.
+
+    JAX sorts the keys of a dict, and a registered mapping has an order of its own. So
+    this flattens a mapping of the same type with the positions of the children in it.
+    """
+    pairs = _children(node) or []
     if not isinstance(node, Mapping):
         return pairs
-    # The mapping decides the order, so ask it: a number stands for each child.
     numbered = _filled(node, {key: i for i, (key, _) in enumerate(pairs)})
     return [pairs[i] for i in jax.tree.leaves(numbered)]
 
 
 def _children(node: Any) -> list[tuple[Any, Any]] | None:
-    """The (key, child) pairs of a container; `None` for a leaf."""
+    """Returns the (key, child) pairs of a container; `None` for a leaf."""
     if node is None or is_box(node) or is_quantized(node):
         return None
     if isinstance(node, nnx.State):
@@ -296,7 +326,8 @@ def _children(node: Any) -> list[tuple[Any, Any]] | None:
     return [(jax.tree_util.keystr(keys, simple=True), child) for keys, child in pairs]
 
 
-def _one_level(node: Any):
+def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Flattens the outermost container alone."""
     is_leaf = lambda x: x is not node
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)
 
@@ -330,16 +361,18 @@ def _rebuild(node: Any, path: Path, by_parent: dict[Path, dict[Any, Any]]) -> An
     except Exception:
         if not any(x is None or isinstance(x, bool) for x in children.values()):
             raise
-        # A class that checks its fields, in whatever way, may take no hole and no mask:
-        # in JAX's hands it would not either. A half has the same paths in a dict.
+        # A class that checks its fields may refuse `None` or a bool in the place of an
+        # array: it could not hold JAX's own placeholders either. Halves and masks of
+        # such a class are dicts, in which the leaves have the same paths.
         return children
 
 
 def _filled(node: Mapping, children: dict[Any, Any]) -> Mapping:
-    """A mapping like this one, of other children."""
+    """Returns a mapping like this one with other children."""
     if not isinstance(node, dict):
-        return type(node)(children)
-    filled = copy.copy(node)  # which keeps a subclass's own state
+        like: Any = type(node)
+        return like(children)
+    filled = copy.copy(node)  # keeps the attributes of a subclass
     filled.clear()
     filled.update(children)
     return filled

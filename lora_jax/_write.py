@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._tree import Path, is_abstract, is_traced, path_name, unbox
 
 try:
@@ -42,7 +42,7 @@ def in_memory(leaves: dict[Path, Any], parts: Iterable[Path]) -> dict[Path, np.n
     All processes must call this with the same leaves: a leaf that spans processes is
     gathered from all of them.
     """
-    return {path: _native(whole(unbox(leaves[path]))) for path in parts}
+    return {path: _native(gathered(unbox(leaves[path]))) for path in parts}
 
 
 def _native(x: Any) -> np.ndarray:

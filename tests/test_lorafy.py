@@ -498,7 +498,10 @@ def test_a_copy_is_where_its_leaf_is_and_in_its_box(axis_type):
         ("q_proj", "Their names end in .*'q_proj' is a name of PyTorch: write those"),
         ("", "also takes patterns of paths, found ''"),
         ([3], "also takes patterns of paths, found 3"),
-        ("norm", "also names 'norm/count', which is int32: what trains is floating"),
+        (
+            "norm",
+            "also names 'norm/count', which is int32: a leaf that is tra",
+        ),
         ("m", r"'m/kernel' is named by also, and would get .*exclude=\['m/kernel'\]"),
     ],
 )

@@ -22,9 +22,10 @@ PEFT = (
 ).split()
 # The rooms in the order of the data flow; a wing is a room.
 ROOMS = (
-    "_engine _tree _adapters _arguments _targets _processes _lorafy _state _quantize "
-    "_axes _lora _explain _layers _split _optimizer _merge _live _module _checks _arithmetic "
-    "_stack _matrices _svd _detach _sample _write _save _peft"
+    "_engine _warnings _tree _adapters _arguments _patterns _flax_names _targets "
+    "_processes _leaves _lorafy _state _quantize _axes _lora _explain _layers _split "
+    "_optimizer _merge _live _module _checks _arithmetic _stack _matrices _svd _detach "
+    "_sample _write _save _peft"
 ).split()
 WINGS = {"_engine": ENGINE, "_peft": PEFT}
 ORDER = [

@@ -330,7 +330,7 @@ def test_an_error_in_one_is_an_error_in_both(tmp_path):
         assert "lora_a' is not finite" in text
         for told in (
             "rank ValueError save has other adapters in process 1 than in process 0. "
-            "Call it with the same in every process.",
+            "Call it with the same arguments in every process.",
             "names ValueError export_peft has other adapters or names in process 1",
             "file ValueError load has other file or base in process 1",
         ):

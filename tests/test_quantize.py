@@ -389,13 +389,13 @@ USES = {
 )
 def test_a_broken_one_is_refused_by_path(use, changes, match):
     with pytest.raises(
-        ValueError, match=f"'m/kernel' is no quantised array: .*{match}"
+        ValueError, match=f"'m/kernel' is no quantized array: .*{match}"
     ):
         USES[use](broken(**changes))
 
 
 def test_what_trains_is_in_floats():
-    match = r"also names 'head/kernel', which is in few bits: .*exclude=\['head/kernel'"
+    match = r"also names 'head/kernel', which is quantized: .*exclude=\['head/kernel'"
     with pytest.raises(ValueError, match=match):
         lj.lorafy(small(), 2, targets="query", also="head")
 

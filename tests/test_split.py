@@ -221,7 +221,7 @@ def refuse(params, match):
         (lambda: tree(w_lora_b=(2, 3)), "'m/w_lora_b' belongs to no weight"),
         (
             lambda: tree(kernel_lora_b=(2, 3)),
-            "'m/kernel_lora_b' has no name of ours: .*'m/lora_a'.*Rename it",
+            "'m/kernel_lora_b' is named like an adapter.*'m/lora_a'.*Rename it",
         ),
         (
             lambda: tree(lora_a=(4, 5)),

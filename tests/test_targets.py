@@ -383,7 +383,9 @@ def test_checks_come_before_any_array():
 
     params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2, 3)}}
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
-    with pytest.raises(ValueError, match="Which dimensions of 'b/kernel'"):
+    with pytest.raises(
+        ValueError, match="'b/kernel', of shape .* has ambiguous dimensions"
+    ):
         lj.lorafy(params, 3, init=init)
     with pytest.raises(ValueError, match="'haed' of also"):
         lj.lorafy({"a": params["a"]}, 3, also="haed", init=init)

@@ -10,13 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, is_adapter
+from lora_jax._flax_names import is_floating
 from lora_jax._peft.config import within
 from lora_jax._peft.folder import DTYPES
 from lora_jax._peft.layouts import stems_of, tensor_name
 from lora_jax._peft.modules import Weight, tensor_shapes
 from lora_jax._peft.names import Names, Naming, naming_of, near
 from lora_jax._peft.plan import Plan, adapted_modules, copied_modules, orders_of
-from lora_jax._targets import is_floating
 from lora_jax._tree import (
     Path,
     components,

@@ -15,6 +15,8 @@ from lora_jax._adapters import (
     is_adapter,
     of_rank,
 )
+from lora_jax._flax_names import is_adaptable
+from lora_jax._patterns import Selector
 from lora_jax._peft.checkpoint import tensors_of
 from lora_jax._peft.layouts import CONV1D
 from lora_jax._peft.names import Name, escaped
@@ -23,7 +25,7 @@ from lora_jax._peft.patterns import readable, template_of
 from lora_jax._peft.proofs import Index, Proof, narrower, prove, values_of
 from lora_jax._peft.twins import resolve
 from lora_jax._processes import agreed, outline
-from lora_jax._targets import Selector, choose, is_adaptable
+from lora_jax._targets import choose
 from lora_jax._tree import (
     Path,
     flatten,

@@ -10,7 +10,8 @@ import numpy as np
 from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.factors import wider
-from lora_jax._lorafy import beside, trained_copy
+from lora_jax._flax_names import is_floating
+from lora_jax._leaves import adapter_leaves, trained_copy
 from lora_jax._peft.config import rank_and_scale, read_config
 from lora_jax._peft.folder import read_tensors
 from lora_jax._peft.layouts import MAGNITUDE, suffixes, tensor_name
@@ -36,7 +37,6 @@ from lora_jax._peft.parts import (
 )
 from lora_jax._peft.plan import Plan, check_inputs, given_axes, plan_of
 from lora_jax._processes import agreed, outline
-from lora_jax._targets import is_floating
 from lora_jax._tree import Path, flatten, listed, path_name, unbox
 from lora_jax._write import check_finite
 
@@ -247,7 +247,7 @@ def _adapters(
             for name, (x, y, scale, m) in modules.items()
             if name in weight.slots
         }
-        new |= beside(path, leaves[path], factors_of(weight, own))
+        new |= adapter_leaves(path, leaves[path], factors_of(weight, own))
     return new
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_jax._adapters import Axes
+from lora_jax._flax_names import is_adaptable, own_names
+from lora_jax._patterns import match_each, matches
 from lora_jax._peft.modules import Weight, weight_of
 from lora_jax._peft.names import Naming
-from lora_jax._targets import is_adaptable, match_each, matches, own_names
 from lora_jax._tree import Path, leaf_name, path_name, unbox
 
 KINDS = ("linear", "conv", "embedding", "experts")

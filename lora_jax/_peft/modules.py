@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax._adapters import Axes, LowRank
-from lora_jax._lorafy import ABSENT, RANK, factor_dims
+from lora_jax._adapters import ABSENT, RANK, Axes, LowRank, factor_dims
+from lora_jax._flax_names import axes_of, is_adaptable
 from lora_jax._peft.names import Naming, numbered
-from lora_jax._targets import axes_of, is_adaptable
 from lora_jax._tree import Path, is_array, path_name, unbox
 
 

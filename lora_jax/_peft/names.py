@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import is_adapter
-from lora_jax._targets import as_patterns
+from lora_jax._patterns import as_patterns
 from lora_jax._tree import Path, flatten, listed, path_name
 
 Name = str | Sequence[str] | Mapping[str, int]

@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_jax._adapters import Axes
 from lora_jax._engine.quantized import dequantize
+from lora_jax._flax_names import is_adaptable
 from lora_jax._peft.config import saves, targets, targets_parameter, unfilled
 from lora_jax._peft.layouts import (
     LINEAR,
@@ -19,9 +20,8 @@ from lora_jax._peft.layouts import (
 from lora_jax._peft.modules import leaf_to_torch, tensor_shapes
 from lora_jax._peft.names import Names, Naming, check_names, naming_of, near, numbered
 from lora_jax._peft.plan import Plan
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._sample import differ, sample
-from lora_jax._targets import is_adaptable
 from lora_jax._tree import (
     Path,
     is_abstract,
@@ -149,7 +149,7 @@ def check_originals(
             w, weight = unbox(leaves[paths[name]]), plan.adapted[paths[name]]
             same = x.shape == tensor_shapes(weight, w.shape)[name]
             if same and not is_abstract(w):
-                values = np.asarray(whole(dequantize(w)))
+                values = np.asarray(gathered(dequantize(w)))
                 same = _same(w, leaf_to_torch(weight, values)[name], x)
         if not same:
             key = PREFIX + name + ORIGINAL
@@ -239,7 +239,7 @@ def _is_idle_table(
     w = unbox(leaves[path])
     if w.shape != x.shape or is_abstract(w):
         return w.shape == x.shape
-    return _same(w, np.asarray(whole(dequantize(w))), x)
+    return _same(w, np.asarray(gathered(dequantize(w))), x)
 
 
 def _same(leaf: Any, w: np.ndarray, x: np.ndarray) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._adapters import Axes
+from lora_jax._flax_names import check_axes
 from lora_jax._peft.layouts import CONV1D, kinds_of, layouts_of
 from lora_jax._peft.modules import Weight, tensor_shapes, weight_of
 from lora_jax._peft.names import Naming
-from lora_jax._targets import check_axes
 from lora_jax._tree import (
     Path,
     is_array,

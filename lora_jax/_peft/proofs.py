@@ -16,7 +16,7 @@ import numpy as np
 
 from lora_jax._engine.quantized import dequantize
 from lora_jax._peft.checkpoint import Tensor
-from lora_jax._processes import whole
+from lora_jax._processes import gathered
 from lora_jax._tree import is_quantized
 
 CHUNK = 1 << 24  # values that are compared at a time
@@ -74,7 +74,7 @@ class Index:
 def values_of(leaf: Any) -> Weight:
     """A weight's values in this process, and what they can be compared in."""
     rounded = is_quantized(leaf)
-    x = np.asarray(whole(dequantize(leaf) if rounded else leaf))
+    x = np.asarray(gathered(dequantize(leaf) if rounded else leaf))
     return Weight(x, x.dtype, rounded)
 
 
