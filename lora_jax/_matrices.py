@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_jax._adapters import Axes, LowRank
 from lora_jax._engine.dtypes import wider
-from lora_jax._lorafy import gaussian
+from lora_jax._leaves import gaussian
 
 # Matrices whose smaller side is larger get a randomized SVD, which computes only the
 # largest singular values (Halko et al., 2011).

@@ -384,7 +384,7 @@ def test_checks_come_before_any_array():
     params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2, 3)}}
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
     with pytest.raises(
-        ValueError, match="'b/kernel', of shape .* has ambiguous dimensions"
+        ValueError, match=r"'b/kernel', of shape .* has ambiguous dimensions"
     ):
         lj.lorafy(params, 3, init=init)
     with pytest.raises(ValueError, match="'haed' of also"):
