@@ -125,10 +125,10 @@ def test_package_uses_no_jax_internals():
     assert not wrong
 
 
-def test_package_asks_for_the_release_of_jax_in_jaxpr_alone():
-    """No other file asks what this release of JAX has, or reads what only some have."""
-    asks = re.compile(r"__version__|hasattr\((jax|lax|jnp)\b|eqn\.params\.get\(")
-    found = {name: asks.findall(source(name).read_text()) for name in ORDER}
+def test_package_depends_on_the_version_of_jax_only_in_jaxpr():
+    """Other files neither read JAX's version nor test which features it has."""
+    checks = re.compile(r"__version__|hasattr\((jax|lax|jnp)\b|eqn\.params\.get\(")
+    found = {name: checks.findall(source(name).read_text()) for name in ORDER}
     assert [name for name, hits in found.items() if hits] in ([], ["_engine.jaxpr"])
 
 
@@ -149,7 +149,7 @@ def test_package_init_contains_only_imports_in_order_and_the_version():
 
 
 def test_package_version_is_that_of_the_citation():
-    """pyproject.toml reads it from `__init__`, so it needs no installed package."""
+    """pyproject.toml reads it from `__init__`, without an installed package."""
     assert re.fullmatch(r"\d+\.\d+\.\d+", lj.__version__)
     root = PACKAGE.parent
     citation = (root / "CITATION.cff").read_text()

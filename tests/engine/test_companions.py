@@ -1,4 +1,4 @@
-"""A companion of a view is the view of the companion, on random shapes."""
+"""The rules of views apply to companions of an array, such as factors and scales."""
 
 import math
 import os
@@ -17,14 +17,14 @@ CASES = int(os.environ.get("LORA_JAX_FUZZ", 24))
 
 
 def repeated(c, shape):
-    """What a companion stands for: an array with an element for each of the array."""
+    """Repeats the elements of a companion up to the shape of its array."""
     for d, n in enumerate(shape):
         c = np.repeat(c, n // max(c.shape[d], 1), d)
     return c
 
 
 def sizes(rng, n):
-    """Sizes whose product is n."""
+    """Draws sizes whose product is n."""
     out = []
     while n > 1:
         out.append(int(rng.choice([k for k in range(2, n + 1) if n % k == 0])))
@@ -99,16 +99,16 @@ def dynamic_slice(rng, x):
 
 
 def gather(rng, x):
-    """Windows of x: some dimensions are looked up, of which some are collapsed."""
-    named = [d for d in range(x.ndim) if rng.random() < 0.6]
-    gone = [d for d in named if rng.random() < 0.6]
+    """Draws windows of x with some indexed and some collapsed dimensions."""
+    indexed = [d for d in range(x.ndim) if rng.random() < 0.6]
+    collapsed = [d for d in indexed if rng.random() < 0.6]
     ns = [
-        1 if d in gone else int(rng.choice([n, max(n // 2, 1)]))
+        1 if d in collapsed else int(rng.choice([n, max(n // 2, 1)]))
         for d, n in enumerate(x.shape)
     ]
-    rows = rng.integers(-1, 7, (3, len(named))).astype(np.int32)
+    rows = rng.integers(-1, 7, (3, len(indexed))).astype(np.int32)
     numbers = lax.GatherDimensionNumbers(
-        tuple(range(1, 1 + x.ndim - len(gone))), tuple(gone), tuple(named)
+        tuple(range(1, 1 + x.ndim - len(collapsed))), tuple(collapsed), tuple(indexed)
     )
     return lambda x, i: lax.gather(x, i, numbers, ns, mode="clip"), [rows]
 
@@ -129,7 +129,7 @@ if hasattr(lax, "unstack_p"):  # new in 0.12
 
 
 def equation(name, rng, shape):
-    """A drawn equation and its other operands; None if JAX finds nothing to do."""
+    """Draws an equation and its other operands; None if the view is the identity."""
     x = np.empty(shape, np.float32)
     fn, others = VIEWS[name](rng, x)
     equations = opened(jax.make_jaxpr(fn)(x, *others)).equations
@@ -139,7 +139,7 @@ def equation(name, rng, shape):
     return equations[0], others
 
 
-def test_each_rule_is_tested():
+def test_rules_are_all_tested():
     assert companions.RULES.keys() - VIEWS.keys() <= {"copy", "unstack", "tile"}
 
 
@@ -195,8 +195,8 @@ def sizes_after(name, eqn, others, shape, own):
 
 
 @pytest.mark.parametrize("name", sorted(VIEWS.keys() - {"reshape"}))
-def test_rules_always_follow_with_a_factor(name):
-    """Sizes of 1 and n, as factors have them, are no reason to materialize a weight."""
+def test_rules_support_every_view_of_a_factor(name):
+    """Factors have sizes of 1 or n, so these views never materialize a weight."""
     rng = np.random.default_rng(1)
     for _ in range(CASES):
         shape = tuple(int(n) for n in rng.choice([1, 2, 3, 6], 3))
@@ -218,7 +218,7 @@ def test_rules_always_follow_with_a_factor(name):
         ((8, 2), P(("x", "y"), P.UNCONSTRAINED), P(("x", "y"), P.UNCONSTRAINED), False),
     ],
 )
-def test_spec_of_shards_the_dimensions_that_are_cut_evenly(own, spec, want, within):
+def test_spec_of_shards_only_evenly_split_dimensions(own, spec, want, within):
     mesh = AbstractMesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     assert companions.spec_of(own, spec, mesh) == want
     assert companions.is_cut_within_blocks(own, spec, mesh) == within
@@ -227,7 +227,7 @@ def test_spec_of_shards_the_dimensions_that_are_cut_evenly(own, spec, want, with
     assert companions.sharding_of(own, None) is None
 
 
-def test_blocks_are_never_divided_into_small_ones():
+def test_slice_never_divides_a_block():
     c = np.ones((2,), np.float32)
     cut = {"start_indices": (0,), "limit_indices": (4,), "strides": None}
     assert companions.slice_(c, (32,), [(4,)], **cut) is None

@@ -46,7 +46,7 @@ def normal(shape):
 
 
 def viewed(f, w, name, **params):
-    """The view `w` of a weight; None if its factors cannot follow."""
+    """Returns the view `w` with factors, or None if the factors cannot follow."""
     (view,) = follow(f, [w], companions.RULES[name], **params) or [None]
     return view
 
@@ -60,7 +60,7 @@ def widened(f, shape, dims):
     return viewed(f, w, "broadcast_in_dim", broadcast_dimensions=dims)
 
 
-materialized = jax.jit(materialize)  # one program; its operations alone would be ten
+materialized = jax.jit(materialize)  # compiles one program instead of ten
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -146,7 +146,7 @@ def test_follow_a_reshape_only_within_inputs_or_outputs(name, shape, follows):
         np.testing.assert_allclose(*pair, atol=1e-6)
 
 
-def test_follow_to_nothing_gives_a_plain_array():
+def test_follow_to_an_empty_view_gives_a_plain_array():
     f = align(*map(normal, ((0, 5), (0, 2), (2, 5), ())))
     assert viewed(f, f.w.reshape((5, 0)), "reshape").shape == (5, 0)
     ((f,), _) = pieces(((4, 3), (4, 2), (2, 3), ()), axes=(0, 1))
@@ -174,7 +174,7 @@ def pieces(*shapes, axes):
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_concatenate_adds_up_the_ranks(axis, axes):
-    """Weights of several ranks, and a plain array, as one weight."""
+    """Concatenates weights of several ranks and a plain array."""
     n = [(4, 3), (4, 3)]
     n[1] = (4, 2) if axes[axis] == 1 else (2, 3)
     fs, plain = pieces(

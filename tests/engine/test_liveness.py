@@ -1,4 +1,4 @@
-"""What results depend on, and where values lead."""
+"""The analyses of which inputs a result depends on, and which uses a value reaches."""
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,13 @@ def test_used_inputs():
     assert got == [True, False, False, False, True, True]
 
 
-def test_used_inputs_are_those_of_effects_too():
+def test_used_inputs_counts_effects_as_uses():
     fn = lambda x, y: (jax.debug.callback(lambda _: None, x), y + 1)[1]
     assert used_inputs(jaxpr_of(fn, X, X)) == [True, True]
 
 
 def test_used_inputs_through_loops():
-    """What the result needs in a later round, or to know when to stop, is used."""
+    """Inputs are used if a later iteration or the loop condition needs them."""
 
     def fn(x, y, n, idle):
         def body(_, carry):
@@ -62,13 +62,13 @@ def test_passed_on_through_calls():
     assert [passed_on(jaxpr, i, 1) for i in range(3)] == [False, False, True]
 
 
-def test_look_ahead_to_a_product_through_views_and_calls():
+def test_look_ahead_finds_a_product_through_views_and_calls():
     passes = lambda eqn: eqn.primitive.name in ("transpose", "add")
     w = np.ones((4, 4), np.float32)
     goal = lambda eqn: eqn.primitive.name == "dot_general"
 
     def leads(fn, *how):
-        """Whether the sum that `fn` begins with gets there."""
+        """Returns whether the sum at the start of `fn` reaches the goal."""
         jaxpr = jaxpr_of(lambda w, x: fn(w + 1, x), w, X)
         return look_ahead(jaxpr)(jaxpr.eqns[0], goal, passes, *how)
 
@@ -84,7 +84,7 @@ def test_look_ahead_to_a_product_through_views_and_calls():
     assert not leads(lambda w, x: jnp.tanh(w), True)
 
 
-def test_look_ahead_walks_once_for_all():
+def test_look_ahead_visits_each_equation_once():
     def many_sums(x):
         for _ in range(20):
             x = jnp.sin(x + 1)

@@ -34,4 +34,4 @@ def test_source_line_is_one_of_the_user():
         source_line(cos) == source_line(sort) == f"tests/engine/test_source.py:{line}"
     )
     (inner,) = sort.params["jaxpr"].eqns
-    assert source_line(inner, sort.params["name"]) == ""  # all of it is JAX's own
+    assert source_line(inner, sort.params["name"]) == ""  # it has only lines of JAX
