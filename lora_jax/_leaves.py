@@ -24,7 +24,7 @@ from lora_jax._adapters import (
     of_copies,
     without_adapters,
 )
-from lora_jax._engine.factors import wider
+from lora_jax._engine.dtypes import wider
 from lora_jax._engine.quantized import values_of, widened
 from lora_jax._processes import put
 from lora_jax._tree import (
@@ -158,6 +158,8 @@ def _constrain(x: jax.Array, dims: tuple[int, ...], leaf: Any) -> jax.Array:
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
+    if not auto:
+        return x  # without a mesh any names are allowed, even one that occurs twice
 
     def divides(name: Any, size: int) -> bool:
         axes = name if isinstance(name, tuple) else (name,)
