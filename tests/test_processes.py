@@ -1,4 +1,4 @@
-"""Two processes on this machine compute, save and load as one does, and fail as one."""
+"""Tests that two processes compute, save, load and fail like one."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ARRAYS = {
 }
 NAMES = {"up": "model.up", "head": "model.head", "norm": "model.norm"}
 
-# What both processes, and this one alone, do: `place` puts an array over the devices.
+# The start of the code of every process: `place` shards an array over the devices.
 COMMON = """
 import numpy as np, jax, jax.numpy as jnp, optax
 import lora_jax as lj
@@ -91,7 +91,7 @@ def free_port():
 
 
 def ended(commands, env):
-    """The exit codes and the outputs of processes; in any case none is left."""
+    """Returns the exit codes and outputs of processes, and kills those that remain."""
     started, outputs = [], [tempfile.TemporaryFile() for _ in commands]
     try:
         for command, output in zip(commands, outputs, strict=True):
@@ -115,7 +115,7 @@ def ended(commands, env):
 
 
 def run(code, folder, across="data", port=None):
-    """The exit codes and the outputs of two processes that run this."""
+    """Returns the exit codes and outputs of two processes that run some code."""
     np.savez(folder / "arrays.npz", **ARRAYS)
     script = folder / "script.py"
     script.write_text(COMMON + START + textwrap.dedent(code))
@@ -126,7 +126,7 @@ def run(code, folder, across="data", port=None):
         given = [str(port or free_port()), str(folder), across]
         commands = [[sys.executable, str(script), me, *given] for me in "01"]
         codes, said = ended(commands, env)
-        # So says gRPC; JAX 0.9 ends with a signal then, and tells no more.
+        # The message of gRPC. JAX 0.9 ends with a signal and no message.
         if not any("Failed to add port" in text for text in said):
             return codes, said
         port = None
@@ -140,7 +140,7 @@ def header(path):
 
 @pytest.fixture
 def one():
-    """What one process makes of it: the trained tree."""
+    """Returns the tree that one process trains."""
     names = {}
     exec(COMMON, names)
     plain = names["base"](ARRAYS, lambda x, *_: jnp.asarray(x))
@@ -150,7 +150,7 @@ def one():
 @pytest.mark.parametrize(
     "across", ["data", pytest.param("model", marks=pytest.mark.slow)]
 )
-def test_two_processes_are_one(tmp_path, one, across, close):
+def test_every_verb_on_two_processes_equals_one(tmp_path, one, across, close):
     """Train sharded over both, save, export, and load onto another mesh.
 
     Rows of the batch are on the axis "data", and so are the rows of a kernel.
@@ -214,8 +214,8 @@ def test_two_processes_are_one(tmp_path, one, across, close):
 
 
 @pytest.mark.slow
-def test_each_verb_works_on_arrays_that_span_processes(tmp_path):
-    """Beside the same on arrays of this process alone, in either process."""
+def test_every_verb_on_arrays_that_span_processes(tmp_path):
+    """Each process compares with the same verbs on arrays of its own."""
     code = """
     from jax.experimental.multihost_utils import process_allgather
 
@@ -272,7 +272,7 @@ def test_each_verb_works_on_arrays_that_span_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_in_one_is_an_error_in_both(tmp_path):
+def test_agreed_raises_in_both_processes_if_one_fails(tmp_path):
     code = """
     import time
     params = lj.lorafy(plain, 2)
@@ -345,7 +345,7 @@ DEATHS = {"before anything is written": 1, "while the first writes": 0}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", DEATHS)
-def test_a_process_that_dies_while_saving_leaves_the_old_file(tmp_path, when):
+def test_save_keeps_the_old_file_if_a_process_dies(tmp_path, when):
     code = """
     params = lj.lorafy(plain, 2)
     lj.save(file, params)
@@ -363,7 +363,7 @@ def test_a_process_that_dies_while_saving_leaves_the_old_file(tmp_path, when):
     """
     dies = DEATHS[when]
     codes, said = run(code.replace("DIES", str(dies)), tmp_path)
-    # The other has an error of JAX, or JAX ends it; it need not be killed from here.
+    # The other process gets an error of JAX, or JAX ends it: no need to kill it here.
     assert codes[dies] == 3 and codes[1 - dies] not in (0, -9), "\n".join(said)
     assert "saved" not in "".join(said)
     plain = {name: {"kernel": jnp.asarray(ARRAYS[name])} for name in ("up", "head")}
@@ -376,7 +376,7 @@ def test_a_process_that_dies_while_saving_leaves_the_old_file(tmp_path, when):
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_left_to_its_owner(tmp_path):
+def test_run_takes_another_port_if_one_is_taken(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         s.listen()
