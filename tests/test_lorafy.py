@@ -246,8 +246,8 @@ def test_lorafy_draws_from_the_key_and_the_weights_path():
     params = {name: {"kernel": weight(6, 5)} for name in ("query", "value", "out")}
     one = lj.lorafy(params, 2, targets="query")
     both = lj.lorafy(params, 2, targets=["value", "query"])
-    whole = lj.lorafy({"model": params}, 2)["model"]
-    a, b, c = (tree["query"]["lora_a"] for tree in (one, both, whole))
+    nested = lj.lorafy({"model": params}, 2)["model"]
+    a, b, c = (tree["query"]["lora_a"] for tree in (one, both, nested))
     assert bits(a) == bits(b), "a further target leaves the others alone"
     assert bits(b) != bits(c), "another path, other values"
     assert bits(both["query"]["lora_a"]) != bits(both["value"]["lora_a"])
@@ -847,5 +847,5 @@ def test_count_prints_roberta_base():
         "pooler": dense(d, d),
     }
     adapted = lj.lorafy(params, 8, targets=["query", "value"])
-    said = "trainable 294,912 of 124,940,544 (0.24 %), base 499 MB"
-    assert str(lj.count(adapted)) == said
+    printed = "trainable 294,912 of 124,940,544 (0.24 %), base 499 MB"
+    assert str(lj.count(adapted)) == printed

@@ -194,7 +194,7 @@ def test_adapters_only_refuses_a_tree_without_adapters():
 
 def test_adapters_only_value_fn_gets_the_full_tree(optax_promotion):
     params, target = small(also="head"), random_like(small(also="head"))
-    whole = lambda params: sum(
+    loss_of = lambda params: sum(
         jnp.sum((x - y) ** 2) * (1 + 0 * jnp.sum(params["m"]["kernel"]))
         for x, y in zip(
             jax.tree.leaves(lj.split(params)[0]),
@@ -205,12 +205,12 @@ def test_adapters_only_value_fn_gets_the_full_tree(optax_promotion):
     tx = lj.adapters_only(optax.lbfgs())
     state, before = tx.init(params), bits(lj.strip(params))
     for _ in range(4):
-        value, grad = jax.value_and_grad(whole)(params)
+        value, grad = jax.value_and_grad(loss_of)(params)
         updates, state = tx.update(
-            grad, state, params, value=value, grad=grad, value_fn=whole
+            grad, state, params, value=value, grad=grad, value_fn=loss_of
         )
         params = optax.apply_updates(params, updates)
-    assert whole(params) < 1e-6
+    assert loss_of(params) < 1e-6
     assert bits(lj.strip(params)) == before
 
 
@@ -435,13 +435,13 @@ def test_split_trains_a_tree_with_an_array_twice():
     table = jnp.copy(normal(3, 3))
     params = lj.lorafy({"m": {"kernel": table}, "head": table}, 2, targets="kernel")
     x = jnp.ones((2, 3))
-    tx, whole = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
+    tx, loss_of = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
     only = lj.adapters_only(tx)
     twice = "donate the same buffer twice"
     with pytest.raises(jax.errors.JaxRuntimeError, match=twice):
-        trained_by(only, whole)(params, only.init(params))
+        trained_by(only, loss_of)(params, only.init(params))
     adapters, frozen = lj.split(params)
-    step = trained_by(tx, lambda a, b: whole(lj.combine(a, b)))
+    step = trained_by(tx, lambda a, b: loss_of(lj.combine(a, b)))
     adapters, _ = step(adapters, tx.init(adapters), frozen)
     assert np.isfinite(adapters["m"]["lora_b"]).all() and not table.is_deleted()
 

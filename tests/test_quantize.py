@@ -260,13 +260,13 @@ def test_quantize_keeps_shardings_without_collectives(kind, close):
         return jax.value_and_grad(run)(adapters)
 
     with jax.set_mesh(mesh):
-        whole = lj.dequantize(q)
-        assert whole["down"]["kernel"].sharding.spec[0] == "model"
-        texts = [step.lower(p, x).compile().as_text() for p in (q, whole)]
-        close(step(q, x), step(whole, x))
+        plain = lj.dequantize(q)
+        assert plain["down"]["kernel"].sharding.spec[0] == "model"
+        texts = [step.lower(p, x).compile().as_text() for p in (q, plain)]
+        close(step(q, x), step(plain, x))
     for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-        few, floats = (text.count(f" {name}(") for text in texts)
-        assert few <= floats, name
+        own, floats = (text.count(f" {name}(") for text in texts)
+        assert own <= floats, name
 
 
 def test_lora_in_shard_map_splits_quantized_weights_between_blocks(close):
@@ -462,10 +462,10 @@ def test_quantize_result_is_accepted_by_every_verb(kind, tmp_path, randomized, c
     labels = {name for name in by_name(lj.labels(params)).values() if name}
     assert labels == {"lora_a", "lora_b", "frozen"}
 
-    whole = lj.lorafy(lj.dequantize(base), 2)
-    few, floats = lj.count(params), lj.count(whole)
-    assert few[:2] == floats[:2] and few.base_bytes < floats.base_bytes
-    assert lj.count(base)[:2] == (0, few.total - few.trainable)
+    plain = lj.lorafy(lj.dequantize(base), 2)
+    quantized, floats = lj.count(params), lj.count(plain)
+    assert quantized[:2] == floats[:2] and quantized.base_bytes < floats.base_bytes
+    assert lj.count(base)[:2] == (0, quantized.total - quantized.trainable)
 
     stripped = lj.strip(params)
     assert jax.tree.structure(stripped) == jax.tree.structure(base)
@@ -593,8 +593,8 @@ def test_explain_lists_how_each_weight_is_stored():
     )
     report = lj.explain(apply, params, IDS)
     rows = {row.path: row for row in report.rows}
-    said = {name: (row.stored, row.rank) for name, row in rows.items()}
-    assert said == {
+    stored = {name: (row.stored, row.rank) for name, row in rows.items()}
+    assert stored == {
         "tokens/embedding": ("int8/16", 0),
         "query/kernel": ("nf4/16", 0),
         "head/kernel": ("int4/16", 2),

@@ -140,16 +140,16 @@ def test_count_prints_one_line():
     assert isinstance(count, tuple)
     assert (count.trainable, count.total) == (3000, 2_003_000)
     assert count.base_bytes == 8_000_000
-    said = "trainable 3,000 of 2,003,000 (0.15 %), base 8 MB"
-    assert str(count) == f"{count}" == said
+    printed = "trainable 3,000 of 2,003,000 (0.15 %), base 8 MB"
+    assert str(count) == f"{count}" == printed
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "printed"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6_360_000_000, "6.36 GB")],
 )
-def test_count_prints_bytes_in_a_suitable_unit(size, said):
-    assert str(lj.Count(1, 2, size)) == f"trainable 1 of 2 (50.00 %), base {said}"
+def test_count_prints_bytes_in_a_suitable_unit(size, printed):
+    assert str(lj.Count(1, 2, size)) == f"trainable 1 of 2 (50.00 %), base {printed}"
 
 
 def test_count_leaves_out_stacked_scales():
