@@ -86,7 +86,8 @@ def call(
             changed_structure[:] = structure, list(end)
             return new, result
 
-        new, result = lora(method, **options)(state, dropout_key=key)
+        adapted: Callable[..., Any] = lora(method, **options)
+        new, result = adapted(state, dropout_key=key)
         if not changed_structure:
             for i, value in new.items():
                 variables[i].set_raw_value(value)

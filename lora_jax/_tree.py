@@ -28,8 +28,6 @@ from lora_jax._engine.quantized import (
 # A tree of parameters: nested mappings, or any other pytree, whose leaves are arrays in
 # boxes or not, `Quantized` or `None`; or a live `nnx.Module`. Typing cannot express it.
 PyTree = Any
-
-PyTree = Any
 Path = tuple[Any, ...]
 
 # A component of a key that is itself a path: of "dense/kernel", "layers.q.bias", or of

@@ -91,10 +91,8 @@ def run_jaxpr(
             return bind(eqn, operands)
         name = eqn.primitive.name
         trail = (*run.trail, (index, repeats(eqn)))
-        here = run._replace(leads_to=leads_to, eqn=eqn, trail=trail)
-        if here.key is not None:
-            key: Any = here.key
-            here = here._replace(key=jax.random.fold_in(key, index))
+        key = _folded_in(run.key, index)
+        here = run._replace(leads_to=leads_to, eqn=eqn, trail=trail, key=key)
         rule = RULES.get(name)
         results = rule and rule(here, *operands, **params_of(eqn))
         if results is None:
@@ -104,6 +102,10 @@ def run_jaxpr(
         return [*map(unwrap, results)]
 
     return evaluate(jaxpr, args, apply, run.known)
+
+
+def _folded_in(key: jax.Array | None, index: Any) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, index)
 
 
 @rule_for(*CALLS)
@@ -131,8 +133,8 @@ def _shard_map(
     leaves, treedef = jax.tree.flatten(args)
 
     def call(key, leaves):
-        for axis in manual_axes if key is not None else ():
-            key = jax.random.fold_in(key, lax.axis_index(axis))
+        for axis in manual_axes:
+            key = _folded_in(key, lax.axis_index(axis))
         here = run._replace(key=key)
         results = run_jaxpr(here, call_jaxpr(run.eqn), treedef.unflatten(leaves))
         return materialize_all(here, results, "shard_map")

@@ -372,8 +372,9 @@ def loops_over(w: Any, batch: Sequence[int]) -> dict[int, int]:
         mesh = jax.typeof(w).sharding.mesh
         unknown = AxisType.Auto in mesh.axis_types and mesh.size > 1
     else:
-        sharding: Any = getattr(w, "sharding", None)
-        known = sharding is None or isinstance(sharding, NamedSharding)
-        unknown = not known and len(sharding.device_set) > 1
+        at = getattr(w, "sharding", None)
+        unknown = not (
+            at is None or isinstance(at, NamedSharding) or len(at.device_set) == 1
+        )
     parts = mesh_parts(w)
     return {} if unknown else {d: parts[d] for d in batch if w.shape[d] > parts[d]}
