@@ -1,7 +1,7 @@
 """Runs methods of live `nnx.Module`s as pure functions, and replaces their leaves."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax

@@ -9,6 +9,7 @@ views.py and products.py list their rules; those that evaluate a jaxpr themselve
 registered by `rule_for`, here and in derivatives.py and loops.py.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -104,7 +105,7 @@ def run_jaxpr(
     return evaluate(jaxpr, args, apply, run.known)
 
 
-def _folded_in(key: jax.Array | None, index: Any) -> jax.Array | None:
+def _folded_in(key: jax.Array | None, index: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, index)
 
 
@@ -133,8 +134,9 @@ def _shard_map(
     leaves, treedef = jax.tree.flatten(args)
 
     def call(key, leaves):
-        for axis in manual_axes:
-            key = _folded_in(key, lax.axis_index(axis))
+        if key is not None:  # each device drops elements of its own
+            indices = map(lax.axis_index, manual_axes)
+            key = functools.reduce(jax.random.fold_in, indices, key)
         here = run._replace(key=key)
         results = run_jaxpr(here, call_jaxpr(run.eqn), treedef.unflatten(leaves))
         return materialize_all(here, results, "shard_map")
