@@ -108,9 +108,8 @@ def import_peft(
     check_complete(source, index, tensors)
     new = {copy_of(p).w: trained_copy(leaves[p], x) for p, x in copies.items()}
     for path, modules in adapters.items():
-        new |= adapter_leaves(
-            path, leaves[path], join_adapters(plan.adapted[path], modules)
-        )
+        joined = join_adapters(plan.adapted[path], modules)
+        new |= adapter_leaves(path, leaves[path], joined)
     return attached(base, leaves, new)
 
 
