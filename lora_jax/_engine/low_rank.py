@@ -85,7 +85,8 @@ def made_once(x: jax.Array) -> jax.Array:
     Where each example has an adapter of its own, the products read x in different
     shapes, and XLA for CPU would repeat the operations that lead to x, such as a gelu,
     for each of them: a mixed batch of 16 (benchmarks/many_adapters.py) takes 1.19
-    instead of 1.12 of the plain pass. Under differentiation x is kept, and computed once anyway.
+    instead of 1.12 of the plain pass. Under differentiation x is kept, and computed
+    once anyway.
     """
     once = lax.optimization_barrier
     return lax.platform_dependent(x, cpu=once, default=lambda x: x)
