@@ -3,7 +3,7 @@
 Such a function is wrapped in one of ours, of the same kind, on factors. Its value is
 the function, evaluated on the factors. Its derivative is the user's rule, traced to a
 jaxpr and evaluated on the factors, too. The user's rule gets tangents and gives
-cotangents of whole weights, so those are materialized, and noted.
+cotangents of materialized weights, so those are computed, and noted.
 
 JAX runs a derivative rule when it differentiates, which can be after `lora(fn)` has
 returned. A rule may therefore use only its own arguments.

@@ -169,7 +169,7 @@ def materialize(f: Factors) -> jax.Array:
         back = jax.memory.Space.Host if traced else f.w.sharding
         total = materialize(dataclasses.replace(f, w=near))
         # The derivative has to move its cotangent back, and for a traced array JAX
-        # does not know from where: `src` says it.
+        # does not know from where: `src` is that memory.
         return jax.device_put(total, back, src=jax.memory.Space.Device)
     # A NumPy weight can be float64 while x64 is off: enable x64 for JAX arrays only.
     with x64([f.dtype] if isinstance(f.w, jax.Array) else []):

@@ -3,8 +3,8 @@
 A jaxpr is a list of equations over typed variables. Where releases differ, this file
 gives one form to the rest of the engine: whether a jaxpr is closed (`opened`), what the
 parameters of an equation are called (`params_of`, `scan_counts`), what
-`get_bind_params` returns (`bind`), and how a type says along which axes of `shard_map`
-it varies (`varying_axes`). It uses `jax.extend.core` alone, which is public.
+`get_bind_params` returns (`bind`), and where a type stores the axes of `shard_map`
+along which it varies (`varying_axes`). It uses `jax.extend.core` alone, which is public.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -245,7 +245,7 @@ def call_jaxpr(eqn: Any) -> Any:
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """The numbers of constants and of carried operands of a `scan`."""
+    """How many operands of a `scan` are constants, and how many are carried."""
     if "num_carry" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()

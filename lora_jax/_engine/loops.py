@@ -165,7 +165,7 @@ def _cond(
     functions = [functools.partial(branch, jaxpr) for jaxpr in branches]
     if branches_platforms is None:
         return lax.switch(index, functions, list(operands))
-    # `lax.platform_dependent`, of which only one branch is ever lowered.
+    # `lax.platform_dependent`: only one of its branches is ever lowered.
     pairs = [*zip(branches_platforms, functions, strict=True)]
     own = {name: function for names, function in pairs for name in names or ()}
     default = next((function for names, function in pairs if names is None), None)

@@ -189,7 +189,7 @@ def _like(y: jax.Array, product: jax.Array) -> jax.Array:
     if not low_rank.is_explicit(y):
         return product
     sizes = zip(product.shape, y.shape, jax.typeof(y).sharding.spec, strict=True)
-    spec = (names if n == whole else None for n, whole, names in sizes)
+    spec = (names if n == full else None for n, full, names in sizes)
     mesh = jax.typeof(y).sharding.mesh
     return jax.sharding.reshard(product, NamedSharding(mesh, PartitionSpec(*spec)))
 
@@ -320,9 +320,9 @@ def ragged_dot_general(
     product = functools.partial(
         lax.ragged_dot_general, group_sizes=group_sizes, **params
     )
-    whole = functools.partial(product, ragged_dot_dimension_numbers=numbers)
+    with_weight = functools.partial(product, ragged_dot_dimension_numbers=numbers)
     if not f.rank:
-        return through(whole, x, f.w, looped=looped)
+        return through(with_weight, x, f.w, looped=looped)
     (x_sum, f_sum), (x_batch, f_batch) = numbers.dot_dimension_numbers
     (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     free = {*range(f.ndim)} - {*f_sum, *f_batch, *groups}
@@ -333,7 +333,7 @@ def ragged_dot_general(
         return None
     first, second = order
 
-    y = through(whole, x, f.w, looped=looped)
+    y = through(with_weight, x, f.w, looped=looped)
     dtype = _compute_dtype(x, f, y)
 
     def multiply(x, factor, x_dims, absent, summed, row):

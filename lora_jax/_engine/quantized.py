@@ -40,7 +40,7 @@ BOUNDS = {"int8": 127.5, "int4": 7.5, "nf4": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A floating array in a few bits per element: `values * scale`, block by block.
+    """A floating array in 4 or 8 bits per element: `values * scale`, block by block.
 
     A leaf of a tree of parameters, where the plain array was. `quantize` makes it. For
     values that are quantized already, make it yourself: `Quantized(q.qvalue, q.scale,

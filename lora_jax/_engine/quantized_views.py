@@ -205,7 +205,7 @@ RULES: dict[str, Rule] = {
     "sharding_constraint": _constrained,
     "reshard": _reshard,
 }
-# Primitives of which any operand may be quantized.
+# Primitives that accept a quantized array as any operand.
 SEVERAL: dict[str, Rule] = {
     "concatenate": _concatenate,
     "stack": _stack,

@@ -44,7 +44,7 @@ class Run(NamedTuple):
         return bind(self.eqn, operands)
 
 
-# A rule evaluates an equation of which at least one operand is `Factors`:
+# A rule evaluates an equation with at least one operand of type `Factors`:
 # `rule(run, *operands, **params)`, with the parameters of the equation, returns the
 # results. None: the weights are materialized, and the equation is evaluated on arrays.
 Rule = Callable[..., Sequence[Any] | None]
