@@ -4,7 +4,7 @@ A jaxpr is a list of equations over typed variables. Where releases differ, this
 gives one form to the rest of the engine: whether a jaxpr is closed (`opened`), what the
 parameters of an equation are called (`params_of`, `scan_counts`), what
 `get_bind_params` returns (`bind`), and where a type stores the axes of `shard_map`
-along which it varies (`varying_axes`). It uses `jax.extend.core` alone, which is public.
+along which it varies (`varying_axes`). It uses only the public `jax.extend.core`.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
