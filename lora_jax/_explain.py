@@ -47,7 +47,8 @@ class Row(NamedTuple):
       rank: Of the adapter; 0 for a quantized weight without one, None for a leaf that
         is trained in full.
       full_rank: The largest useful rank; None for a leaf that is trained in full.
-      factored: In how many places of the program the weight stays factored.
+      factored: In how many places of the program the weight stays factored, or is
+        materialized only because that takes fewer FLOPs.
       materialized: The primitives that need W + scale * A B itself, and the custom
         rules whose derivative needs it or a gradient of its size.
       places: Their lines in the user's source.

@@ -55,9 +55,10 @@ def lora(
     """Makes a function of parameters a function of parameters with adapters.
 
     `lora(fn)(params, ...)` equals `fn(merge(params), ...)` up to rounding, for every
-    JAX function `fn`. It does not materialize W + scale * A B where a weight meets a
-    matrix product, a lookup or a convolution: it adds (x A) B to x W. A leaf that is
-    trained in full is replaced by its copy, `lora_w`, cast to the leaf's dtype. The
+    JAX function `fn`. Where a weight meets a matrix product, a lookup or a convolution
+    it adds (x A) B to x W, and does not materialize W + scale * A B unless that takes
+    fewer FLOPs, as where a side of W is shorter than the rank. A leaf that is trained
+    in full is replaced by its copy, `lora_w`, cast to the leaf's dtype. The
     function itself is not changed and need not support adapters. Works inside and
     around `jit`, `grad`, `jvp`, `vmap`, `scan`, `remat` and shardings.
 

@@ -21,6 +21,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._engine.dtypes import wider
 from lora_jax._engine.quantized import is_quantized
+from lora_jax._engine.source import warn_user
 from lora_jax._flax_names import check_axes
 from lora_jax._leaves import (
     adapter_leaves,
@@ -49,7 +50,6 @@ from lora_jax._tree import (
     unbox,
     unflatten,
 )
-from lora_jax._warnings import warn_user
 
 
 def lorafy(

@@ -35,6 +35,7 @@ from lora_jax._engine.quantized import (
     spread,
     values_of,
 )
+from lora_jax._engine.source import warn_user
 from lora_jax._leaves import with_copies
 from lora_jax._tree import (
     Path,
@@ -48,7 +49,6 @@ from lora_jax._tree import (
     unbox,
     unflatten,
 )
-from lora_jax._warnings import warn_user
 
 MOST = 0.5  # the share of an update whose loss to rounding causes a warning
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from lora_jax._adapters import Axes, adapter_of, check_own, copy_of, is_adapter
+from lora_jax._engine.source import warn_user
 from lora_jax._flax_names import (
     axes_by_name,
     is_adaptable,
@@ -45,7 +46,6 @@ from lora_jax._tree import (
     quantized_leaves,
     unbox,
 )
-from lora_jax._warnings import warn_user
 
 
 class AdapterPlan(NamedTuple):

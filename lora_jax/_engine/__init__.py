@@ -17,9 +17,9 @@ Read in this order:
   joins.py            several weights as one: side by side, or added up
   low_rank.py         products with low-rank factors
   ops.py              factored products, under the names of those in `jax.lax`
-  dora.py             the magnitudes of DoRA, and the norms that divide them
+  dora.py             `Factors` from the leaves of an adapter, with DoRA's magnitudes
   jaxpr.py            JAX's jaxprs: the only file that knows releases of JAX
-  source.py           the line of the user's source behind an equation
+  source.py           the user's line, of an equation or a warning
   flops.py            the FLOPs of a program
   flow.py             what is known of values, carried forward through a program
   liveness.py         what results depend on, carried backward
@@ -32,9 +32,12 @@ Read in this order:
   loops.py            the rules of loops and branches
   uses.py             another walk: what a function does with a weight's dimensions
 
-`x @ w.T` under `lora`: evaluate.py finds the rule of `transpose`; views.py transposes
-the weight, and by companions.py its factors; products.py, for `dot_general`, compares
-the costs and calls ops.py, which adds (x B^T) A^T to x W^T.
+`x @ w.T` under `lora`: `_lora.py` makes `Factors` of W and its adapter (dora.py),
+traces the function on W, and evaluates the jaxpr. evaluate.py finds the rule of `transpose`;
+views.py transposes the weight, and by companions.py its factors; products.py, for
+`dot_general`, compares the costs and calls ops.py, which adds (x B^T) A^T to x W^T if A
+has the first dimension of W. Where no rule applies W + scale * A B is materialized: a
+rule returns None for that, as a rule for quantized arrays does to have one dequantized.
 """
 
 # These register their rules in `evaluate.RULES`.

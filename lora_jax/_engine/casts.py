@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 from lora_jax._engine.dtypes import digits
 from lora_jax._engine.flow import flow
-from lora_jax._engine.jaxpr import CUSTOM, operand_dtypes, result_dtypes
+from lora_jax._engine.jaxpr import (
+    CONTRACTIONS,
+    CUSTOM,
+    operand_dtypes,
+    result_dtypes,
+)
 
-PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 # Primitives of several operands whose result i is made of operand i alone.
 ONE_TO_ONE = {"optimization_barrier", "device_put"}
 
@@ -60,7 +64,7 @@ def exact_casts(
         if name in ONE_TO_ONE:
             return operands
         out = join(operands)
-        if name in PRODUCTS:
+        if name in CONTRACTIONS:
             return [Origin(products=out.values | out.products)] * len(eqn.outvars)
         _note_meetings(operands, found)
         return [out] * len(eqn.outvars)

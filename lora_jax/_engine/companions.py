@@ -13,7 +13,9 @@ companion per result of the equation, or None if there is none of these sizes.
   operands  what the equation takes besides the array, as the starts of `dynamic_slice`
   params    the parameters of the equation
 
-To add a view, add its rule here, to `RULES`; if it moves dimensions, also to `origins`.
+To add a view, add its rule here, to `RULES`. If it moves dimensions, add it to
+`origins`; if it changes their sizes in place, to `IN_PLACE`; and if it never returns
+None for sizes 1 and n, to `ALWAYS` in views.py.
 """
 
 import math
@@ -241,9 +243,9 @@ def gather(
     return [lax.gather(c, indices, numbers, (*sizes, *extra), **options)]
 
 
-Rule = Callable[..., list[jax.Array] | None]
+CompanionRule = Callable[..., list[jax.Array] | None]
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, CompanionRule] = {
     "copy": copy,
     "transpose": transpose,
     "reshape": reshape,

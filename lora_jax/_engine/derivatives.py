@@ -95,14 +95,15 @@ def _custom_jvp(run: Run, *operands: Any, **_: Any) -> list[Any]:
 #     for each case. Here the residuals are the operands, and `backward` evaluates the
 #     forward rule again. `backward` has to know which inputs were perturbed, and static
 #     data would be part of the treedef. The information is in shapes instead: a
-#     residual of shape (0, 2) for a perturbed input, of (0, 1) for any other. These
-#     arrays have no elements and cost nothing.
+#     residual of shape (0, 2) for a perturbed input, of (0, 1) for any other. Shapes
+#     stay with the residuals of each trace. The last dimension counts, because `vmap`
+#     and loops add dimensions in front. The arrays have no elements and cost nothing.
 #
 # The user's function has the same constraint: JAX keeps the residual treedef of the
 # last trace of its forward rule. The two halves for one set of perturbed inputs are
-# therefore traced together, before another trace can come between, and kept (`_rules`).
+# therefore traced together, before another trace can come between, and kept.
 
-_rules: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Trace, Trace]]] = (
+_traced_rules: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Trace, Trace]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -113,7 +114,7 @@ def _custom_vjp(run: Run, *operands: Any, **_: Any) -> list[Any]:
     run = run._replace(key=None)  # a rule cannot know of a dropout mask
     inner = run._replace(counting=False, exact=None)  # of other jaxprs
     eqn, n = run.eqn, len(run.eqn.outvars)
-    closed, known = custom_consts(eqn), _rules.setdefault(call_jaxpr(eqn), {})
+    closed, known = custom_consts(eqn), _traced_rules.setdefault(call_jaxpr(eqn), {})
 
     def rule(perturbed, operands):
         vjp = lambda *xs: jax.vjp(_along(eqn, xs), _pick(xs, perturbed))
@@ -153,8 +154,8 @@ def _custom_vjp(run: Run, *operands: Any, **_: Any) -> list[Any]:
             marks = [jnp.zeros((0, 1 + (i in perturbed)), bool) for i in every]
             in_cache = perturbed in known
             traced = known[perturbed][0] if in_cache else rule(perturbed, operands)
-        saved = range(n, len(result_shapes(traced.jaxpr)))  # `backward` may use any
-        results = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)
+        leaving = range(n, len(result_shapes(traced.jaxpr)))  # `backward` may use any
+        results = run_jaxpr(inner, traced.jaxpr, operands, leaving=leaving)
         out = materialize_all(inner, results[:n], "custom_vjp_call")
         if marks and perturbed not in known:
             cotangents = [*map(_zero_cotangent, out)]
@@ -168,8 +169,8 @@ def _custom_vjp(run: Run, *operands: Any, **_: Any) -> list[Any]:
         if marks:
             perturbed = tuple(i for i, x in enumerate(marks) if x.shape[-1] > 1)
             traced, pulled = known[perturbed]
-            saved = range(n, len(result_shapes(traced.jaxpr)))
-            residuals = run_jaxpr(inner, traced.jaxpr, operands, leaving=saved)[n:]
+            leaving = range(n, len(result_shapes(traced.jaxpr)))
+            residuals = run_jaxpr(inner, traced.jaxpr, operands, leaving=leaving)[n:]
         else:
             pulled = way_back(rule_for_all(operands), residuals, cotangents)
         results = run_jaxpr(inner, pulled.jaxpr, [*residuals, *cotangents])

@@ -29,7 +29,6 @@ from lora_jax._engine.factors import (
     unwrap,
 )
 from lora_jax._engine.jaxpr import (
-    CALLS,
     bind,
     call_jaxpr,
     evaluate,
@@ -65,6 +64,7 @@ def rule_for(*primitives: str) -> Callable[[R], R]:
     """Registers the rule of these primitives."""
 
     def register(rule: R) -> R:
+        assert RULES.keys().isdisjoint(primitives)
         RULES.update(dict.fromkeys(primitives, rule))
         return rule
 
@@ -109,7 +109,7 @@ def _folded_in(key: jax.Array | None, index: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, index)
 
 
-@rule_for(*CALLS)
+@rule_for("closed_call", "eval_jaxpr")
 def _inline(run: Run, *operands: Any, **_: Any) -> list[Any]:
     return run_jaxpr(run, call_jaxpr(run.eqn), operands)
 

@@ -22,7 +22,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from lora_jax._engine.companions import Rule, spec_of
+from lora_jax._engine.companions import CompanionRule, spec_of
 from lora_jax._engine.dtypes import wider, x64
 from lora_jax._engine.quantized import dequantize, is_quantized
 from lora_jax._engine.quantized_views import part_specs
@@ -230,7 +230,7 @@ def with_parts(f: Factors, w: Any, parts: Iterable[Any]) -> Factors:
 
 
 def follow(
-    f: Factors, views: Sequence[Any], rule: Rule, *others: Any, **params: Any
+    f: Factors, views: Sequence[Any], rule: CompanionRule, *others: Any, **params: Any
 ) -> list[Any] | None:
     """Views of a weight, with the views of its factors, scale and gain.
 

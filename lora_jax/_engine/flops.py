@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from lora_jax._engine.jaxpr import CALLS, call_jaxpr, opened, shapes
+from lora_jax._engine.jaxpr import CALLS, CONTRACTIONS, call_jaxpr, opened, shapes
 
 
 def flops(jaxpr: Any) -> int:
@@ -25,7 +25,7 @@ def _flops(eqn: Any) -> int:
         return flops(params["cond_jaxpr"]) + flops(params["body_jaxpr"])
     if name == "cond":
         return max(map(flops, params["branches"]))
-    if name not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+    if name not in CONTRACTIONS:
         return 0
     (lhs, rhs, *_), (out,) = shapes(eqn)
     if name == "conv_general_dilated":

@@ -35,6 +35,9 @@ CALLS = {
 # Those with a derivative rule, which may read what the call itself does not.
 CUSTOM = {"custom_jvp_call", "custom_vjp_call"}
 
+# Products that contract dimensions.
+CONTRACTIONS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+
 # What a function is traced over; its other arguments reach it as they are.
 ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Quantized
 

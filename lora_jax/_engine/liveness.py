@@ -16,7 +16,7 @@ from lora_jax._engine.jaxpr import (
 )
 
 # `rule(equation, results) -> operands`: which operands matter if these results do.
-Rule = Callable[[Any, list[bool]], list[bool]]
+Backward = Callable[[Any, list[bool]], list[bool]]
 
 
 def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]:
@@ -93,7 +93,7 @@ def passed_on(jaxpr: Any, output: int, operand: int) -> bool:
     return v is target
 
 
-def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Rule) -> list[bool]:
+def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Backward) -> list[bool]:
     """Which inputs matter, if these outputs do."""
     program = opened(jaxpr)
     wanted = [True] * len(program.outputs) if outputs is None else outputs
@@ -104,7 +104,7 @@ def _backward(jaxpr: Any, outputs: Sequence[bool] | None, rule: Rule) -> list[bo
     return [v in live for v in program.inputs]
 
 
-def _live_operands(eqn: Any, live: set[Any], rule: Rule) -> set[Any]:
+def _live_operands(eqn: Any, live: set[Any], rule: Backward) -> set[Any]:
     name, results = eqn.primitive.name, [v in live for v in eqn.outvars]
     if name in CALLS and name not in CUSTOM:
         used = _backward(call_jaxpr(eqn), results, rule)
@@ -128,7 +128,7 @@ def _live_operands(eqn: Any, live: set[Any], rule: Rule) -> set[Any]:
 
 
 def _loop(
-    jaxpr: Any, n_consts: int, n_carry: int, results: Sequence[bool], rule: Rule
+    jaxpr: Any, n_consts: int, n_carry: int, results: Sequence[bool], rule: Backward
 ) -> list[bool]:
     """The operands of a loop's body that matter, in this round or in a later one."""
     while True:

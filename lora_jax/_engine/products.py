@@ -14,7 +14,7 @@ from jax import lax
 from lora_jax._engine import factors, low_rank, ops
 from lora_jax._engine.factors import Factors, is_factors, materialize
 from lora_jax._engine.jaxpr import shapes
-from lora_jax._engine.quantized import dequantize, is_quantized
+from lora_jax._engine.quantized import dequantize, is_quantized, through
 from lora_jax._engine.run import Rule, Run, materialize_one
 from lora_jax._engine.shapes import size
 
@@ -41,7 +41,7 @@ def _dot_general(
         # the factors would compute each of them once per rank.
         return product(materialize(f))
     if drop is None:
-        cheap = _without_factors(product, x, f, dimension_numbers, swap)
+        cheap = _without_factors(run, product, x, f, dimension_numbers, swap)
         if cheap is not None:
             return cheap
     params |= {"dimension_numbers": dimension_numbers, "looped": run.looped}
@@ -49,7 +49,7 @@ def _dot_general(
 
 
 def _without_factors(
-    product: Callable[[Any], list[Any]], x: Any, f: Factors, numbers: Any, swap: bool
+    run: Run, product: Any, x: Any, f: Factors, numbers: Any, swap: bool
 ) -> list[Any] | None:
     """The product with W + scale * A B as one array, where the factors cost more.
 
@@ -68,8 +68,9 @@ def _without_factors(
         return product(materialize(f))
     if f.gain is not None or extra - base < ops.WORTHWHILE + factors.delta_flops(f):
         return None
-    (y,), (update,) = product(f.w), product(factors.delta(f).astype(f.dtype))
-    return [y + update]
+    with_weight = lambda x, w: (run.bind(w, x) if swap else run.bind(x, w))[0]
+    y = through(with_weight, x, f.w, looped=run.looped)
+    return [y + with_weight(x, factors.delta(f).astype(f.dtype))]
 
 
 def _gather(run: Run, f: Any, indices: Any, **params: Any) -> list[Any] | None:

@@ -30,7 +30,7 @@ from lora_jax._engine.quantized import (
     spread,
 )
 
-Rule = Callable[..., list[Any] | None]
+QuantizedRule = Callable[..., list[Any] | None]
 
 
 def bind(
@@ -199,14 +199,14 @@ def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
     return [_with(x, x.values, by(x.scale.astype(dtype), *others))]
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, QuantizedRule] = {
     "convert_element_type": _convert,
     "gather": _gather,
     "sharding_constraint": _constrained,
     "reshard": _reshard,
 }
 # Primitives that accept a quantized array as any operand.
-SEVERAL: dict[str, Rule] = {
+SEVERAL: dict[str, QuantizedRule] = {
     "concatenate": _concatenate,
     "stack": _stack,
     "neg": functools.partial(_scaled, by=jnp.negative),

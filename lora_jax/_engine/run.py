@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,29 +14,42 @@ from lora_jax._engine.factors import Factors, WeightName, is_factors, materializ
 from lora_jax._engine.flops import flops
 from lora_jax._engine.jaxpr import bind, params_of, trace
 from lora_jax._engine.shapes import size
-from lora_jax._engine.source import source_line
+from lora_jax._engine.source import source_line, warn_user
 
 
 class Run(NamedTuple):
-    """The options of one evaluation of a jaxpr, and where it is."""
+    """The options of one evaluation of a jaxpr, and where it is.
 
-    materialize: str  # "warn", "error" or "allow"
-    rate: float = 0.0  # of dropout
-    key: jax.Array | None = None  # None: no dropout
-    counting: bool = False  # whether to note every product, with its FLOPs
-    looped: bool = False  # in the body of a loop
-    # The tracers that the traced function got, each with the operand it stands for.
+    Attributes:
+      materialize: "warn", "error" or "allow", as in `lora`.
+      rate, key: Those of dropout; without a key there is none.
+      counting: Whether to note every product, with its FLOPs.
+      looped: Whether this is the body of a loop.
+      inputs: The tracers that the traced function got, each with its operand.
+      exact: The casts that must be applied to W + scale * A B, as from `exact_casts`;
+        None if not determined yet.
+      known: Values of tracers of finished traces, as for `evaluate`.
+      leads_to: What `look_ahead` returns for the jaxpr.
+      eqn: The equation that is evaluated.
+      trail: Its index, and how often it runs; before it, those of the calls and loops
+        around it.
+      within: The name of the jitted function that contains it, if one does.
+      line: The line of the call of that function.
+    """
+
+    materialize: str
+    rate: float = 0.0
+    key: jax.Array | None = None
+    counting: bool = False
+    looped: bool = False
     inputs: tuple[tuple[Any, Any], ...] = ()
-    # Casts that must see the materialized sum (casts.py); None: not yet determined.
     exact: frozenset[int] | None = None
-    known: Any = None  # values of finished tracers, as for `evaluate`
-    leads_to: Callable[..., bool] = lambda *_, **__: False  # see `look_ahead`
-    eqn: Any = None  # the equation being evaluated,
-    trail: tuple[
-        tuple[int, int], ...
-    ] = ()  # and (index, times it runs) of it and above
-    within: str | None = None  # the jitted function that contains it,
-    line: str = ""  # and the line of the call to that function
+    known: Any = None
+    leads_to: Callable[..., bool] = lambda *_, **__: False
+    eqn: Any = None
+    trail: tuple[tuple[int, int], ...] = ()
+    within: str | None = None
+    line: str = ""
 
     def bind(self, *operands: Any) -> list[Any]:
         """The results of the equation on other operands."""
@@ -181,11 +193,10 @@ def warn(notes: Iterable[Note]) -> None:
     )
     if met:
         listing = "; ".join(met[:6]) + ("; ..." if len(met) > 6 else "")
-        warnings.warn(
+        warn_user(
             f"{listing}, which needs W + scale * A B itself, or in a derivative its "
             "gradient: it is materialized there, which is exact and takes more time "
-            "and memory. Write lora(fn, materialize='allow') if that is intended.",
-            stacklevel=3,
+            "and memory. Write lora(fn, materialize='allow') if that is intended."
         )
 
 

@@ -1,9 +1,11 @@
-"""The line of the user's source that an equation stands for, for diagnostics."""
+"""The user's line: that an equation stands for, and that a warning is for."""
 
+import inspect
 import linecache
 import os
 import sysconfig
 import textwrap
+import warnings
 from typing import Any
 
 import flax
@@ -57,3 +59,11 @@ def _shown(file: str, line: int) -> str:
 def _in_library(file: str) -> bool:
     standard = file.startswith(_STANDARD) and "site-packages" not in file
     return standard or file.startswith((*_LIBRARIES, "<frozen"))
+
+
+def warn_user(message: str) -> None:
+    """Warns at the innermost line that is not of this package, JAX or Flax."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_code.co_filename.startswith((_HERE, *_LIBRARIES)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -345,7 +345,7 @@ VIEWS: dict[str, Rule] = {
 }
 
 # Views that never materialize a weight, whatever the operands.
-_ALWAYS = {
+ALWAYS = {
     *("copy", "transpose", "squeeze", "broadcast_in_dim", "slice", "dynamic_slice"),
     *("split", "unstack", "rev", "neg", "stop_gradient", "name", "pvary"),
     *("optimization_barrier", "sharding_constraint", "reshard", "device_put"),
@@ -364,7 +364,7 @@ def is_view(eqn: Any) -> bool:
 def always_follows(run: Run, eqn: Any) -> bool:
     """Whether the factors follow a weight through an equation, whatever they are."""
     if eqn.primitive.name != "convert_element_type":
-        return eqn.primitive.name in _ALWAYS
+        return eqn.primitive.name in ALWAYS
     (dtype,) = result_dtypes(eqn)
     floating = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
     return floating and id(eqn) not in (run.exact or ())
