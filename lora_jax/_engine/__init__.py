@@ -33,11 +33,12 @@ Read in this order:
   uses.py             another walk: what a function does with a weight's dimensions
 
 `x @ w.T` under `lora`: `_lora.py` makes `Factors` of W and its adapter (dora.py),
-traces the function on W, and evaluates the jaxpr. evaluate.py finds the rule of `transpose`;
-views.py transposes the weight, and by companions.py its factors; products.py, for
-`dot_general`, compares the costs and calls ops.py, which adds (x B^T) A^T to x W^T if A
-has the first dimension of W. Where no rule applies W + scale * A B is materialized: a
-rule returns None for that, as a rule for quantized arrays does to have one dequantized.
+traces the function on W, and evaluates the jaxpr. evaluate.py finds the rule of
+`transpose`; views.py transposes the weight, and by companions.py its factors. For
+`dot_general`, products.py compares the costs and calls ops.py, which adds (x B^T) A^T
+to x W^T if A has the first dimension of W. Where no rule applies W + scale * A B is
+materialized. A rule returns None for that; one for quantized arrays returns None to
+have the array dequantized.
 """
 
 # These register their rules in `evaluate.RULES`.
