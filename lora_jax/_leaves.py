@@ -158,6 +158,8 @@ def _constrain(x: jax.Array, dims: tuple[int, ...], leaf: Any) -> jax.Array:
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto
     }
+    if not auto:  # the names may be invalid without a mesh
+        return x
 
     def divides(name: Any, size: int) -> bool:
         axes = name if isinstance(name, tuple) else (name,)
