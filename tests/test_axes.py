@@ -306,7 +306,7 @@ def test_find_axes_refuses_two_incompatible_uses_with_both_lines():
     for line, sides in enumerate(
         ["(0,) and outputs (1, 2)", "(0, 1) and outputs (2,)"]
     ):
-        assert f"inputs {sides} at tests/test_find_axes.py:{first + line}" in str(
+        assert f"inputs {sides} at tests/test_axes.py:{first + line}" in str(
             error.value
         )
 

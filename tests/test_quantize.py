@@ -462,8 +462,8 @@ def test_quantize_result_is_accepted_by_every_verb(kind, tmp_path, randomized, c
     labels = {name for name in by_name(lj.labels(params)).values() if name}
     assert labels == {"lora_a", "lora_b", "frozen"}
 
-    plain = lj.lorafy(lj.dequantize(base), 2)
-    quantized, floats = lj.count(params), lj.count(plain)
+    unquantized = lj.lorafy(lj.dequantize(base), 2)
+    quantized, floats = lj.count(params), lj.count(unquantized)
     assert quantized[:2] == floats[:2] and quantized.base_bytes < floats.base_bytes
     assert lj.count(base)[:2] == (0, quantized.total - quantized.trainable)
 
