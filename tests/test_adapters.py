@@ -1,4 +1,4 @@
-"""Adapters are found beside their weights by name, and must fit them."""
+"""Tests that adapters are found by name and checked against their weights."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from lora_jax._tree import flatten
         ((5, 4), (1, 4, 2), (5, 1, 3), ()),
     ],
 )
-def test_misfits(shapes):
+def test_fits_refuses_misfits(shapes):
     assert not fits(*shapes)
 
 
@@ -34,7 +34,7 @@ def leaves(**arrays):
     return {("m", name): x for name, x in arrays.items()}
 
 
-def test_adapters_are_found_by_name():
+def test_find_adapters_goes_by_names():
     assert adapter_of(("m", "kernel")).a == ("m", "lora_a")
     assert adapter_of(("m", "w")).scale == ("m", "w_lora_scale")
     x, a, b, s = jnp.ones((4, 5)), jnp.ones((4, 2)), jnp.ones((2, 5)), jnp.ones(())
@@ -65,23 +65,23 @@ def test_adapters_are_found_by_name():
         ),
     ],
 )
-def test_broken_adapters_are_errors_by_path(changes, message):
+def test_find_adapters_names_the_path_of_a_broken_adapter(changes, message):
     x, a, b, s = jnp.ones((4, 5)), jnp.ones((4, 2)), jnp.ones((2, 5)), jnp.ones(())
     tree = leaves(kernel=x, lora_a=a, lora_b=b, lora_scale=s) | leaves(**changes)
     with pytest.raises(ValueError, match=message):
         find_adapters(tree)
 
 
-def test_no_adapter_is_an_error():
+def test_find_adapters_needs_an_adapter():
     with pytest.raises(ValueError, match="These parameters have no adapters"):
         find_adapters(leaves(kernel=jnp.ones((4, 5))))
 
 
-def test_axes_know_their_standard_order():
+def test_axes_standard_order():
     assert Axes((0,), (1,), (2, 3)).standard and not Axes((), (1,), (0,)).standard
 
 
-# Adapters of other libraries, and what a checkpoint made of ours
+# Adapters of other libraries, and ours after a restore
 
 W, A, B = jnp.ones((4, 5)), jnp.ones((4, 2)), jnp.ones((2, 5))
 KERNEL = {"kernel": W, "bias": jnp.ones(5)}
@@ -112,13 +112,13 @@ ALL = [*FOREIGN.items(), *FLAT.items(), ("flax.nnx", AROUND)]
         lambda params: lj.lora(lambda params, x: x)(params, jnp.ones(3)),
     ],
 )
-def test_adapters_of_another_library_are_named(library, params, call):
+def test_check_own_names_the_library_of_other_adapters(library, params, call):
     match = f"' is an adapter of {library}.*remove such leaves .* or merge them first"
     with pytest.raises(ValueError, match=match):
         call(params)
 
 
-def test_a_live_model_with_adapters_of_flax_is_refused_by_name():
+def test_check_own_names_adapters_of_flax_in_a_live_model():
     rngs = nnx.Rngs(0)
     linear = nnx.LoRALinear(4, 5, lora_rank=2, rngs=rngs)
     around = nnx.LoRA(4, 2, 5, base_module=nnx.Linear(4, 5, rngs=rngs), rngs=rngs)
@@ -128,7 +128,7 @@ def test_a_live_model_with_adapters_of_flax_is_refused_by_name():
 
 
 @pytest.mark.parametrize("name", ["w", "gating_einsum", "dense/kernel"])
-def test_an_adapter_without_a_scale_may_be_of_another_library(name):
+def test_check_adapter_suggests_libraries_that_store_no_scale(name):
     params = {name: W, f"{name}_lora_a": A, f"{name}_lora_b": B}
     match = "already has an adapter without a scale, as qwix, tunix and openpi store"
     with pytest.raises(ValueError, match=match):
@@ -138,7 +138,7 @@ def test_an_adapter_without_a_scale_may_be_of_another_library(name):
         lj.merge(params)
 
 
-def test_trees_of_ours_are_not_taken_for_others():
+def test_check_own_accepts_leaves_with_similar_names():
     base = {"lora": {"kernel": W}, "m": {"w": W, "a": W, "b": W}, "lora/a": W}
     adapted = lj.lorafy(base, 2, targets="*")
     assert len(find_adapters(flatten(adapted))) == 5
@@ -146,7 +146,7 @@ def test_trees_of_ours_are_not_taken_for_others():
     assert lj.count(lj.combine(half, rest)).trainable == 5 * 2 * (4 + 5)
 
 
-def test_our_adapters_in_a_tree_whose_keys_were_joined_are_named():
+def test_check_own_refuses_adapters_in_a_tree_with_joined_keys():
     adapted = lj.lorafy({"m": {"kernel": W}}, 2)
     joined = {f"m/{name}": x for name, x in adapted["m"].items()}
     for call in (lambda p: lj.lorafy(p, 2), lj.merge):
@@ -168,7 +168,7 @@ RESTORED = {  # what Orbax restores without a target
 
 @pytest.mark.parametrize("kind", RESTORED)
 @pytest.mark.parametrize("adapted", [True, False])
-def test_what_is_restored_without_a_target_is_named(kind, adapted):
+def test_check_own_refuses_a_tree_restored_without_a_target(kind, adapted):
     tree = {"m": dict(KERNEL)}
     restored = RESTORED[kind](lj.lorafy(tree, 2) if adapted else tree)
     calls = [
@@ -183,14 +183,14 @@ def test_what_is_restored_without_a_target_is_named(kind, adapted):
             call()
 
 
-def test_adapters_restored_without_a_target_are_not_attached():
+def test_attach_refuses_adapters_restored_without_a_target():
     adapters = lj.detach(lj.lorafy({"m": dict(KERNEL)}, 2))["m"]
     restored = {name: {"value": x} for name, x in adapters.items() if x is not None}
     with pytest.raises(ValueError, match="'m/lora_a' is a dict of one 'value', as nnx"):
         lj.attach({"m": restored}, {"m": KERNEL})
 
 
-def test_a_leaf_may_be_named_value():
+def test_check_own_accepts_a_leaf_named_value():
     params = {"attn": {"query": W, "value": W, "kernel": {"value": W, "width": W}}}
     adapted = lj.lorafy(params, 2, targets="value")
     assert adapted["attn"]["value_lora_a"].shape == (4, 2)

@@ -1,4 +1,4 @@
-"""What trains whole, said once in `lorafy`, survives all that is done with a tree."""
+"""Tests leaves that are trained in full, `also=` in `lorafy`, with every verb."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def with_head(dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_trained_copy_takes_the_place_of_its_leaf(dtype, randomized, close):
+def test_lora_uses_a_trained_copy_in_place_of_its_leaf(dtype, randomized, close):
     base, x = with_head(dtype), jnp.ones((3, 8), dtype)
     adapted = lj.lorafy(base, 2, targets="m", also="head")
     apply = jax.jit(lj.lora(classifier))
@@ -41,7 +41,7 @@ def test_a_trained_copy_takes_the_place_of_its_leaf(dtype, randomized, close):
     assert not got["head"]["kernel"].any(), "the leaf itself is not read"
 
 
-def test_small_updates_of_a_narrow_head_are_not_rounded_away():
+def test_lorafy_also_keeps_small_updates_of_a_narrow_head():
     params = lj.lorafy(with_head("bfloat16"), 2, targets="m", also="head")
     moved = params["head"]["bias"].astype(jnp.float32)
     copy = params["head"]["bias_lora_w"]
@@ -52,7 +52,7 @@ def test_small_updates_of_a_narrow_head_are_not_rounded_away():
     np.testing.assert_allclose(merged - moved, 0.03, atol=0.01)
 
 
-def test_a_program_does_not_pay_for_the_leaf_that_is_replaced():
+def test_lora_computes_nothing_with_a_replaced_leaf():
     base, x = with_head(), jnp.ones((64, 8))
     loss = lambda params: jnp.sum(lj.lora(classifier)(params, x) ** 2)
 
@@ -62,7 +62,7 @@ def test_a_program_does_not_pay_for_the_leaf_that_is_replaced():
 
     halves = lj.split(lj.lorafy(base, 2, targets="m", also="head"))
     found = compiled(*halves, lj.combine)
-    # The head itself as what trains, as if it had no copy.
+    # The same training of the head itself, without a copy.
     adapters, frozen = lj.split(lj.lorafy(base, 2, targets="m"))
     wanted = compiled(
         adapters | {"head": base["head"]},
@@ -74,7 +74,7 @@ def test_a_program_does_not_pay_for_the_leaf_that_is_replaced():
     assert temporaries(found) <= temporaries(wanted)
 
 
-def test_a_trained_copy_that_nothing_reads_is_an_error():
+def test_lora_refuses_an_unused_trained_copy():
     params = lj.lorafy(with_head(), 2, targets="m", also="head")
     fn = lambda params, x: x @ params["m"]["kernel"] @ params["head"]["kernel"]
     with pytest.raises(ValueError, match=r"never uses 1 adapted .*'head/bias'"):
@@ -99,7 +99,7 @@ WAYS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_trained_head_survives(way, dtype, tmp_path, randomized):
+def test_lorafy_also_survives_every_verb(way, dtype, tmp_path, randomized):
     params = randomized(lj.lorafy(with_head(dtype), 2, targets="m", also="head"))
     back = WAYS[way](params, tmp_path)
     x = jnp.ones((3, 8), dtype)

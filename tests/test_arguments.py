@@ -1,4 +1,4 @@
-"""Parameters by position or by keyword, and what is said of arguments that are none."""
+"""Tests how arguments that hold parameters are named, and the errors about others."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def with_head():
     }
 
 
-def test_parameters_may_come_by_keyword():
+def test_lora_argnames_names_keywords():
     fn = lambda x, *, params, scale=1.0: classifier(params, x) * scale
     params, x = lj.lorafy(with_head(), 2, targets="m", also="head"), jnp.ones((3, 8))
     want = fn(x, params=lj.merge(params), scale=2.0)
@@ -52,7 +52,7 @@ def test_parameters_may_come_by_keyword():
 
 
 @pytest.mark.parametrize("use", [lj.lora, lambda fn, **k: partial(lj.explain, fn, **k)])
-def test_an_array_where_parameters_should_be_is_named(use):
+def test_leaves_of_names_an_argument_that_is_no_tree(use):
     fn = lambda x, params: classifier(params, x)
     params, x = lj.lorafy(with_head(), 2, targets="m"), jnp.ones((3, 8))
     match = r"Argument 0 of the function should hold .*argnums=1.*argnames='params'"
@@ -67,7 +67,7 @@ def test_an_array_where_parameters_should_be_is_named(use):
     assert use(fn, argnums=1)(x, params) is not None
 
 
-def test_adapters_in_an_unnamed_keyword_are_refused():
+def test_check_elsewhere_refuses_adapters_in_an_unnamed_keyword():
     fn = lambda p, x, *, other: classifier(p, x)
     params = lj.lorafy(with_head(), 2, targets="m")
     with pytest.raises(
@@ -83,7 +83,7 @@ def boxed(params):
 @pytest.mark.parametrize(
     "wrap", [boxed, lambda p: nnx.State(jax.tree.map(nnx.Param, p))]
 )
-def test_adapters_in_boxes_are_found_too(wrap):
+def test_check_elsewhere_finds_adapters_in_boxes(wrap):
     fn = lambda p, x, other: classifier(p, x)
     params = lj.lorafy(with_head(), 2, targets="m")
     other = lj.lorafy(wrap(with_head()), 2, targets="m")
@@ -100,12 +100,12 @@ def test_adapters_in_boxes_are_found_too(wrap):
         ({"argnums": "params"}, "argnums takes positions, found 'params'. Write argn"),
     ],
 )
-def test_positions_and_keywords_are_not_mixed_up(options, match):
+def test_chosen_refuses_keywords_as_positions_and_the_reverse(options, match):
     with pytest.raises(TypeError, match=match):
         lj.lora(classifier, **options)
 
 
-def test_one_argument_named_twice_is_one():
+def test_pick_takes_an_argument_named_twice_once():
     params, x = lj.lorafy(with_head(), 2, targets="m"), jnp.ones((3, 8))
     report = lj.explain(classifier, params, x, argnums=(0, -2))
     assert [row.path for row in report.rows] == ["m/kernel"]

@@ -1,4 +1,4 @@
-"""`find_axes` reads the dimensions of a weight off the function that uses it."""
+"""Tests that `find_axes` infers a weight's dimensions from how a function uses it."""
 
 import flax.linen as nn
 import jax
@@ -32,7 +32,7 @@ def scan(step):
     return lambda w, x: lax.scan(lambda c, w: (jnp.sin(step(c, w)), None), x, w)[0]
 
 
-# What the function does with a weight of some shape, and what that says.
+# A function of a weight of some shape, and the axes that it implies.
 USES = {
     "product": ((D, 3), lambda w, x: x @ w, MATRIX),
     "stored (out, in)": ((3, D), lambda w, x: x @ w.T, TURNED),
@@ -182,8 +182,8 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_axes(name, randomized, close):
-    """They are as expected, and an adapter along them stays exact."""
+def test_find_axes(name, randomized, close):
+    """The axes are as expected, and an adapter with them is exact."""
     shape, fn, want = USES[name]
     own = lambda params, x: fn(params["block"]["w"], x)
     w = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -203,7 +203,7 @@ def concat(w, x):
     return jnp.concatenate([jnp.broadcast_to(w, (1, D)), x])
 
 
-# What no product and no lookup uses, however it goes on from there: no axes.
+# Weights that no product and no lookup uses.
 ELEMENTWISE = {
     "norms of layers": ((3, D), scan(lambda c, w: c * w[None])),
     "norms of layers, then a product": (
@@ -241,7 +241,7 @@ ELEMENTWISE = {
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_what_meets_no_product_and_no_lookup_has_no_axes(name):
+def test_find_axes_leaves_out_weights_without_product_and_lookup(name):
     shape, fn = ELEMENTWISE[name]
     own = lambda p, x: fn(p["w"], x @ p["first"])
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32), "first": jnp.ones((D, D))}
@@ -254,7 +254,7 @@ def test_what_meets_no_product_and_no_lookup_has_no_axes(name):
     }
 
 
-def test_finds_what_the_names_of_flax_say():
+def test_find_axes_agrees_with_flax_names():
     model = nn.Sequential(
         [
             nn.Embed(11, D),
@@ -272,7 +272,7 @@ def test_finds_what_the_names_of_flax_say():
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, found)
 
 
-def test_other_arguments_go_where_they_belong():
+def test_find_axes_passes_other_arguments():
     fn = lambda x, p, *, turn: x @ (p["w"].T if turn else p["w"])
     params = {"w": jnp.ones((D, D)), "unused": jnp.ones((D, D)), "bias": jnp.ones(D)}
     assert lj.find_axes(fn, X, params, argnums=1, turn=True) == {"w": TURNED}
@@ -288,14 +288,14 @@ def test_other_arguments_go_where_they_belong():
         lj.find_axes(fn, X, params, turn=True)
 
 
-def test_parameters_in_two_arguments_have_axes_each():
+def test_find_axes_of_parameters_in_two_arguments():
     fn = lambda p, x, *, q: x @ p["w"] @ q["w"].T
     w = {"w": jnp.ones((D, D))}
     found = lj.find_axes(fn, w, X, argnums=0, argnames=["q"], q=w)
     assert found == ({"w": MATRIX}, {"w": TURNED})
 
 
-def test_two_ways_that_no_adapter_serves_are_reported_with_both_places():
+def test_find_axes_refuses_two_incompatible_uses_with_both_lines():
     def fn(params, x):
         y = x @ params["w"].reshape(D, 6)
         return y, jnp.ones((3, 8)) @ params["w"].reshape(8, 3)
@@ -306,11 +306,11 @@ def test_two_ways_that_no_adapter_serves_are_reported_with_both_places():
     for line, sides in enumerate(
         ["(0,) and outputs (1, 2)", "(0, 1) and outputs (2,)"]
     ):
-        assert f"inputs {sides} at tests/test_axes.py:{first + line}" in str(
+        assert f"inputs {sides} at tests/test_find_axes.py:{first + line}" in str(
             error.value
         )
 
 
-def test_both_directions_are_one_way():
+def test_find_axes_of_products_in_both_directions():
     fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["w"].T
     assert lj.find_axes(fn, {"w": jnp.ones((D, 3))}, X) == {"w": MATRIX}

@@ -1,4 +1,4 @@
-"""The layers are Flax's own, and use the adapters that their parameters hold."""
+"""Tests that the layers equal Flax's own with the adapters in their parameters."""
 
 import flax.linen as nn
 import jax
@@ -85,14 +85,14 @@ def layer(request):
 
 
 def quietly(layer, factored, *args, **kwargs):
-    """Applies it; one that must form W + AB has to say so."""
+    """Applies a layer; one that must materialize W + AB has to warn."""
     if factored:
         return layer.apply(*args, **kwargs)
     with pytest.warns(UserWarning, match="needs the whole weight"):
         return layer.apply(*args, **kwargs)
 
 
-def test_without_rank_it_is_the_flax_layer(layer, close):
+def test_layers_without_rank_are_those_of_flax(layer, close):
     ours, plain, options, x, _ = layer
     key, (ours, plain) = jax.random.key(0), (make(**options) for make in (ours, plain))
     variables = jax.jit(ours.init)(key, x)
@@ -100,7 +100,7 @@ def test_without_rank_it_is_the_flax_layer(layer, close):
     close(jax.jit(ours.apply)(variables, x), jax.jit(plain.apply)(variables, x), 0)
 
 
-def test_init_with_rank_adds_an_adapter_that_does_nothing_yet(layer, close):
+def test_layers_init_adds_an_adapter_without_effect(layer, close):
     ours, plain, options, x, factored = layer
     made = ours(**options, rank=2, alpha=6)
     y, variables = jax.jit(made.init_with_output)(jax.random.key(0), x)
@@ -116,7 +116,7 @@ def test_init_with_rank_adds_an_adapter_that_does_nothing_yet(layer, close):
     )
 
 
-def test_equals_the_merged_flax_layer(layer, close, randomized):
+def test_layers_equal_the_merged_layers_of_flax(layer, close, randomized):
     ours, plain, options, x, factored = layer
     made = ours(**options, rank=2, alpha=6)
     variables = randomized(jax.jit(made.init)(jax.random.key(0), x))
@@ -130,8 +130,8 @@ def test_equals_the_merged_flax_layer(layer, close, randomized):
     close(made.apply(merged, x), want)
 
 
-def test_dense_and_embed_against_numpy(randomized):
-    """That is, y = x W + b + (alpha / r) x A B, and a lookup of the same."""
+def test_dense_and_embed_equal_numpy(randomized):
+    """The formula is y = x W + b + (alpha / r) x A B, and a lookup of the same."""
     for module, x in (
         (lj.Dense(3, rank=2, alpha=5), X),
         (lj.Embed(7, 4, rank=2, alpha=5), IDS),
@@ -147,21 +147,21 @@ def test_dense_and_embed_against_numpy(randomized):
         np.testing.assert_allclose(lj.lora(plain.apply)(variables, x), want, atol=1e-5)
 
 
-def test_attend(close, randomized):
+def test_embed_attend(close, randomized):
     layer = lj.Embed(7, 4, rank=2)
     variables = randomized(layer.init(jax.random.key(0), IDS))
     got = layer.apply(variables, X, method="attend")
     close(got, nn.Embed(7, 4).apply(lj.merge(variables), X, method="attend"))
 
 
-def test_rslora_scale():
+def test_dense_rslora_scale():
     params = lj.Dense(4, rank=4, alpha=6, rslora=True).init(jax.random.key(0), X)[
         "params"
     ]
     assert params["lora_scale"] == 3
 
 
-def test_a_layer_uses_what_trains_whole_in_it(randomized):
+def test_dense_uses_trained_copies(randomized):
     layer = lj.Dense(3)
     variables = layer.init(jax.random.key(0), X)
     for options in ({"also": "bias"}, {"also": ["kernel", "bias"]}):
@@ -175,7 +175,7 @@ def test_a_layer_uses_what_trains_whole_in_it(randomized):
         np.testing.assert_allclose(layer.apply(params, X), want, atol=1e-6)
 
 
-def test_low_precision_kernel_has_float32_factors(randomized):
+def test_dense_with_a_narrow_kernel_has_float32_factors(randomized):
     layer = lj.Dense(3, rank=2, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     x = jnp.asarray(X, jnp.bfloat16)
     variables = randomized(layer.init(jax.random.key(0), x))
@@ -196,7 +196,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers of ours, scanned, rematerialised, with named axes."""
+    """A scan of rematerialized layers with named axes."""
 
     @nn.compact
     def __call__(self, ids):
@@ -216,7 +216,7 @@ class Model(nn.Module):
         return embed.attend(x)
 
 
-def test_model_of_layers_scanned_and_rematerialized(close, randomized):
+def test_layers_under_scan_and_remat(close, randomized):
     variables = jax.jit(Model().init)(jax.random.key(0), IDS)
     scanned = variables["params"]["layers"]["dense"]
     assert scanned["lora_a"].value.shape == (3, 4, 2)

@@ -1,4 +1,4 @@
-"""The new leaves: their names, shapes, values, dtypes, boxes and places."""
+"""Tests the leaves of adapters: names, shapes, values, dtypes, boxes and shardings."""
 
 import contextlib
 import math
@@ -89,11 +89,11 @@ def in_state(kernel):
         ),
     ],
 )
-def test_names_and_shapes(params, new):
+def test_lorafy_names_and_shapes(params, new):
     assert shapes(lj.lorafy(params, 2, targets="*")) == shapes(params) | new
 
 
-def test_by_default_every_kernel_and_nothing_else():
+def test_lorafy_default_adapts_every_kernel():
     params = {
         "embed": {"embedding": w(9, 4)},
         "dense": {"kernel": w(4, 3), "bias": w(3), "w": w(4, 3)},
@@ -118,7 +118,7 @@ def test_by_default_every_kernel_and_nothing_else():
     ],
 )
 @pytest.mark.parametrize("abstract", [False, True])
-def test_dtypes(base, dtype, expected, abstract):
+def test_lorafy_dtypes(base, dtype, expected, abstract):
     kernel = w(4, 3, dtype=base) if abstract else jnp.ones((4, 3), base)
     params = lj.lorafy({"kernel": kernel}, 2, dtype=dtype, init=zeros)
     assert {name: x.dtype.name for name, x in params.items()} == {
@@ -129,7 +129,7 @@ def test_dtypes(base, dtype, expected, abstract):
     }
 
 
-def test_a_float64_weight_gets_float64_factors_where_jax_has_them():
+def test_lorafy_makes_float64_factors_if_x64_is_enabled():
     numpy_params = {"kernel": np.ones((4, 3))}
     assert lj.lorafy(numpy_params, 2, init=zeros)["lora_a"].dtype == np.float32
     with jax.enable_x64(True):
@@ -194,7 +194,7 @@ AXES = {  # weight's shape, its Axes, A's and B's shapes, the update by einsum
 
 
 @pytest.mark.parametrize("name", AXES)
-def test_axes_give_each_layout_and_its_update(name, randomized):
+def test_lorafy_axes_give_each_layout_and_its_update(name, randomized):
     shape, axes, a_shape, b_shape, equation = AXES[name]
     params = {"w": weight(*shape)}
     axes = lj.Axes(*axes)
@@ -230,7 +230,7 @@ def test_axes_give_each_layout_and_its_update(name, randomized):
         ((96, 3, 128), ((1,), (2,), (0,)), 128),
     ],
 )
-def test_a_is_gaussian_of_variance_1_over_inputs_and_b_is_zero(shape, axes, n_in):
+def test_lorafy_draws_a_with_variance_1_over_inputs_and_zeros_b(shape, axes, n_in):
     params = {"w": np.zeros(shape, np.float32)}
     adapted = lj.lorafy(params, 64, targets="w", axes={"w": lj.Axes(*axes)})
     a = np.asarray(adapted["w_lora_a"], np.float64).reshape(-1) * np.sqrt(n_in)
@@ -242,12 +242,12 @@ def test_a_is_gaussian_of_variance_1_over_inputs_and_b_is_zero(shape, axes, n_in
     assert not adapted["w_lora_b"].any()
 
 
-def test_each_weight_draws_from_the_key_and_its_own_path():
+def test_lorafy_draws_from_the_key_and_the_weights_path():
     params = {name: {"kernel": weight(6, 5)} for name in ("query", "value", "out")}
     one = lj.lorafy(params, 2, targets="query")
     both = lj.lorafy(params, 2, targets=["value", "query"])
-    whole = lj.lorafy({"model": params}, 2)["model"]
-    a, b, c = (tree["query"]["lora_a"] for tree in (one, both, whole))
+    nested = lj.lorafy({"model": params}, 2)["model"]
+    a, b, c = (tree["query"]["lora_a"] for tree in (one, both, nested))
     assert bits(a) == bits(b), "a further target leaves the others alone"
     assert bits(b) != bits(c), "another path, other values"
     assert bits(both["query"]["lora_a"]) != bits(both["value"]["lora_a"])
@@ -261,7 +261,7 @@ def test_each_weight_draws_from_the_key_and_its_own_path():
     assert bits(old_key) == bits(one)
 
 
-def test_init_draws_a_as_a_matrix_of_inputs_and_rank():
+def test_lorafy_init_gets_a_matrix_of_inputs_and_rank():
     calls = []
 
     def init(key, shape, dtype):
@@ -289,7 +289,7 @@ def test_init_draws_a_as_a_matrix_of_inputs_and_rank():
 
 
 @pytest.mark.parametrize("wrap", [dict, flax.core.freeze, "variables", in_state])
-def test_the_adapted_model_starts_as_the_base_one(wrap):
+def test_lorafy_keeps_what_the_model_computes(wrap):
     kernel, bias, x = weight(4, 3), weight(3), weight(5, 4, seed=1)
     params, apply = {"kernel": kernel, "bias": bias}, nn.Dense(3).apply
     if wrap == "variables":
@@ -343,7 +343,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_containers_are_kept_and_old_leaves_shared(kind):
+def test_lorafy_keeps_containers_and_shares_old_leaves(kind):
     params = CONTAINERS[kind]()
     structure, leaves = jax.tree.structure(params), by_name(params)
     adapted = lj.lorafy(params, 2)
@@ -362,7 +362,7 @@ def test_containers_are_kept_and_old_leaves_shared(kind):
 
 @pytest.mark.parametrize("box", [nn.Partitioned, nn.LogicallyPartitioned])
 @pytest.mark.parametrize("scope", ["alone", "mesh in the box", *AXIS_TYPES])
-def test_boxes_name_each_dimension(box, scope):
+def test_lorafy_boxes_name_each_dimension(box, scope):
     params = in_boxes(box)
     if scope == "mesh in the box":
         mesh = jax.make_mesh((8,), ("embed",), axis_types=(AxisType.Explicit,))
@@ -384,7 +384,7 @@ def test_boxes_name_each_dimension(box, scope):
     assert query["lora_a"].mesh is params["query"]["kernel"].mesh
 
 
-def test_aligned_boxes_name_each_dimension():
+def test_lorafy_boxes_name_each_dimension_of_aligned_factors():
     names = ("qkv", "heads", "embed", "kv")
     params = {"w": nn.Partitioned(w(3, 2, 5, 4), names)}
     axes = {"w": lj.Axes((0,), (2,), (1, 3))}
@@ -394,7 +394,7 @@ def test_aligned_boxes_name_each_dimension():
     assert adapted["w_lora_scale"].names == ("qkv",)
 
 
-def test_in_a_state_the_new_leaves_are_lora_params():
+def test_lorafy_adds_lora_params_to_a_state():
     adapted = lj.lorafy(linear_state(), 2)
     kinds = {name: type(leaf) for name, leaf in by_name(adapted).items()}
     scale = kinds.pop("lora_scale")
@@ -404,7 +404,7 @@ def test_in_a_state_the_new_leaves_are_lora_params():
     assert not issubclass(scale, nnx.Param), "what no filter of nnx trains"
 
 
-def test_no_filter_of_nnx_trains_a_scale(optax_promotion):
+def test_lorafy_scale_is_selected_by_no_filter_of_nnx(optax_promotion):
     state = lj.lorafy(linear_state(), 2, also="bias", alpha=3)
     x, plain = jnp.ones((3, 4)), by_name(linear_state())
 
@@ -432,7 +432,7 @@ def test_no_filter_of_nnx_trains_a_scale(optax_promotion):
     np.testing.assert_array_equal(after["bias"], plain["bias"][...])
 
 
-# Leaves that train whole
+# Leaves that are trained in full
 
 
 ALSO = {
@@ -451,7 +451,7 @@ def with_head(dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("also", ALSO)
-def test_each_further_leaf_gets_a_copy_beside_it(also, dtype):
+def test_lorafy_also_adds_a_copy_of_each_leaf(also, dtype):
     base = with_head(dtype)
     adapted = lj.lorafy(base, 2, targets="m", also=also)
     old, new = by_name(base), by_name(adapted)
@@ -463,7 +463,7 @@ def test_each_further_leaf_gets_a_copy_beside_it(also, dtype):
         np.testing.assert_array_equal(new[name], leaf)
 
 
-def test_a_copy_is_one_and_can_be_donated_with_its_leaf():
+def test_trained_copy_can_be_donated_with_its_leaf():
     params = lj.lorafy(with_head(), 2, targets="m", also="head")
     step = jax.jit(
         lambda params: jax.tree.map(lambda x: x + 1, params), donate_argnums=0
@@ -473,7 +473,7 @@ def test_a_copy_is_one_and_can_be_donated_with_its_leaf():
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
-def test_a_copy_is_where_its_leaf_is_and_in_its_box(axis_type):
+def test_trained_copy_has_the_box_and_sharding_of_its_leaf(axis_type):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("y", "x"))
     head = jax.device_put(jnp.ones((8, 4), jnp.bfloat16), sharding)
@@ -505,14 +505,14 @@ def test_a_copy_is_where_its_leaf_is_and_in_its_box(axis_type):
         ("m", r"'m/kernel' is named by also, and would get .*exclude=\['m/kernel'\]"),
     ],
 )
-def test_also_is_strict(also, match):
+def test_lorafy_also_is_strict(also, match):
     params = with_head() | {"steps": jnp.int32(3)}
     params["norm"]["count"] = jnp.zeros(3, int)
     with pytest.raises(ValueError, match=match):
         lj.lorafy(params, 2, targets="m", also=also)
 
 
-def test_an_adapted_leaf_is_not_also_copied_nor_copied_twice():
+def test_lorafy_also_refuses_an_adapted_leaf():
     once = lj.lorafy(with_head(), 2, targets="m", also="head")
     with pytest.raises(ValueError, match="'m/kernel' already has an adapter"):
         lj.lorafy(once | {"new": jnp.ones((2, 2))}, 2, targets="new", also="m/kernel")
@@ -523,7 +523,7 @@ def test_an_adapted_leaf_is_not_also_copied_nor_copied_twice():
 # Alpha
 
 
-def test_alpha_may_be_a_jax_scalar_and_traced():
+def test_lorafy_alpha_may_be_traced():
     base = {"m": {"kernel": jnp.ones((4, 3))}}
     for alpha in (3, np.float16(3), jnp.float32(3), jnp.bfloat16(3), np.int8(3)):
         assert lj.lorafy(base, 2, alpha=alpha)["m"]["lora_scale"] == 1.5
@@ -547,7 +547,7 @@ def test_alpha_may_be_a_jax_scalar_and_traced():
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("abstract", [False, True])
-def test_in_a_state_each_dimension_keeps_its_sharding(axis_type, abstract):
+def test_lorafy_keeps_the_sharding_of_each_dimension_in_a_state(axis_type, abstract):
     def build():
         init = nnx.with_partitioning(nnx.initializers.ones_init(), ("x", "y"))
         return nnx.Linear(4, 8, kernel_init=init, rngs=nnx.Rngs(0))
@@ -573,7 +573,7 @@ def test_in_a_state_each_dimension_keeps_its_sharding(axis_type, abstract):
         assert found == [PartitionSpec("x", None), PartitionSpec(None, "y")]
 
 
-# The places
+# Shardings and devices
 
 
 P = PartitionSpec
@@ -641,7 +641,7 @@ def assert_placed(adapted, expected):
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", SHARDED)
-def test_each_dimension_is_sharded_as_in_the_weight_and_the_rank_never(name, axis_type):
+def test_lorafy_shards_each_dimension_like_the_weight(name, axis_type):
     abstract, options, expected = placed(name, axis_type, abstract=True)
     assert_placed(lj.lorafy(abstract, **options), expected)
     params, options, expected = placed(name, axis_type)
@@ -652,7 +652,7 @@ def test_each_dimension_is_sharded_as_in_the_weight_and_the_rank_never(name, axi
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", ["matrix", "fused"])
-def test_a_sharded_weight_is_merged_where_it_is(name, axis_type):
+def test_merge_keeps_the_sharding_of_a_weight(name, axis_type):
     params, options, _ = placed(name, axis_type)
     kernel = lj.merge(lj.lorafy(params, **options))["kernel"]
     assert kernel.sharding.is_equivalent_to(params["kernel"].sharding, kernel.ndim)
@@ -662,7 +662,7 @@ RULES = [("in", "x"), ("out", "y"), ("odd", "y")]
 
 
 def boxed(kind, kernel, bias, mesh=None):
-    """A tree whose boxes name the mesh axes x and y for inputs and outputs."""
+    """Returns a tree whose boxes name the mesh axes x and y for inputs and outputs."""
     if kind == "nnx":
         named = nnx.with_partitioning(lambda: kernel, ("x", "y"), mesh=mesh)
         return nnx.State({"m": {"kernel": nnx.Param(named()), "bias": nnx.Param(bias)}})
@@ -673,7 +673,7 @@ def boxed(kind, kernel, bias, mesh=None):
 
 @pytest.mark.parametrize("where", ["context", "box"])
 @pytest.mark.parametrize("kind", [nn.Partitioned, nn.LogicallyPartitioned, "nnx"])
-def test_under_jit_boxes_name_the_place_on_automatic_axes(kind, where):
+def test_lorafy_under_jit_uses_the_names_of_boxes_on_automatic_axes(kind, where):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     own = mesh if where == "box" else None
     options = {"init": zeros, "dora": True, "also": "bias"}
@@ -698,7 +698,7 @@ def test_under_jit_boxes_name_the_place_on_automatic_axes(kind, where):
     assert unbox(adapted["m/lora_scale"]).sharding.is_fully_replicated
 
 
-def test_a_model_made_and_adapted_under_jit_is_placed_as_outside():
+def test_lorafy_of_a_model_made_under_jit_is_sharded_as_outside():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     init = nnx.with_partitioning(nnx.initializers.ones_init(), ("x", "y"))
     make = lambda: nnx.Linear(4, 8, kernel_init=init, rngs=nnx.Rngs(0))
@@ -711,7 +711,7 @@ def test_a_model_made_and_adapted_under_jit_is_placed_as_outside():
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim), name
 
 
-def test_names_that_are_no_automatic_axes_constrain_nothing():
+def test_lorafy_ignores_names_of_other_axes_in_boxes():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     kernel = jnp.ones((4, 6))  # 6 is no multiple of 4
     adapt = jax.jit(
@@ -721,12 +721,12 @@ def test_names_that_are_no_automatic_axes_constrain_nothing():
         adapted = adapt(kernel)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(adapted))
     assert adapted["lora_a"].names == ("embed", None)
-    # Without a mesh the names are not looked at: one may even be there twice.
+    # Without a mesh the names are not checked: one may even occur twice.
     twice = lambda w: lj.lorafy({"kernel": nn.LogicallyPartitioned(w, ("a", "a"))}, 2)
     assert jax.jit(twice)(kernel)["lora_b"].names == (None, "a")
 
 
-def test_a_state_may_name_its_sharding_as_one():
+def test_lorafy_accepts_one_sharding_in_a_variables_metadata():
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
     box = nnx.Param(jnp.ones((4, 8)), out_sharding=sharding, eager_sharding=False)
@@ -742,7 +742,7 @@ def test_a_state_may_name_its_sharding_as_one():
 
 
 @pytest.mark.parametrize("context", [True, False])
-def test_explicit_shardings_hold_under_jit(context):
+def test_lorafy_under_jit_keeps_explicit_shardings(context):
     params, options, expected = placed("matrix", AxisType.Explicit)
     adapt = jax.jit(lambda params: lj.lorafy(params, **options))
     if context:
@@ -753,14 +753,14 @@ def test_explicit_shardings_hold_under_jit(context):
     assert_placed(adapted, expected)
 
 
-def test_under_jit_and_eval_shape_as_outside(close):
+def test_lorafy_under_jit_and_eval_shape(close):
     params = {"m": {"kernel": weight(4, 3)}, "n": {"kernel": weight(4, 3)}}
     adapt = lambda params: lj.lorafy(params, 2, key=jax.random.key(3))
     close(jax.jit(adapt)(params), adapt(params))
     assert shapes(jax.eval_shape(adapt, params)) == shapes(adapt(params))
 
 
-def test_under_vmap_each_gets_its_own():
+def test_lorafy_under_vmap():
     stacked = {"kernel": weight(3, 4, 5)}
     keys = jax.random.split(jax.random.key(0), 3)
     adapted = jax.vmap(lambda p, key: lj.lorafy(p, 2, key=key))(stacked, keys)
@@ -770,7 +770,7 @@ def test_under_vmap_each_gets_its_own():
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_adapters_go_to_the_device_of_their_weight(committed):
+def test_lorafy_puts_adapters_on_the_device_of_their_weight(committed):
     kernel = weight(4, 3)
     if committed:
         kernel = jax.device_put(kernel, jax.devices()[3])
@@ -779,7 +779,7 @@ def test_adapters_go_to_the_device_of_their_weight(committed):
     assert {x.committed for x in adapted.values()} == {committed}
 
 
-def test_adapters_of_a_weight_in_the_hosts_memory_are_on_the_device():
+def test_lorafy_puts_adapters_of_a_weight_in_host_memory_on_the_device():
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[1])
     host = sharding.with_memory_kind("pinned_host")
     params = lj.lorafy({"kernel": jax.device_put(jnp.ones((4, 3)), host)}, 2)
@@ -789,7 +789,7 @@ def test_adapters_of_a_weight_in_the_hosts_memory_are_on_the_device():
     assert {*params["lora_a"].devices()} == {jax.devices()[1]}
 
 
-def test_numpy_weights_stay_numpy_and_adapters_are_jax():
+def test_lorafy_leaves_numpy_weights_unchanged():
     kernel = np.ones((4, 3), np.float32)
     adapted = lj.lorafy({"kernel": kernel}, 2)
     assert adapted["kernel"] is kernel
@@ -802,7 +802,7 @@ def test_numpy_weights_stay_numpy_and_adapters_are_jax():
 
 
 def transformer(layers, d, kv=None):
-    """The attention of a decoder, abstract."""
+    """Returns the abstract kernels of a decoder's attention."""
     kv = kv or d
     attention = {"query": {"kernel": w(d, d)}, "value": {"kernel": w(d, kv)}}
     rest = {"key": {"kernel": w(d, kv)}, "out": {"kernel": w(d, d)}}
@@ -820,14 +820,14 @@ def transformer(layers, d, kv=None):
         pytest.param(28, 3072, 1024, 32, 9_175_040, id="Llama-3.2-3B"),
     ],
 )
-def test_the_papers_counts(layers, d, kv, rank, trainable):
+def test_count_matches_the_paper(layers, d, kv, rank, trainable):
     params = transformer(layers, d, kv)
     adapted = lj.lorafy(params, rank, targets=["query", "value"])
     plain = sum(x.size for x in jax.tree.leaves(params))
     assert lj.count(adapted) == (trainable, plain + trainable, 4 * plain)
 
 
-def test_roberta_base_as_the_design_prints_it():
+def test_count_prints_roberta_base():
     d, mlp = 768, 3072
     dense = lambda n, k: {"kernel": w(n, k), "bias": w(k)}
     norm = {"scale": w(d), "bias": w(d)}
@@ -847,5 +847,5 @@ def test_roberta_base_as_the_design_prints_it():
         "pooler": dense(d, d),
     }
     adapted = lj.lorafy(params, 8, targets=["query", "value"])
-    said = "trainable 294,912 of 124,940,544 (0.24 %), base 499 MB"
-    assert str(lj.count(adapted)) == said
+    printed = "trainable 294,912 of 124,940,544 (0.24 %), base 499 MB"
+    assert str(lj.count(adapted)) == printed

@@ -1,4 +1,4 @@
-"""DoRA: the weight is m (W + s A B) / |W + s A B|, written out in NumPy."""
+"""Tests DoRA against m (W + s A B) / |W + s A B| in NumPy."""
 
 import chex
 import flax.linen as nn
@@ -23,7 +23,7 @@ AXES = {name: axes for name, (_, axes) in SHAPES.items()}
 
 
 def adapted(how=None, seed=0, **options):
-    """Random weights and trained adapters, over a base in few bits perhaps."""
+    """Returns random weights and trained adapters, over a quantized base or not."""
     rng = np.random.default_rng(seed)
     base = {}
     for name, (shape, _) in SHAPES.items():
@@ -45,7 +45,7 @@ def adapted(how=None, seed=0, **options):
 
 
 def written_out(params, name, m=None):
-    """The weight in float64, and |W + s A B| beside it."""
+    """Returns the weight in float64, and |W + s A B|."""
     shape, axes = SHAPES[name]
     module, leaf = name.split("/")
     leaves = params[module]
@@ -73,7 +73,7 @@ def written_out(params, name, m=None):
 
 
 @pytest.mark.parametrize("how", [None, "int8", "nf4"])
-def test_the_merged_weight_is_the_formula(how):
+def test_merge_of_dora_equals_the_formula(how):
     params = adapted(how)
     merged = lj.merge(params) if how is None else jax.jit(lj.merge)(params)
     for name in SHAPES:
@@ -83,7 +83,7 @@ def test_the_merged_weight_is_the_formula(how):
 
 
 @pytest.mark.parametrize("how", [None, "nf4"])
-def test_nothing_changes_at_the_start(how):
+def test_lorafy_dora_keeps_what_the_model_computes(how):
     base = {"m": {"kernel": jax.random.normal(jax.random.key(0), (6, 5))}}
     base = lj.quantize(base, how, block=2) if how else base
     params = lj.lorafy(base, 2, dora=True)
@@ -94,7 +94,7 @@ def test_nothing_changes_at_the_start(how):
 
 
 def model(params, x):
-    """Products with each weight, both ways of a table, a scan, and views."""
+    """Uses each weight: products, both directions of a table, a scan, and views."""
     h = x @ params["m"]["kernel"]  # (2, 5)
     h = h @ params["o"]["kernel"] + h @ jnp.reshape(params["o"]["kernel"], (5, 6))
     rows = params["t"]["embedding"][jnp.array([1, 6])]  # (2, 4)
@@ -110,7 +110,7 @@ def model(params, x):
 
 
 def formula(params, constants):
-    """The merged tree by the formula, in JAX: the norm a constant for derivatives."""
+    """Returns the merged tree by the formula in JAX, with the norm as a constant."""
     merged = {}
     for name, (_, axes) in SHAPES.items():
         module, leaf = name.split("/")
@@ -126,7 +126,7 @@ def formula(params, constants):
 
 
 @pytest.mark.parametrize("how", [None, "int8"])
-def test_values_and_gradients_are_those_of_the_formula(how):
+def test_lora_of_dora_equals_the_formula_with_gradients(how):
     params, x = adapted(how), jnp.asarray([[1.0] * 6, [0.5] * 6])
     norms = {name: written_out(params, name)[1] for name in SHAPES}
     adapters, base = lj.split(params)
@@ -142,7 +142,7 @@ def test_values_and_gradients_are_those_of_the_formula(how):
 
 
 def fill(params, ids):
-    """What is out of bounds is 7, or masked: neither has a slope, nor a magnitude."""
+    """Out-of-bounds rows are 7, or masked: neither has a gradient or a magnitude."""
     table = params["t"]["embedding"]
     sevens = table.at[ids].get(mode="fill", fill_value=7.0)
     columns = table.T.at[:, ids].get(mode="fill", fill_value=7.0)
@@ -156,7 +156,7 @@ def one_output(params, ids):
 
 
 @pytest.mark.parametrize("fn", [fill, one_output])
-def test_a_gain_is_there_alone_and_always_where_a_weight_is(fn):
+def test_lora_of_dora_applies_the_gain_in_every_product(fn):
     params, ids = adapted(), jnp.array([2, 9, 6])
     adapters, base = lj.split(params)
     lora = lj.lora(fn, unused="ignore", materialize="allow")
@@ -167,7 +167,7 @@ def test_a_gain_is_there_alone_and_always_where_a_weight_is(fn):
         np.testing.assert_allclose(x, y, atol=1e-4)
 
 
-def test_what_cannot_carry_a_gain_is_formed_and_said():
+def test_lora_of_dora_materializes_with_a_warning():
     params, x = adapted(), jnp.ones((2, 6))
     fn = lambda params, x: x @ (params["m"]["kernel"] + 1)
     own = {"m": params["m"]}
@@ -187,7 +187,7 @@ def test_what_cannot_carry_a_gain_is_formed_and_said():
         (lj.Einsum((3, 4, 5), "btd,ndh->btnh", rank=2, dora=True), jnp.ones((1, 2, 4))),
     ],
 )
-def test_layers(layer, x):
+def test_layers_with_dora(layer, x):
     params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     params = dict(params) | {
         name: np.asarray(params[name]) + np.float32(0.3)
@@ -206,9 +206,11 @@ def test_layers(layer, x):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_a_zero_column_stays_zero_without_nan_and_is_said():
+def test_lorafy_dora_warns_of_zero_outputs_and_keeps_them_zero():
     w = jnp.ones((4, 3)).at[:, 1].set(0)
-    with pytest.warns(UserWarning, match="1 outputs of 'kernel' have weights of zero"):
+    with pytest.warns(
+        UserWarning, match="1 outputs of 'kernel' have only zero weights"
+    ):
         params = lj.lorafy({"kernel": w}, 2, dora=True)
     adapters, base = lj.split(params)
     fn = lj.lora(lambda params, x: x @ params["kernel"])
@@ -218,7 +220,7 @@ def test_a_zero_column_stays_zero_without_nan_and_is_said():
     assert not lj.merge(params)["kernel"][:, 1].any()
 
 
-def test_everything_knows_the_magnitudes(tmp_path):
+def test_lorafy_dora_works_with_every_verb(tmp_path):
     params = adapted()
     base = lj.strip(params)
     assert "lora_magnitude" not in base["m"]
@@ -236,7 +238,7 @@ def test_everything_knows_the_magnitudes(tmp_path):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
 
 
-def test_shardings_of_magnitudes_are_those_of_the_outputs():
+def test_lorafy_dora_shards_magnitudes_like_the_outputs():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     w = jax.device_put(jnp.ones((4, 6)), place)
@@ -245,7 +247,7 @@ def test_shardings_of_magnitudes_are_those_of_the_outputs():
 
 
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")])
-def test_on_a_mesh_of_explicit_axes(spec):
+def test_lora_of_dora_on_a_mesh_of_explicit_axes(spec):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     at = lambda *spec: jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(*spec)
@@ -263,7 +265,7 @@ def test_on_a_mesh_of_explicit_axes(spec):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_sums_and_multiples_are_refused_and_other_ranks_are_not():
+def test_add_and_rescale_refuse_dora_and_resize_does_not():
     params = {"m": adapted()["m"]}
     for call in (lambda: lj.add(params, params), lambda: lj.rescale(params, 2)):
         with pytest.raises(ValueError, match=r"cannot be exact for 'm/kernel'.*DoRA"):
@@ -285,13 +287,13 @@ def test_sums_and_multiples_are_refused_and_other_ranks_are_not():
     )
 
 
-def test_kept_is_of_the_weight_with_its_magnitudes():
+def test_kept_of_dora_includes_magnitudes():
     params = {"m": adapted()["m"]}
     ((_, _, share),) = lj.kept(lj.merge(params), params).rows
     assert abs(share - 1) < 1e-5
 
 
-def test_a_broken_magnitude_is_named():
+def test_check_adapter_names_a_broken_magnitude():
     params = adapted()
     broken = params | {"m": params["m"] | {"lora_magnitude": jnp.ones(4)}}
     with pytest.raises(

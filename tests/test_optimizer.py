@@ -1,4 +1,4 @@
-"""Any optimizer trains the adapters, and no bit of any other leaf moves."""
+"""Tests that any optimizer trains the adapters and no bit of any other leaf changes."""
 
 import functools
 
@@ -25,7 +25,8 @@ def normal(*shape, scale=1.0):
     return jnp.asarray(scale * RNG.standard_normal(shape), jnp.float32)
 
 
-# A small tree, with values that a sum could lose. One shape: eager JAX compiles each.
+# A small tree with values that an addition could change, such as -0.0. All leaves have
+# the same shape, because eager JAX compiles for each shape.
 
 
 def small(dtype=jnp.float32, also=()):
@@ -36,7 +37,7 @@ def small(dtype=jnp.float32, also=()):
 
 
 def adapters_of(tree, *more):
-    """The trainable leaves as a plain tree, from their names alone."""
+    """Returns the trainable leaves as a plain tree, from their names alone."""
     only = {name: tree["m"][name] for name in ("lora_a", "lora_b")}
     return {"m": only} | {name: tree[name] for name in more}
 
@@ -82,7 +83,7 @@ OPTIMIZERS = {
     ("name", "also"),
     [*((name, ()) for name in OPTIMIZERS), ("adamw, clipped", ("head",))],
 )
-def test_it_is_the_optimizer_of_the_adapters_alone(name, also):
+def test_adapters_only_equals_the_optimizer_on_the_adapters(name, also):
     plain, tx = OPTIMIZERS[name](), lj.adapters_only(OPTIMIZERS[name]())
     params = small(also=also)
     copies = [f"{leaf}_lora_w" for leaf in also]
@@ -108,14 +109,14 @@ def test_it_is_the_optimizer_of_the_adapters_alone(name, also):
     assert bits(params) == bits(frozen)
 
 
-def test_the_state_of_adam_is_twice_the_adapters_and_a_counter():
+def test_adapters_only_state_of_adam_is_twice_the_adapters():
     params = lj.lorafy({"w": {"kernel": np.zeros((500, 400), np.float32)}}, 2)
     state = lj.adapters_only(optax.adam(1.0)).init(params)
     sizes = sorted(x.nbytes for x in jax.tree.leaves(state))
     assert sizes == [4, 3200, 3200, 4000, 4000]
 
 
-def test_it_needs_no_parameters_where_the_optimizer_does_not():
+def test_adapters_only_needs_no_parameters_if_the_optimizer_needs_none():
     params, tx = small(), lj.adapters_only(optax.sgd(0.5))
     grads = random_like(params)
     updates, _ = tx.update(grads, tx.init(params))
@@ -123,7 +124,7 @@ def test_it_needs_no_parameters_where_the_optimizer_does_not():
     assert not updates["m"]["kernel"].any()
 
 
-def test_unknown_extra_arguments_are_ignored_as_by_optax():
+def test_adapters_only_ignores_unknown_extra_arguments():
     strict = optax.GradientTransformation(
         lambda params: (), lambda updates, state, params=None: (updates, state)
     )
@@ -132,7 +133,7 @@ def test_unknown_extra_arguments_are_ignored_as_by_optax():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_outside_jit_too_frozen_bits_stay(dtype):
+def test_adapters_only_outside_jit_leaves_frozen_bits(dtype):
     params, tx = small(dtype), lj.adapters_only(optax.adamw(0.1, weight_decay=0.5))
     updates, _ = tx.update(random_like(params), tx.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -151,7 +152,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_it_trains_in_every_container(kind):
+def test_adapters_only_trains_in_every_container(kind):
     params = lj.lorafy(CONTAINERS[kind](lj.strip(small())), 3, targets="kernel")
     tx = lj.adapters_only(optax.adamw(0.1, weight_decay=0.5))
     updates, state = tx.update(random_like(params), tx.init(params), params)
@@ -164,7 +165,7 @@ def test_it_trains_in_every_container(kind):
     assert len(jax.tree.leaves(state)) == 5
 
 
-def test_integer_leaves_stay():
+def test_adapters_only_leaves_integers():
     params = small() | {"table": jnp.arange(6, dtype=jnp.int8), "on": jnp.array(True)}
     tx = lj.adapters_only(optax.adamw(0.1))
     loss = lambda params: jnp.sum(params["m"]["lora_a"]) + jnp.sum(params["head"])
@@ -175,7 +176,7 @@ def test_integer_leaves_stay():
     assert bits(lj.strip(after)) == bits(lj.strip(params))
 
 
-def test_a_trained_copy_trains_and_its_leaf_does_not():
+def test_adapters_only_trains_copies_and_not_their_leaves():
     params, tx = small(also="head"), lj.adapters_only(optax.sgd(0.5))
     updates, _ = tx.update(random_like(params), tx.init(params), params)
     assert updates["head_lora_w"].any() and not updates["head"].any()
@@ -183,7 +184,7 @@ def test_a_trained_copy_trains_and_its_leaf_does_not():
     assert not updates["m"]["lora_scale"].any()
 
 
-def test_a_tree_without_adapters_is_refused():
+def test_adapters_only_refuses_a_tree_without_adapters():
     params, tx = small(), lj.adapters_only(optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"no adapters. Write params = lorafy"):
         tx.init(lj.strip(params))
@@ -191,9 +192,9 @@ def test_a_tree_without_adapters_is_refused():
         tx.update(lj.strip(params), tx.init(params), lj.strip(params))
 
 
-def test_line_searches_ask_the_whole_function_of_the_adapters(optax_promotion):
+def test_adapters_only_value_fn_gets_the_full_tree(optax_promotion):
     params, target = small(also="head"), random_like(small(also="head"))
-    whole = lambda params: sum(
+    loss_of = lambda params: sum(
         jnp.sum((x - y) ** 2) * (1 + 0 * jnp.sum(params["m"]["kernel"]))
         for x, y in zip(
             jax.tree.leaves(lj.split(params)[0]),
@@ -204,16 +205,16 @@ def test_line_searches_ask_the_whole_function_of_the_adapters(optax_promotion):
     tx = lj.adapters_only(optax.lbfgs())
     state, before = tx.init(params), bits(lj.strip(params))
     for _ in range(4):
-        value, grad = jax.value_and_grad(whole)(params)
+        value, grad = jax.value_and_grad(loss_of)(params)
         updates, state = tx.update(
-            grad, state, params, value=value, grad=grad, value_fn=whole
+            grad, state, params, value=value, grad=grad, value_fn=loss_of
         )
         params = optax.apply_updates(params, updates)
-    assert whole(params) < 1e-6
+    assert loss_of(params) < 1e-6
     assert bits(lj.strip(params)) == before
 
 
-def test_a_value_fn_may_take_more(optax_promotion):
+def test_adapters_only_value_fn_may_take_more_arguments(optax_promotion):
     params, search = small(also="head"), optax.scale_by_backtracking_linesearch
     tx = lj.adapters_only(search(max_backtracking_steps=3))
 
@@ -230,7 +231,7 @@ def test_a_value_fn_may_take_more(optax_promotion):
     assert value_fn(optax.apply_updates(params, updates), target=target) < value
 
 
-def test_leaves_of_any_type_stay():
+def test_adapters_only_leaves_leaves_of_any_type():
     params = small() | {"step": 3.5, "phase": jnp.array([complex(-0.0, -0.0)])}
     tx = lj.adapters_only(optax.sgd(0.5))
     grads = jax.tree.map(jnp.ones_like, params)
@@ -239,13 +240,13 @@ def test_leaves_of_any_type_stay():
     assert bits(lj.strip(after)) == bits(jax.tree.map(jnp.asarray, lj.strip(params)))
 
 
-def test_an_extra_function_of_who_knows_what_is_refused_by_name():
+def test_adapters_only_refuses_other_functions_by_name():
     params, tx = small(), lj.adapters_only(optax.sgd(0.5))
     with pytest.raises(TypeError, match=r"cannot pass 'obj_fn' on.*split\(params\)"):
         tx.update(random_like(params), tx.init(params), params, obj_fn=lambda x: x)
 
 
-def test_accumulation_inside_holds_the_adapters_alone():
+def test_adapters_only_accumulates_gradients_of_adapters_alone():
     params, tx = small(), optax.adam(0.1)
     every = lambda tx: optax.MultiSteps(tx, every_k_schedule=2)
     size = lambda tx: sum(x.size for x in jax.tree.leaves(tx.init(params)))
@@ -285,7 +286,7 @@ def weights():
 
 @functools.cache
 def compiled():
-    """The step of each way to train, compiled, and its arguments."""
+    """Returns the compiled step of each way to train, and its arguments."""
     base, (x, y) = weights(), normal(2, 16, 8, D)
     params = lj.lorafy(base, RANK)
     adapters, frozen = lj.split(params)
@@ -331,13 +332,13 @@ def train(name, steps=3):
     return params
 
 
-def test_a_step_costs_the_flops_of_split_and_two_thirds_of_full_fine_tuning():
+def test_adapters_only_step_has_the_flops_of_split():
     assert flops("adapters_only") == flops("split")
     # The floor is two thirds, plus the adapters, less the first layer's inputs.
     assert flops("adapters_only") < 0.69 * flops("full")
 
 
-def test_a_step_takes_the_memory_of_split_and_a_third_of_the_state_of_full():
+def test_adapters_only_step_has_the_memory_of_split():
     ours, split, full = (
         compiled()[name][0].memory_analysis()
         for name in ("adapters_only", "split", "full")
@@ -349,7 +350,7 @@ def test_a_step_takes_the_memory_of_split_and_a_third_of_the_state_of_full():
     assert ours.alias_size_in_bytes == ours.argument_size_in_bytes
 
 
-def test_training_leaves_every_frozen_bit_and_moves_every_adapter():
+def test_adapters_only_changes_every_adapter_and_no_frozen_bit():
     _, (before, *_) = compiled()["adapters_only"]
     after = train("adapters_only")
     assert bits(lj.strip(after)) == bits(lj.strip(before))
@@ -359,12 +360,12 @@ def test_training_leaves_every_frozen_bit_and_moves_every_adapter():
     assert all((x != y).any() for x, y in pairs)
 
 
-def test_both_ways_to_train_agree(close):
+def test_adapters_only_and_split_train_alike(close):
     adapters, _ = lj.split(train("adapters_only"))
     close(adapters, train("split"), atol=1e-6)
 
 
-def test_it_fits_a_train_state():
+def test_adapters_only_in_a_train_state():
     _, (params, *_) = compiled()["adapters_only"]
     tx = lj.adapters_only(optax.adamw(1e-2, weight_decay=0.1))
     state = TrainState.create(apply_fn=None, params=params, tx=tx)
@@ -382,11 +383,11 @@ def test_it_fits_a_train_state():
     assert (moved != params["layers"][0]["down"]["lora_a"]).any()
 
 
-# Donation, as the documents describe it
+# Donation
 
 
 def trained_by(tx, loss):
-    """One step of the documents: donated."""
+    """Returns one step of the documentation, which donates its arguments."""
 
     @jax.jit(donate_argnums=(0, 1))
     def step(params, state, *rest):
@@ -400,7 +401,7 @@ def product(params, x):
     return x @ params["m"]["kernel"] @ params["head"]
 
 
-def test_donating_the_tree_deletes_what_it_shares_with_others():
+def test_adapters_only_donation_deletes_shared_arrays():
     # `device_put` may share the memory of a NumPy array, which JAX cannot donate.
     base = jax.tree.map(jnp.copy, lj.strip(small()))
     params, other = (lj.lorafy(base, 2, targets="kernel") for _ in range(2))
@@ -416,7 +417,7 @@ def test_donating_the_tree_deletes_what_it_shares_with_others():
     assert not any(x.is_deleted() for x in jax.tree.leaves(lj.split(other)[0]))
 
 
-def test_donating_the_half_of_split_keeps_the_base():
+def test_split_donation_keeps_the_base():
     # `device_put` may share the memory of a NumPy array, which JAX cannot donate.
     base = jax.tree.map(jnp.copy, lj.strip(small()))
     params, other = (lj.lorafy(base, 2, targets="kernel") for _ in range(2))
@@ -430,22 +431,22 @@ def test_donating_the_half_of_split_keeps_the_base():
     assert (run(params, jnp.ones((2, 3))) != run(other, jnp.ones((2, 3)))).any()
 
 
-def test_an_array_that_is_in_the_tree_twice_can_be_trained_by_split_alone():
+def test_split_trains_a_tree_with_an_array_twice():
     table = jnp.copy(normal(3, 3))
     params = lj.lorafy({"m": {"kernel": table}, "head": table}, 2, targets="kernel")
     x = jnp.ones((2, 3))
-    tx, whole = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
+    tx, loss_of = optax.sgd(0.5), lambda params: jnp.sum(lj.lora(product)(params, x))
     only = lj.adapters_only(tx)
     twice = "donate the same buffer twice"
     with pytest.raises(jax.errors.JaxRuntimeError, match=twice):
-        trained_by(only, whole)(params, only.init(params))
+        trained_by(only, loss_of)(params, only.init(params))
     adapters, frozen = lj.split(params)
-    step = trained_by(tx, lambda a, b: whole(lj.combine(a, b)))
+    step = trained_by(tx, lambda a, b: loss_of(lj.combine(a, b)))
     adapters, _ = step(adapters, tx.init(adapters), frozen)
     assert np.isfinite(adapters["m"]["lora_b"]).all() and not table.is_deleted()
 
 
-# What else reads the gradients
+# Reading gradients outside the optimizer
 
 
 def clipped(tx):
@@ -491,17 +492,17 @@ def flops_with(name):
 
 
 @pytest.mark.parametrize("name", list(READERS)[1:4])
-def test_reading_the_gradients_of_the_adapters_costs_nothing(name):
+def test_adapters_only_reading_adapter_gradients_costs_nothing(name):
     # Some operations for each of the adapters' elements, and no product.
     assert flops_with(name) < 1.01 * flops_with("nothing")
 
 
 @pytest.mark.parametrize("name", list(READERS)[4:])
-def test_reading_all_gradients_costs_those_of_the_frozen_weights(name):
+def test_adapters_only_reading_all_gradients_computes_them(name):
     assert flops_with(name) > 1.3 * flops_with("nothing")
 
 
-# Where the state is
+# Devices of the state
 
 
 def on_mesh(kind):
@@ -529,7 +530,7 @@ KINDS += [("adamw", "one device"), ("adamw", AxisType.Explicit)]
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_the_state_is_on_the_devices_of_the_adapters(name, kind):
+def test_adapters_only_state_is_on_the_devices_of_the_adapters(name, kind):
     params, tx = lj.lorafy(on_mesh(kind), 2, targets="kernel"), STATES[name]()
     devices = params["m"]["kernel"].sharding.device_set
     state = lj.adapters_only(tx).init(params)
@@ -544,7 +545,7 @@ def test_the_state_is_on_the_devices_of_the_adapters(name, kind):
             assert x.sharding == want.sharding
 
 
-def test_a_state_on_no_device_in_particular_stays_so():
+def test_adapters_only_keeps_an_uncommitted_state():
     params, tx = small(), lj.adapters_only(optax.adam(0.1))
     assert not any(x.committed for x in jax.tree.leaves(tx.init(params)))
     apart = jax.device_put(params["m"]["lora_a"], jax.devices()[1])

@@ -1,4 +1,4 @@
-"""Two processes on this machine compute, save and load as one does, and fail as one."""
+"""Tests that two processes compute, save, load and fail like one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 
 ROOT = pathlib.Path(lj.__file__).parents[1]
-LIMIT = 180  # seconds, for JAX to start twice and compile, beside other work
+LIMIT = 180  # seconds, for JAX to start twice and compile, next to other work
 GRACE = 30  # seconds that a process may live on when the other one has failed
 DRAWN = np.random.default_rng(0)
 ARRAYS = {
@@ -29,7 +29,7 @@ ARRAYS = {
 }
 NAMES = {"up": "model.up", "head": "model.head", "norm": "model.norm"}
 
-# What both processes, and this one alone, do: `place` puts an array over the devices.
+# The start of the code of every process: `place` shards an array over the devices.
 COMMON = """
 import numpy as np, jax, jax.numpy as jnp, optax
 import lora_jax as lj
@@ -91,7 +91,7 @@ def free_port():
 
 
 def ended(commands, env):
-    """The exit codes and the outputs of processes; in any case none is left."""
+    """Returns the exit codes and outputs of processes, and kills those that remain."""
     started, outputs = [], [tempfile.TemporaryFile() for _ in commands]
     try:
         for command, output in zip(commands, outputs, strict=True):
@@ -106,16 +106,16 @@ def ended(commands, env):
         for p in started:
             p.kill()
             p.wait()
-    said = []
+    texts = []
     for output in outputs:
         output.seek(0)
-        said.append(output.read().decode(errors="replace"))
+        texts.append(output.read().decode(errors="replace"))
         output.close()
-    return [p.returncode for p in started], said
+    return [p.returncode for p in started], texts
 
 
 def run(code, folder, across="data", port=None):
-    """The exit codes and the outputs of two processes that run this."""
+    """Returns the exit codes and outputs of two processes that run some code."""
     np.savez(folder / "arrays.npz", **ARRAYS)
     script = folder / "script.py"
     script.write_text(COMMON + START + textwrap.dedent(code))
@@ -125,12 +125,12 @@ def run(code, folder, across="data", port=None):
     for _ in range(3):  # another program may take the port before JAX does
         given = [str(port or free_port()), str(folder), across]
         commands = [[sys.executable, str(script), me, *given] for me in "01"]
-        codes, said = ended(commands, env)
-        # So says gRPC; JAX 0.9 ends with a signal then, and tells no more.
-        if not any("Failed to add port" in text for text in said):
-            return codes, said
+        codes, texts = ended(commands, env)
+        # The message of gRPC. JAX 0.9 ends with a signal and no message.
+        if not any("Failed to add port" in text for text in texts):
+            return codes, texts
         port = None
-    pytest.fail("three ports in a row were taken:\n" + "\n".join(said))
+    pytest.fail("three ports in a row were taken:\n" + "\n".join(texts))
 
 
 def header(path):
@@ -140,7 +140,7 @@ def header(path):
 
 @pytest.fixture
 def one():
-    """What one process makes of it: the trained tree."""
+    """Returns the tree that one process trains."""
     names = {}
     exec(COMMON, names)
     plain = names["base"](ARRAYS, lambda x, *_: jnp.asarray(x))
@@ -150,7 +150,7 @@ def one():
 @pytest.mark.parametrize(
     "across", ["data", pytest.param("model", marks=pytest.mark.slow)]
 )
-def test_two_processes_are_one(tmp_path, one, across, close):
+def test_every_verb_on_two_processes_equals_one(tmp_path, one, across, close):
     """Train sharded over both, save, export, and load onto another mesh.
 
     Rows of the batch are on the axis "data", and so are the rows of a kernel.
@@ -175,12 +175,12 @@ def test_two_processes_are_one(tmp_path, one, across, close):
     except ValueError as error:
         print("refused", "another base" in str(error))
     """
-    codes, said = run(code, tmp_path, across)
-    assert codes == [0, 0], "\n".join(said)
+    codes, texts = run(code, tmp_path, across)
+    assert codes == [0, 0], "\n".join(texts)
     names = {}
     exec(COMMON, names)
     want = float(lj.lora(names["fn"])(one, ARRAYS["x"]).sum())
-    for text in said:
+    for text in texts:
         lines = [line.split() for line in text.splitlines()]
         totals = [float(x[1]) for x in lines if x[:1] == ["total"]]
         np.testing.assert_allclose(totals, [want] * 3, rtol=1e-5)
@@ -190,8 +190,8 @@ def test_two_processes_are_one(tmp_path, one, across, close):
     lj.save(tmp_path / "one.safetensors", one)
     files = ["one.safetensors", "a.safetensors"]
     mine, theirs = (header(tmp_path / name) for name in files)
-    for told in mine, theirs:
-        del told["sha256"]  # of values that are equal to rounding
+    for entry in mine, theirs:
+        del entry["sha256"]  # of values that are equal to rounding
     assert mine == theirs
     lj.export_peft(tmp_path / "own", one, NAMES)
     config = "adapter_config.json"
@@ -214,8 +214,8 @@ def test_two_processes_are_one(tmp_path, one, across, close):
 
 
 @pytest.mark.slow
-def test_each_verb_works_on_arrays_that_span_processes(tmp_path):
-    """Beside the same on arrays of this process alone, in either process."""
+def test_every_verb_on_arrays_that_span_processes(tmp_path):
+    """Each process compares with the same verbs on arrays of its own."""
     code = """
     from jax.experimental.multihost_utils import process_allgather
 
@@ -251,13 +251,13 @@ def test_each_verb_works_on_arrays_that_span_processes(tmp_path):
         rows=lambda b: rows(lj.take(stacked(b), np.array([1, 0, 1, 0])))(
             lj.take(stacked(b), np.array([1, 0, 1, 0])), arrays["x"]
         ),
-        said=lambda b: print(lj.count(one(b)), lj.explain(fn, one(b), arrays["x"])),
+        prints=lambda b: print(lj.count(one(b)), lj.explain(fn, one(b), arrays["x"])),
         named=lambda b: lj.find_names(b, checkpoint),
     )
-    whole = lambda x: process_allgather(x, tiled=True) if is_array(x) else x
+    gathered = lambda x: process_allgather(x, tiled=True) if is_array(x) else x
     is_array = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
     for name, verb in verbs.items():
-        want, got = verb(alone), jax.tree.map(whole, verb(plain))
+        want, got = verb(alone), jax.tree.map(gathered, verb(plain))
         assert jax.tree.structure(got) == jax.tree.structure(want), name
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             if isinstance(y, str):
@@ -266,13 +266,13 @@ def test_each_verb_works_on_arrays_that_span_processes(tmp_path):
                 np.testing.assert_allclose(x, y, atol=1e-4, err_msg=name)
         print("verb", name)
     """
-    codes, said = run(code, tmp_path)
-    assert codes == [0, 0], "\n".join(said)
-    assert all(text.count("verb ") == 14 for text in said)
+    codes, texts = run(code, tmp_path)
+    assert codes == [0, 0], "\n".join(texts)
+    assert all(text.count("verb ") == 14 for text in texts)
 
 
 @pytest.mark.slow
-def test_an_error_in_one_is_an_error_in_both(tmp_path):
+def test_agreed_raises_in_both_processes_if_one_fails(tmp_path):
     code = """
     import time
     params = lj.lorafy(plain, 2)
@@ -313,9 +313,9 @@ def test_an_error_in_one_is_an_error_in_both(tmp_path):
         checkpoint = file + ".no"
     tried("find", lambda: lj.find_names(plain, checkpoint))
     """
-    codes, said = run(code, tmp_path)
-    assert codes == [0, 0], "\n".join(said)
-    first, second = said
+    codes, texts = run(code, tmp_path)
+    assert codes == [0, 0], "\n".join(texts)
+    first, second = texts
     for name, own, text in [
         ("folder", "ValueError", "is a folder. Pass the name of a file"),
         ("tree", "ValueError", "have no adapters"),
@@ -325,16 +325,16 @@ def test_an_error_in_one_is_an_error_in_both(tmp_path):
         assert f"{name} RuntimeError save failed in process 0. There: {own}" in second
     assert "peft RuntimeError export_peft failed in process 1" in first
     assert "find RuntimeError find_names failed in process 1" in first
-    for text in said:
+    for text in texts:
         assert "load FileNotFoundError" in text
         assert "lora_a' is not finite" in text
-        for told in (
+        for message in (
             "rank ValueError save has other adapters in process 1 than in process 0. "
             "Call it with the same arguments in every process.",
             "names ValueError export_peft has other adapters or names in process 1",
             "file ValueError load has other file or base in process 1",
         ):
-            assert told in text
+            assert message in text
         assert "did not fail" not in text
     assert (tmp_path / "a.safetensors").is_file()
     assert not (tmp_path / "peft").exists()
@@ -345,7 +345,7 @@ DEATHS = {"before anything is written": 1, "while the first writes": 0}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", DEATHS)
-def test_a_process_that_dies_while_saving_leaves_the_old_file(tmp_path, when):
+def test_save_keeps_the_old_file_if_a_process_dies(tmp_path, when):
     code = """
     params = lj.lorafy(plain, 2)
     lj.save(file, params)
@@ -362,26 +362,26 @@ def test_a_process_that_dies_while_saving_leaves_the_old_file(tmp_path, when):
         os._exit(4)  # JAX itself would wait for the other to leave with it
     """
     dies = DEATHS[when]
-    codes, said = run(code.replace("DIES", str(dies)), tmp_path)
-    # The other has an error of JAX, or JAX ends it; it need not be killed from here.
-    assert codes[dies] == 3 and codes[1 - dies] not in (0, -9), "\n".join(said)
-    assert "saved" not in "".join(said)
+    codes, texts = run(code.replace("DIES", str(dies)), tmp_path)
+    # The other process gets an error of JAX, or JAX ends it: no need to kill it here.
+    assert codes[dies] == 3 and codes[1 - dies] not in (0, -9), "\n".join(texts)
+    assert "saved" not in "".join(texts)
     plain = {name: {"kernel": jnp.asarray(ARRAYS[name])} for name in ("up", "head")}
     plain["norm"] = {"scale": jnp.ones(16)}
     path = tmp_path / "a.safetensors"
     back = lj.load(path, plain)
-    assert not back["up"]["lora_b"].any()  # the old one, whole
+    assert not back["up"]["lora_b"].any()  # all of the old one
     lj.save(path, back)
     assert not [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_is_left_to_its_owner(tmp_path):
+def test_run_takes_another_port_if_one_is_taken(tmp_path):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         s.listen()
-        codes, said = run(
+        codes, texts = run(
             "print(len(jax.devices()))", tmp_path, port=s.getsockname()[1]
         )
-    assert codes == [0, 0], "\n".join(said)
-    assert all("4" in text.splitlines() for text in said)
+    assert codes == [0, 0], "\n".join(texts)
+    assert all("4" in text.splitlines() for text in texts)

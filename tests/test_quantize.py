@@ -1,4 +1,4 @@
-"""Weights in few bits: which, how, where they are, and that all else knows them."""
+"""Tests `quantize`: which weights, their shardings, and their use by every verb."""
 
 import dataclasses
 import re
@@ -35,7 +35,7 @@ def by_name(params):
 
 
 def stored(params):
-    """The shapes of the scales, and the formats, by name."""
+    """Returns the shapes of the scales, and the formats, by name."""
     return {
         name: (q.format, q.scale.shape)
         for name, q in by_name(params).items()
@@ -75,10 +75,10 @@ def small():
     return lj.quantize(model(), HOW, block=16)
 
 
-# Which weights, and how
+# Which weights, in which format
 
 
-def test_by_default_every_kernel_and_nothing_else():
+def test_quantize_default_is_every_kernel():
     q = lj.quantize(model(), "nf4", block=16)
     assert stored(q) == {
         "query/kernel": ("nf4", (2, 2, 16)),
@@ -119,7 +119,7 @@ def test_by_default_every_kernel_and_nothing_else():
         ),
     ],
 )
-def test_names_and_patterns_are_those_of_lorafy(how, options, want):
+def test_quantize_takes_the_patterns_of_lorafy(how, options, want):
     params = model()
     q = lj.quantize(params, how, **options)
     assert stored(q) == want
@@ -141,7 +141,7 @@ def test_names_and_patterns_are_those_of_lorafy(how, options, want):
         (8, 8, 1),
     ],
 )
-def test_the_greatest_block_that_divides(n, block, blocks):
+def test_quantize_block_is_a_common_divisor(n, block, blocks):
     params = {"kernel": w(n, 3)}
     if blocks is None:
         match = r"\(64, 3\), has 64 elements along dimension 0 .*of 7, so.*block=64"
@@ -152,7 +152,7 @@ def test_the_greatest_block_that_divides(n, block, blocks):
         assert q["kernel"].scale.shape == (blocks, 3)
 
 
-def test_dimensions_are_read_from_axes_where_names_do_not_tell():
+def test_quantize_axes_determine_ambiguous_dimensions():
     params = {"qkv": w(3, 2, 8, 64)}
     with pytest.raises(ValueError, match=r"'qkv'.*axes=find_axes"):
         lj.quantize(params, "nf4", targets="qkv")
@@ -166,7 +166,7 @@ def test_dimensions_are_read_from_axes_where_names_do_not_tell():
     assert lj.find_axes(fn, q, w(5, 64)) == found
 
 
-def test_before_lorafy_or_after_it():
+def test_quantize_before_or_after_lorafy():
     axes = {"heads/w": lj.Axes((), (1,), (0, 2))}
     params = model() | {"heads": {"w": weight(2, 32, 4)}}
     both = {"targets": ["kernel", "embedding", "w"]}
@@ -179,13 +179,13 @@ def test_before_lorafy_or_after_it():
     assert first["head"]["lora_a"].dtype == jnp.float32
 
 
-def test_adapters_of_a_weight_in_few_bits_are_float32():
+def test_lorafy_adapters_of_a_quantized_weight_are_float32():
     params = lj.quantize({"kernel": weight(64, 3, dtype=jnp.bfloat16)}, "nf4")
     for options, dtype in (({}, "float32"), ({"dtype": jnp.bfloat16}, "bfloat16")):
         assert lj.lorafy(params, 2, **options)["lora_a"].dtype == dtype
 
 
-# Where they are
+# Shardings
 
 
 KINDS = {
@@ -197,7 +197,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["int8", "int4", "nf4"])
-def test_concrete_numpy_abstract_and_traced(kind, how):
+def test_quantize_concrete_numpy_abstract_and_traced(kind, how):
     plain = {"kernel": weight(64, 3), "bias": weight(3)}
     params = jax.tree.map(KINDS[kind], plain)
     q, want = (
@@ -218,8 +218,8 @@ def test_concrete_numpy_abstract_and_traced(kind, how):
 
 
 @pytest.mark.parametrize("kind", AXIS_TYPES)
-def test_sharded_leaves_stay_sharded_and_no_collective_is_added(kind, close):
-    """In columns, in rows, and a table in rows, as tensor parallel models have them."""
+def test_quantize_keeps_shardings_without_collectives(kind, close):
+    """Like tensor parallelism: columns, rows, and the rows of a table."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     params = {
@@ -260,16 +260,16 @@ def test_sharded_leaves_stay_sharded_and_no_collective_is_added(kind, close):
         return jax.value_and_grad(run)(adapters)
 
     with jax.set_mesh(mesh):
-        whole = lj.dequantize(q)
-        assert whole["down"]["kernel"].sharding.spec[0] == "model"
-        texts = [step.lower(p, x).compile().as_text() for p in (q, whole)]
-        close(step(q, x), step(whole, x))
+        plain = lj.dequantize(q)
+        assert plain["down"]["kernel"].sharding.spec[0] == "model"
+        texts = [step.lower(p, x).compile().as_text() for p in (q, plain)]
+        close(step(q, x), step(plain, x))
     for name in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
-        few, floats = (text.count(f" {name}(") for text in texts)
-        assert few <= floats, name
+        own, floats = (text.count(f" {name}(") for text in texts)
+        assert own <= floats, name
 
 
-def test_shard_map_cuts_blocks_where_they_end_and_else_the_whole_weight(close):
+def test_lora_in_shard_map_splits_quantized_weights_between_blocks(close):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     x = weight(3, 16)
 
@@ -284,7 +284,7 @@ def test_shard_map_cuts_blocks_where_they_end_and_else_the_whole_weight(close):
         close(jax.jit(lj.lora(fn))(q, x), fn(lj.dequantize(q), x))
 
 
-# What is refused
+# Errors
 
 
 def broken(**changes):
@@ -350,17 +350,17 @@ def broken(**changes):
         (lambda: {}, "nf4", {}, "nothing to quantize"),
     ],
 )
-def test_bad_input(params, how, options, match):
+def test_quantize_refuses_bad_input(params, how, options, match):
     with pytest.raises(ValueError, match=match):
         lj.quantize(params(), how, **options)
 
 
-def test_no_tree_is_an_error():
+def test_quantize_refuses_what_is_no_tree():
     with pytest.raises(TypeError, match="params"):
         lj.quantize(weight(64, 3), "nf4")
 
 
-def test_nothing_to_dequantize_is_an_error():
+def test_dequantize_needs_a_quantized_leaf():
     with pytest.raises(
         ValueError, match=r"No leaf .* is quantized. Pass a tree from q"
     ):
@@ -387,20 +387,20 @@ USES = {
         ({"scale": None}, "its scale is None"),
     ],
 )
-def test_a_broken_one_is_refused_by_path(use, changes, match):
+def test_quantized_leaves_refuses_a_broken_one_by_path(use, changes, match):
     with pytest.raises(
         ValueError, match=f"'m/kernel' is no quantized array: .*{match}"
     ):
         USES[use](broken(**changes))
 
 
-def test_what_trains_is_in_floats():
+def test_lorafy_also_refuses_quantized_leaves():
     match = r"also names 'head/kernel', which is quantized: .*exclude=\['head/kernel'"
     with pytest.raises(ValueError, match=match):
         lj.lorafy(small(), 2, targets="query", also="head")
 
 
-def test_gradients_are_of_what_trains():
+def test_quantize_leaves_gradients_of_adapters_alone():
     params, x = lj.lorafy({"kernel": small()["head"]["kernel"]}, 2), weight(3, 32)
     loss = lambda p: lj.lora(lambda p, x: x @ p["kernel"])(p, x).sum()
     with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
@@ -444,7 +444,7 @@ def leaf_bits(params):
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_all_that_takes_a_tree_takes_one_in_few_bits(kind, tmp_path, randomized, close):
+def test_quantize_result_is_accepted_by_every_verb(kind, tmp_path, randomized, close):
     plain = CONTAINERS[kind]()
     base = lj.quantize(plain, "nf4", targets="m")
     assert type(base) is type(plain)
@@ -462,10 +462,10 @@ def test_all_that_takes_a_tree_takes_one_in_few_bits(kind, tmp_path, randomized,
     labels = {name for name in by_name(lj.labels(params)).values() if name}
     assert labels == {"lora_a", "lora_b", "frozen"}
 
-    whole = lj.lorafy(lj.dequantize(base), 2)
-    few, floats = lj.count(params), lj.count(whole)
-    assert few[:2] == floats[:2] and few.base_bytes < floats.base_bytes
-    assert lj.count(base)[:2] == (0, few.total - few.trainable)
+    plain = lj.lorafy(lj.dequantize(base), 2)
+    quantized, floats = lj.count(params), lj.count(plain)
+    assert quantized[:2] == floats[:2] and quantized.base_bytes < floats.base_bytes
+    assert lj.count(base)[:2] == (0, quantized.total - quantized.trainable)
 
     stripped = lj.strip(params)
     assert jax.tree.structure(stripped) == jax.tree.structure(base)
@@ -494,7 +494,9 @@ def test_all_that_takes_a_tree_takes_one_in_few_bits(kind, tmp_path, randomized,
     lj.load(file, other, same_base=False)
 
 
-def test_an_adapter_of_the_plain_base_loads_beside_few_bits(tmp_path, randomized):
+def test_load_puts_an_adapter_of_the_plain_base_on_a_quantized_one(
+    tmp_path, randomized
+):
     plain = {"kernel": weight(128, 64)}
     lj.save(tmp_path / "a.safetensors", randomized(lj.lorafy(plain, 2)))
     for how in ("int8", "int4", "nf4"):
@@ -506,7 +508,7 @@ def test_an_adapter_of_the_plain_base_loads_beside_few_bits(tmp_path, randomized
             )
 
 
-def test_peft_takes_the_adapter_and_gives_it_back(tmp_path, randomized):
+def test_export_peft_and_import_peft_on_a_quantized_base(tmp_path, randomized):
     base = lj.quantize(
         {"q": {"kernel": weight(32, 8)}, "o": {"kernel": weight(8, 32)}}, "nf4"
     )
@@ -516,7 +518,7 @@ def test_peft_takes_the_adapter_and_gives_it_back(tmp_path, randomized):
     assert leaf_bits(back) == leaf_bits(params)
 
 
-def test_a_step_leaves_what_is_frozen_bit_identical(optax_promotion):
+def test_quantize_result_is_unchanged_by_a_training_step(optax_promotion):
     params, tx = (
         lj.lorafy(small(), 2, targets=["kernel", "tokens"]),
         lj.adapters_only(optax.adamw(0.1)),
@@ -558,7 +560,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_use_what_is_stored(name, randomized, close):
+def test_layers_use_quantized_weights(name, randomized, close):
     options, x = LAYERS[name]
     ours, flaxs = getattr(lj, name)(**options), getattr(nn, name)(**options)
     plain = flaxs.init(jax.random.key(0), x)
@@ -582,17 +584,17 @@ def test_layers_use_what_is_stored(name, randomized, close):
             close(got, flaxs.apply(merged, X, method="attend"), atol=1e-4)
 
 
-# What explain says
+# Reports of explain
 
 
-def test_explain_says_how_each_weight_is_stored():
+def test_explain_lists_how_each_weight_is_stored():
     params = lj.lorafy(
         lj.quantize(model(), HOW, block=16, exclude="out"), 2, targets=["head", "out"]
     )
     report = lj.explain(apply, params, IDS)
     rows = {row.path: row for row in report.rows}
-    said = {name: (row.stored, row.rank) for name, row in rows.items()}
-    assert said == {
+    stored = {name: (row.stored, row.rank) for name, row in rows.items()}
+    assert stored == {
         "tokens/embedding": ("int8/16", 0),
         "query/kernel": ("nf4/16", 0),
         "head/kernel": ("int4/16", 2),
@@ -607,7 +609,7 @@ def test_explain_says_how_each_weight_is_stored():
     assert "Adapters: 2" in lines[-1] and "In few bits: 3" in lines[-1]
 
 
-def test_explain_of_weights_in_few_bits_alone_and_one_that_is_formed():
+def test_explain_of_quantized_weights_without_adapters():
     fn = lambda p, x: x @ jnp.tanh(p["kernel"])
     base = lj.quantize(
         {"kernel": weight(16, 4), "idle": {"kernel": weight(16, 4)}}, "nf4"
@@ -621,8 +623,8 @@ def test_explain_of_weights_in_few_bits_alone_and_one_that_is_formed():
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-def test_what_is_cut_off_may_be_nothing(wrap, randomized, close):
-    """As `jnp.roll` by 0 has it, with an adapter or without."""
+def test_lora_on_empty_slices_of_quantized_weights(wrap, randomized, close):
+    """`jnp.roll` by 0 makes such slices. With an adapter or without."""
     base = {name: {"kernel": jnp.ones((16, 16))} for name in "ab"}
     params = randomized(lj.lorafy(lj.quantize(base, "nf4", block=8), 2, targets="a"))
 
@@ -634,7 +636,7 @@ def test_what_is_cut_off_may_be_nothing(wrap, randomized, close):
     close(wrap(lj.lora(fn))(params, x), fn(lj.merge(params), x))
 
 
-def test_a_table_in_one_dict_with_path_like_keys_shares_scales_along_rows():
+def test_quantize_of_a_table_with_path_like_keys_shares_scales_along_rows():
     table = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8)), jnp.float32)
     flat = lj.quantize({"tokens/embedding": table}, "int8", targets="tokens")
     deep = lj.quantize({"tokens": {"embedding": table}}, "int8", targets="tokens")

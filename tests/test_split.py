@@ -1,4 +1,4 @@
-"""The two halves of a tree, its mask and its count, in every container."""
+"""Tests `split`, `combine`, `mask` and `count` in every container."""
 
 import re
 
@@ -59,13 +59,13 @@ def names(tree):
 
 
 def expected(params):
-    """The paths that train, from their names alone."""
+    """Returns the trainable paths, from their names alone."""
     return {n for n in names(params) if n.endswith(("lora_a", "lora_b", "lora_w"))}
 
 
 @each_also
 @each_container
-def test_split_and_combine_are_inverse(kind, also):
+def test_combine_inverts_split(kind, also):
     params = adapted(kind, also)
     adapters, base = lj.split(params)
     first, second = names(adapters), names(base)
@@ -82,7 +82,7 @@ def test_split_and_combine_are_inverse(kind, also):
 
 
 @each_container
-def test_to_jax_the_holes_are_no_leaves(kind):
+def test_split_fills_in_none_which_is_no_leaf(kind):
     params = adapted(kind)
     adapters, base = lj.split(params)
     n = len(jax.tree.leaves(params))
@@ -97,7 +97,7 @@ def test_to_jax_the_holes_are_no_leaves(kind):
 
 @each_also
 @each_container
-def test_the_mask_is_true_where_it_trains(kind, also):
+def test_mask_is_true_at_trainable_leaves(kind, also):
     params = adapted(kind, also)
     mask = lj.mask(params)
     trains = {name for name, flag in names(mask).items() if flag is True}
@@ -106,7 +106,7 @@ def test_the_mask_is_true_where_it_trains(kind, also):
 
 
 @pytest.mark.parametrize("kind", ["dict", "frozen", "state", "list", "partitioned"])
-def test_the_mask_is_one_for_optax(kind):
+def test_mask_works_in_optax(kind):
     params = adapted(kind)
     frozen = jax.tree.map(lambda x: not x, lj.mask(params))
     tx = optax.chain(optax.sgd(1.0), optax.masked(optax.set_to_zero(), frozen))
@@ -121,7 +121,7 @@ def test_the_mask_is_one_for_optax(kind):
 
 @each_also
 @each_container
-def test_count_counts_numbers_but_no_scale(kind, also):
+def test_count_counts_elements_except_scales(kind, also):
     params = adapted(kind, also)
     sizes = {
         name: unbox(leaf).size
@@ -134,32 +134,32 @@ def test_count_counts_numbers_but_no_scale(kind, also):
     assert lj.count(params) == (trains, sum(sizes.values()), frozen)
 
 
-def test_count_prints_itself():
+def test_count_prints_one_line():
     params = lj.lorafy({"kernel": jax.ShapeDtypeStruct((1000, 2000), jnp.float32)}, 1)
     count = lj.count(params)
     assert isinstance(count, tuple)
     assert (count.trainable, count.total) == (3000, 2_003_000)
     assert count.base_bytes == 8_000_000
-    said = "trainable 3,000 of 2,003,000 (0.15 %), base 8 MB"
-    assert str(count) == f"{count}" == said
+    printed = "trainable 3,000 of 2,003,000 (0.15 %), base 8 MB"
+    assert str(count) == f"{count}" == printed
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "printed"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (6_360_000_000, "6.36 GB")],
 )
-def test_count_prints_bytes_in_a_unit_that_fits(size, said):
-    assert str(lj.Count(1, 2, size)) == f"trainable 1 of 2 (50.00 %), base {said}"
+def test_count_prints_bytes_in_a_suitable_unit(size, printed):
+    assert str(lj.Count(1, 2, size)) == f"trainable 1 of 2 (50.00 %), base {printed}"
 
 
-def test_stacked_scales_are_not_counted():
+def test_count_leaves_out_stacked_scales():
     params = {"w": jax.ShapeDtypeStruct((5, 4, 3), jnp.float32)}
     axes = {"w": lj.Axes((0,), (1,), (2,))}
     adapted = lj.lorafy(params, 2, targets="w", axes=axes)
     assert lj.count(adapted) == (5 * (8 + 6), 5 * (8 + 6 + 12), 5 * 12 * 4)
 
 
-def test_split_works_under_jit_and_grad():
+def test_split_under_jit_and_grad():
     params = adapted("dict")
     adapters, base = lj.split(params)
 
@@ -173,7 +173,7 @@ def test_split_works_under_jit_and_grad():
     assert all((g == 1).all() for g in jax.tree.leaves(grads))
 
 
-# What is refused
+# Errors
 
 USES = {
     "merge": lj.merge,
@@ -196,7 +196,7 @@ def tree(**changes):
 
 
 def refuse(params, match):
-    """Asserts that each use of the tree that `params` makes says what is wrong."""
+    """Asserts that each use of the tree that `params` makes raises the same error."""
     for name, use in USES.items():
         try:
             use(params())
@@ -233,7 +233,7 @@ def refuse(params, match):
         (lambda: tree() | {"m": tree()["m"] | {"lora_scale": 2.0}}, "'m/lora_scale'"),
     ],
 )
-def test_every_use_refuses_no_adapter_and_a_broken_one_by_path(params, match):
+def test_find_adapters_errors_in_every_verb(params, match):
     refuse(params, match)
 
 
@@ -246,7 +246,7 @@ LAYOUTS = {  # weight, A, B, scale
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_size_off_anywhere_does_not_fit(layout):
+def test_fits_refuses_every_other_size(layout):
     shapes = dict(zip(GOOD, LAYOUTS[layout], strict=True))
     assert lj.count(tree(**shapes)).trainable > 0
     for name, shape in shapes.items():
@@ -260,7 +260,7 @@ def test_one_size_off_anywhere_does_not_fit(layout):
 
 
 def copied(**changes):
-    """A tree with a trained copy, and what is wrong with it."""
+    """Returns a tree with a broken trained copy."""
     leaves = {"kernel": (4, 3), "lora_w": (4, 3), "bias": (3,), "bias_lora_w": (3,)}
     shapes = {name: s for name, s in (leaves | changes).items() if s is not None}
     arrays = {
@@ -275,7 +275,10 @@ def copied(**changes):
     [
         ({"lora_w": (3, 4)}, r"'m/lora_w', float32 \(3, 4\), is no trained copy"),
         ({"bias_lora_w": ()}, r"'m/bias_lora_w', float32 \(\), is no trained copy"),
-        ({"lora_w": np.zeros((4, 3), int)}, "'m/lora_w', int64 .*both are floating"),
+        (
+            {"lora_w": np.zeros((4, 3), int)},
+            "'m/lora_w', int64 .*both must be floating",
+        ),
         ({"bias": np.zeros(3, int)}, "'m/bias_lora_w', .*its leaf, int64"),
         ({"kernel": None}, "'m/lora_w' belongs to no weight"),
         ({"bias": None}, "'m/bias_lora_w' belongs to no weight: found 0"),
@@ -285,12 +288,12 @@ def copied(**changes):
         ),
     ],
 )
-def test_every_use_refuses_a_broken_copy_by_path(changes, match):
+def test_check_copy_errors_in_every_verb(changes, match):
     assert lj.count(copied()) == (15, 30, 60)
     refuse(lambda: copied(**changes), match)
 
 
-def test_an_update_and_a_copy_of_one_bias_are_two_things():
+def test_find_adapters_refuses_an_adapter_and_a_copy_of_one_leaf():
     params = {"m": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, "f")}}
     adapted = lj.lorafy(params, 2, also="bias")
     assert set(adapted["m"]) == {
@@ -301,7 +304,7 @@ def test_an_update_and_a_copy_of_one_bias_are_two_things():
 
 @flax.struct.dataclass
 class Checked:
-    """A model that refuses fields of another kind, as careful ones do."""
+    """A model that refuses fields of other types."""
 
     layers: dict
     bias: jax.Array
@@ -310,7 +313,7 @@ class Checked:
         assert self.bias.ndim == 1
 
 
-def test_a_class_that_checks_its_fields_has_halves_too():
+def test_split_of_a_class_that_checks_its_fields():
     model = Checked({"w": jnp.ones((4, 4))}, jnp.ones(4))
     params, x = lj.lorafy(model, 2, targets="*"), jnp.ones((3, 4))
     fn = lambda model, x: x @ model.layers["w"] + model.bias[None]
@@ -331,7 +334,7 @@ def test_a_class_that_checks_its_fields_has_halves_too():
     assert names(lj.mask(params))["layers/w_lora_a"] is True
 
 
-def test_a_class_that_breaks_by_itself_says_so():
+def test_split_raises_the_error_of_a_broken_class():
     @flax.struct.dataclass
     class Broken:
         layers: dict
@@ -344,7 +347,7 @@ def test_a_class_that_breaks_by_itself_says_so():
         lj.lorafy(Broken({"w": jnp.ones((4, 4))}), 2, targets="*")
 
 
-def test_combine_refuses_what_is_no_pair_of_halves():
+def test_combine_refuses_trees_that_are_no_pair():
     params = adapted("dict")
     adapters, base = lj.split(params)
     one_split = r"Pass the two trees of one split\(params\)"

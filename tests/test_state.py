@@ -36,8 +36,8 @@ def same(got, want):
 @each_format
 @pytest.mark.parametrize("shape", [(6, 4), (9, 7), (2, 3, 5)])
 @pytest.mark.parametrize("wrap", [dict, flax.core.freeze])
-def test_bytes_restore_a_quantized_base(how, shape, wrap):
-    """The target may be abstract; an odd number of codes of four bits is stored too."""
+def test_from_state_restores_a_quantized_base(how, shape, wrap):
+    """The target may be abstract, and the number of codes of four bits odd."""
     axes = {"m/kernel": lj.Axes((), (*range(len(shape) - 1),), (len(shape) - 1,))}
     quantize = lambda base: lj.quantize(
         base, how, axes=axes, block=3 if shape[-2] % 3 == 0 else 5
@@ -56,7 +56,7 @@ def test_bytes_restore_a_quantized_base(how, shape, wrap):
 
 
 @each_format
-def test_codes_of_four_bits_take_four_bits(how):
+def test_to_state_packs_codes_of_four_bits(how):
     params = lj.quantize({"kernel": base_of(64, 64)["m"]["kernel"]}, how)
     bits = 8 * len(serialization.to_bytes(params)) / 64**2
     assert bits == pytest.approx(8.5 if how == "int8" else 4.5, abs=0.3)
@@ -67,14 +67,14 @@ def test_codes_of_four_bits_take_four_bits(how):
     assert held["kernel"].keys() == {how, "scale"}
 
 
-def test_a_trace_keeps_the_codes_as_they_are():
+def test_to_state_leaves_traced_codes_unpacked():
     params = lj.quantize({"kernel": base_of(6, 4)["m"]["kernel"]}, "nf4", block=3)
     traced = jax.jit(serialization.to_state_dict)(params)
     same(serialization.from_state_dict(params, traced), params)
 
 
 @each_format
-def test_another_format_or_block_is_refused(how):
+def test_from_state_refuses_another_format_or_block(how):
     base = {"m": {"kernel": base_of(6, 4)["m"]["kernel"]}}
     stored = serialization.to_bytes(lj.quantize(base, how, block=3))
     for other in {"int8", "int4", "nf4"} - {how}:
@@ -95,8 +95,8 @@ def test_another_format_or_block_is_refused(how):
 
 
 @pytest.mark.parametrize(("how", "line"), [("int8", True), ("nf4", False)])
-def test_a_state_without_a_target_is_refused(how, line):
-    """The codes of int8 are an array that `Quantized` takes, packed ones are not."""
+def test_quantize_and_dequantize_refuse_a_state_restored_without_a_target(how, line):
+    """`Quantized` takes the codes of int8, but no packed ones."""
     base = {"m": {"kernel": base_of(6, 4)["m"]["kernel"]}}
     stored = serialization.to_bytes(lj.quantize(base, how, block=3))
     loose = serialization.msgpack_restore(stored)

@@ -1,6 +1,6 @@
-"""Patterns, ranks, alphas and dimensions: each decides exactly what it says, or fails.
+"""Tests which weights patterns select, with which rank, alpha and axes.
 
-All on abstract trees, through `lorafy`: the plan needs no array.
+All tests call `lorafy` on abstract trees, because planning needs no array.
 """
 
 import inspect
@@ -47,7 +47,7 @@ KERNELS = [
 
 
 def weights(params):
-    """The paths of the adapted weights."""
+    """Returns the paths of the adapted weights."""
     leaves = {path_name(path) for path in flatten(params)}
     found = set()
     for name in leaves:
@@ -92,7 +92,7 @@ GATES = {f"block_{i}/mlp/gate" for i in (1, 2, 10)}
         (lambda path, x: True, {*KERNELS, *GATES, "embed/embedding"}),
     ],
 )
-def test_a_pattern_selects_whole_components(targets, expected):
+def test_lorafy_targets_match_complete_components(targets, expected):
     if expected is None:
         with pytest.raises(ValueError, match=f"No weight matches '{targets}'"):
             lj.lorafy(PARAMS, 2, targets=targets)
@@ -110,12 +110,12 @@ def test_a_pattern_selects_whole_components(targets, expected):
         ("embed", set(KERNELS)),
     ],
 )
-def test_exclude_wins(exclude, expected):
+def test_lorafy_exclude_overrides_targets(exclude, expected):
     adapted = lj.lorafy(PARAMS, 2, targets="kernel", exclude=exclude)
     assert weights(adapted) == expected
 
 
-def test_targets_see_the_array_without_its_box():
+def test_lorafy_targets_get_the_array_without_its_box():
     boxed = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
     seen = []
     lj.lorafy(boxed, 1, targets=lambda path, x: not seen.append((path, x.shape)))
@@ -137,7 +137,9 @@ def test_targets_see_the_array_without_its_box():
         ({"*": 2}, None, "out", {"out": (2, 1.0)}),
     ],
 )
-def test_rank_and_alpha_by_pattern_first_match_wins(rank, alpha, targets, expected):
+def test_lorafy_rank_and_alpha_of_the_first_matching_pattern(
+    rank, alpha, targets, expected
+):
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), block())
     params = lj.lorafy(zeros, rank, alpha=alpha, targets=targets)
     leaves = flatten(params)
@@ -151,7 +153,7 @@ def test_rank_and_alpha_by_pattern_first_match_wins(rank, alpha, targets, expect
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 4.0), (True, 8.0)])
-def test_rslora_divides_by_the_root_of_the_rank(rslora, scale):
+def test_lorafy_rslora_divides_by_the_root_of_the_rank(rslora, scale):
     zeros = {"kernel": np.zeros((8, 8), np.float32)}
     params = lj.lorafy(zeros, 4, alpha=16, rslora=rslora)
     assert params["lora_scale"].shape == ()
@@ -173,7 +175,7 @@ NAMED = {  # name: (module, kernel, bias or None, inputs of A, outputs of B)
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_flax_names_tell_inputs_from_outputs(name):
+def test_axes_by_name_distinguishes_inputs_and_outputs(name):
     module, kernel, bias, inputs, outputs = NAMED[name]
     leaves = {"kernel": w(*kernel)} | ({"bias": w(*bias)} if bias else {})
     params = lj.lorafy({module: leaves}, 2)
@@ -194,9 +196,7 @@ def test_flax_names_tell_inputs_from_outputs(name):
         ("experts", "w", (3, 8, 8), None),
     ],
 )
-def test_undecided_dimensions_are_an_error_that_says_what_to_write(
-    module, name, shape, bias
-):
+def test_axes_by_name_of_ambiguous_dimensions_is_an_error(module, name, shape, bias):
     params = {module: {name: w(*shape)} | ({"bias": w(*bias)} if bias else {})}
     path = f"{module}/{name}"
     match = f"'{path}', of shape .*axes=find_axes.*axes={{'{path}': Axes.*exclude="
@@ -206,13 +206,13 @@ def test_undecided_dimensions_are_an_error_that_says_what_to_write(
     assert weights(lj.lorafy(params, 2, targets="*", axes=axes)) == {path}
 
 
-def test_axes_overrule_the_names():
+def test_lorafy_axes_override_names():
     params = {"query": {"kernel": w(3, 8, 6)}}
     axes = {"query/kernel": ((0,), [1], (2,))}
     assert lj.lorafy(params, 2, axes=axes)["query"]["lora_a"].shape == (3, 8, 2)
 
 
-def test_axes_may_name_more_than_the_targets():
+def test_lorafy_axes_may_name_more_than_the_targets():
     axes = {"block_1/attn/query/kernel": lj.Axes((), (0,), (1, 2))}
     assert weights(lj.lorafy(PARAMS, 2, targets="wi", axes=axes)) == only("wi")
 
@@ -220,7 +220,7 @@ def test_axes_may_name_more_than_the_targets():
 @pytest.mark.parametrize(
     ("n_in", "n_out"), [(5, 5), (3, 7), (7, 3), (1, 4)], ids=lambda n: str(n)
 )
-def test_a_rank_above_the_weights_own_is_wasteful_and_said(n_in, n_out):
+def test_lorafy_accepts_wasteful_ranks_and_explain_lists_them(n_in, n_out):
     zeros, full = (
         {"m": {"kernel": np.zeros((n_in, n_out), np.float32)}},
         min(n_in, n_out),
@@ -247,7 +247,9 @@ def test_a_rank_above_the_weights_own_is_wasteful_and_said(n_in, n_out):
         ("zzz", "/", None),
     ],
 )
-def test_a_pattern_that_matches_nothing_names_near_misses(name, typo, close, better):
+def test_match_each_lists_close_names_for_a_pattern_without_match(
+    name, typo, close, better
+):
     options = {
         "targets": {"rank": 2, "targets": ["query", typo]},
         "exclude": {"rank": 2, "exclude": typo},
@@ -277,20 +279,20 @@ def test_a_pattern_that_matches_nothing_names_near_misses(name, typo, close, bet
     [("steps", r"'steps' is int32 of shape"), ("bias", r"bias' is float32 of shape")],
 )
 @pytest.mark.parametrize("name", ["targets", "exclude"])
-def test_a_pattern_of_no_weight_says_what_it_matches(name, pattern, what):
+def test_match_each_describes_a_match_that_is_no_weight(name, pattern, what):
     match = f"No weight matches '{pattern}' of {name}: .*{what}.*A weight is floating"
     with pytest.raises(ValueError, match=match):
         lj.lorafy(PARAMS, 2, **{name: pattern})
 
 
 @pytest.mark.parametrize("pattern", ["q_proj", "all-linear", "self_attn.q_proj"])
-def test_names_of_pytorch_are_known_for_what_they_are(pattern):
+def test_match_each_recognizes_names_of_pytorch(pattern):
     match = f"{pattern!r} is a name of PyTorch: .* Flax here, or no targets for all ker"
     with pytest.raises(ValueError, match=match):
         lj.lorafy(PARAMS, 2, targets=pattern)
 
 
-def test_a_pattern_of_random_keys_says_so():
+def test_match_each_recognizes_random_keys():
     params = {"m": {"kernel": w(4, 4)}, "rng": jax.random.key(0)}
     for options in ({"targets": "rng"}, {"targets": "m", "also": "rng"}):
         with pytest.raises(ValueError, match=r"'rng' is a random key of shape \(\)"):
@@ -339,7 +341,7 @@ def test_a_pattern_of_random_keys_says_so():
     ],
     ids=lambda x: str(x).split(" at 0x")[0] if isinstance(x, dict) else "",
 )
-def test_options_out_of_range_say_so(options, match):
+def test_lorafy_refuses_options_out_of_range(options, match):
     with pytest.raises(ValueError, match=match):
         lj.lorafy(PARAMS, **{"rank": 2} | options)
 
@@ -363,13 +365,13 @@ def test_options_out_of_range_say_so(options, match):
         ({"m": [w(4, 4)]}, "m", "m is a list, which cannot gain a leaf next to 'm/0'"),
     ],
 )
-def test_trees_that_cannot_be_adapted_say_why(params, targets, match):
+def test_lorafy_refuses_trees_that_it_cannot_adapt(params, targets, match):
     with pytest.raises(ValueError, match=match):
         lj.lorafy(params, 2, targets=targets)
 
 
 @pytest.mark.parametrize("leaf", ["kernel", "w"])
-def test_an_adapted_weight_is_refused_by_path(leaf):
+def test_lorafy_refuses_an_adapted_weight_by_path(leaf):
     once = lj.lorafy({"m": {leaf: w(4, 4)}, "n": {leaf: w(4, 4)}}, 2, targets="m")
     match = f"'m/{leaf}' already has an adapter. .*strip.*merge.*exclude="
     with pytest.raises(ValueError, match=match):
@@ -377,21 +379,20 @@ def test_an_adapted_weight_is_refused_by_path(leaf):
     assert weights(lj.lorafy(once, 2, targets="n")) == {f"m/{leaf}", f"n/{leaf}"}
 
 
-def test_checks_come_before_any_array():
+def test_lorafy_checks_before_it_makes_an_array():
     def init(*_):
         raise AssertionError("an array was drawn")
 
     params = {"a": {"kernel": w(4, 4)}, "b": {"kernel": w(4, 2, 3)}}
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
-    with pytest.raises(
-        ValueError, match="'b/kernel', of shape .* has ambiguous dimensions"
-    ):
+    match = r"'b/kernel', of shape .* has ambiguous dimensions"
+    with pytest.raises(ValueError, match=match):
         lj.lorafy(params, 3, init=init)
     with pytest.raises(ValueError, match="'haed' of also"):
         lj.lorafy({"a": params["a"]}, 3, also="haed", init=init)
 
 
-def test_a_stack_that_only_looks_like_heads_is_refused():
+def test_axes_by_name_takes_no_stack_for_heads():
     # Scanned layers of nn.Dense(use_bias=False): (layers, in, out), not (in, heads, d).
     stack = {n: {"kernel": w(3, 4, 4)} for n in ("query", "key", "value", "out")}
     with pytest.raises(ValueError, match=r"'attn/query/kernel', of shape .*axes=find"):
@@ -401,7 +402,7 @@ def test_a_stack_that_only_looks_like_heads_is_refused():
     assert adapted["attn"]["out"]["lora_a"].shape == (3, 2, 2)
 
 
-def test_a_selector_of_no_known_kind_is_refused():
+def test_as_patterns_refuses_other_types():
     with pytest.raises(ValueError, match="targets takes patterns of paths, found 3"):
         lj.lorafy(PARAMS, 2, targets=3)
     with pytest.raises(
@@ -410,24 +411,24 @@ def test_a_selector_of_no_known_kind_is_refused():
         lj.lorafy({"bias": w(4)}, 2, targets="w")
 
 
-def test_a_path_with_brackets_matches_itself():
+def test_matches_takes_brackets_in_a_path_literally():
     params = {name: {"w": jnp.ones((4, 4))} for name in ("a[0,1]", "b")}
     adapted = lj.lorafy(params, 1, targets="a[0,1]/w")
     assert "w_lora_a" in adapted["a[0,1]"] and "w_lora_a" not in adapted["b"]
 
 
-# What the default leaves out
+# Weights that the default leaves out
 
 
 def left_out(params, rank=2, **options):
-    """The one warning of a call, and what it adapts."""
+    """Returns the one warning of a call, and the weights that it adapts."""
     with pytest.warns(UserWarning) as caught:
         adapted = lj.lorafy(params, rank, **options)
     (warning,) = caught
     return str(warning.message), weights(adapted), warning
 
 
-def test_the_default_is_every_kernel_and_reports_other_weights():
+def test_lorafy_default_adapts_kernels_and_reports_other_weights():
     message, adapted, _ = left_out(PARAMS)
     assert adapted == set(KERNELS)
     assert message == (
@@ -450,7 +451,7 @@ def test_the_default_is_every_kernel_and_reports_other_weights():
     ],
     ids=["targets", "ranks", "exclude", "also", "function"],
 )
-def test_what_the_caller_decides_is_no_surprise(options):
+def test_report_left_out_is_silent_about_the_callers_choice(options):
     adapted = lj.lorafy(PARAMS, **{"rank": 2} | options)
     assert weights(adapted) == set(KERNELS)
 
@@ -485,13 +486,13 @@ EVERYDAY = {  # trees whose other leaves nobody expects an adapter for
 
 
 @pytest.mark.parametrize("kind", EVERYDAY)
-def test_tables_norms_and_biases_are_not_reported(kind):
+def test_report_left_out_ignores_tables_norms_and_biases(kind):
     dense = {"dense": {"kernel": w(4, 4), "bias": w(4)}}
     adapted = weights(lj.lorafy(EVERYDAY[kind] | dense, 2))
     assert adapted - {"Conv_0/kernel"} == {"dense/kernel"}
 
 
-def test_collections_that_are_no_parameters_are_not_reported():
+def test_report_left_out_ignores_collections_other_than_params():
     kernel, cache = w(4, 4), {"attn": {"cached_key": w(1, 9, 2, 2)}}
     variables = {"params": {"m": {"kernel": kernel}}, "cache": cache}
     assert weights(lj.lorafy(variables, 2)) == {"params/m/kernel"}
@@ -503,7 +504,7 @@ def test_collections_that_are_no_parameters_are_not_reported():
     assert "get no adapter" in left_out(variables)[0]
 
 
-def test_the_report_names_six_patterns_and_then_points_to_the_function():
+def test_report_left_out_lists_six_patterns_and_suggests_find_axes():
     names = [f"w{chr(ord('a') + i)}" for i in range(8)]
     params = {"m": {"kernel": w(4, 4)} | {name: w(4, 4) for name in names}}
     message, *_ = left_out(params)
@@ -512,7 +513,7 @@ def test_the_report_names_six_patterns_and_then_points_to_the_function():
     assert "Write axes=find_axes(fn, params, *args) to adapt every weight" in message
 
 
-def test_the_report_asks_for_axes_where_names_do_not_tell_them():
+def test_report_left_out_suggests_axes_for_ambiguous_names():
     layer = {"attn": {"q": {"w": w(4, 2, 2)}}, "mlp": {"kernel": w(4, 4)}}
     message, *_ = left_out({"layers": {str(i): layer for i in range(12)}})
     assert "'layers/*/attn/q/w'. Write axes=find_axes(" in message
@@ -522,7 +523,7 @@ def test_the_report_asks_for_axes_where_names_do_not_tell_them():
     assert weights(adapted) == set(axes)
 
 
-def test_the_line_of_the_report_selects_no_more_than_it_lists():
+def test_report_left_out_suggests_targets_that_select_no_more():
     params = {"a": {"kernel": w(4, 4), "w": w(4, 4)}, "embed": {"w": w(9, 4)}}
     message, adapted, _ = left_out(params)
     assert "Write targets=['kernel', 'a/w'] to adapt" in message
@@ -530,7 +531,7 @@ def test_the_line_of_the_report_selects_no_more_than_it_lists():
     assert weights(both) == adapted | {"a/w"}
 
 
-def test_the_report_points_to_the_callers_line():
+def test_report_left_out_points_to_the_callers_line():
     here = inspect.currentframe
     state = nnx.State({"m": {"kernel": nnx.Param(jnp.ones((4, 4)))}})
     state["m"]["w"] = nnx.Param(jnp.ones((4, 4)))
@@ -555,7 +556,7 @@ def test_the_report_points_to_the_callers_line():
 # With axes alone
 
 
-def test_axes_alone_adapt_what_they_name_apart_from_tables():
+def test_lorafy_axes_adapt_what_they_name_except_tables():
     params = {
         "q": {"w": w(4, 2, 2)},
         "up": {"kernel": w(4, 4)},
@@ -572,7 +573,7 @@ def test_axes_alone_adapt_what_they_name_apart_from_tables():
     assert weights(lj.lorafy(params, 2, targets="embedding", axes=axes)) == {
         "wte/embedding"
     }
-    # By hand, a norm may be named: then it is a weight.
+    # A norm that the caller names is a weight.
     norm = {"norm/kernel": lj.Axes((), (0,), (1,))}
     assert weights(lj.lorafy(params, 2, axes=norm | axes)) == {
         "norm/kernel",
@@ -581,7 +582,7 @@ def test_axes_alone_adapt_what_they_name_apart_from_tables():
     }
 
 
-def test_axes_of_what_names_do_not_tell_add_to_the_kernels():
+def test_lorafy_axes_of_ambiguous_names_add_to_the_kernels():
     params = {"a": {"kernel": w(3, 4, 4)}, "b": {"kernel": w(4, 4)}, "v": w(4, 2, 2)}
     stack, turned = lj.Axes((0,), (1,), (2,)), lj.Axes((), (1,), (0,))
     axes = {"a/kernel": stack, "b/kernel": turned, "v": lj.Axes((), (0,), (1, 2))}
@@ -602,7 +603,7 @@ def test_axes_of_what_names_do_not_tell_add_to_the_kernels():
         assert weights(lj.lorafy(plain, 2, axes=few)) == kernels
 
 
-def test_a_list_of_axes_that_leaves_a_kernel_out_is_reported():
+def test_report_left_out_lists_kernels_missing_in_axes():
     params = {
         "a": {"kernel": w(3, 4, 4)},
         "b": {"kernel": w(4, 4)},
@@ -621,7 +622,7 @@ def test_a_list_of_axes_that_leaves_a_kernel_out_is_reported():
     assert weights(again) == adapted
 
 
-def test_weights_that_axes_do_not_decide_are_named_at_once():
+def test_lorafy_names_all_weights_with_ambiguous_axes():
     params = {"q": w(4, 2, 2), "cls": w(1, 1, 4), "pos": w(1, 9, 4)}
     axes = {"q": lj.Axes((), (0,), (1, 2))}
     match = r"'cls', of shape .* no product and no lookup .*exclude=\['cls', 'pos'\]"
@@ -646,7 +647,7 @@ def nested():
 
 
 def joined(tree, style):
-    """One dict with the leaves of a tree, its keys joined in one way."""
+    """Returns one dict with the leaves of a tree under joined keys."""
     names = {
         "slashes": "/".join,
         "dots": ".".join,
@@ -672,7 +673,7 @@ def joined(tree, style):
     ],
     ids=str,
 )
-def test_one_dict_with_path_like_keys_is_the_nested_tree(style, options):
+def test_lorafy_treats_path_like_keys_like_the_nested_tree(style, options):
     options = {"rank": 2} | options
     deep, flat = (
         {
@@ -686,7 +687,7 @@ def test_one_dict_with_path_like_keys_is_the_nested_tree(style, options):
     assert sorted(plain) == sorted(same) and plain
 
 
-def test_patterns_may_be_written_with_the_keys_own_separators():
+def test_matches_accepts_the_separators_of_the_keys():
     attributes = {".layers[0].q.weight": w(4, 4), ".layers[1].q.weight": w(4, 4)}
     dots = {"layers.0.q.kernel": w(4, 4), "layers.1.q.kernel": w(4, 4)}
     for pattern in (".layers[1].q.weight", "layers/1", "[1]", "layers.1.q"):
@@ -698,7 +699,7 @@ def test_patterns_may_be_written_with_the_keys_own_separators():
         lj.lorafy(dots, 2, targets="layers.1.qq")
 
 
-def test_adapters_in_one_dict_have_names_that_cannot_be_confused(randomized):
+def test_lorafy_gives_adapters_in_one_dict_unambiguous_names(randomized):
     ones = {"a/kernel": jnp.ones((4, 3)), "b/kernel": jnp.ones((4, 3))}
     adapted = randomized(lj.lorafy(ones, 2))
     new = {f"{m}/kernel_{part}" for m in "ab" for part in PARTS}

@@ -1,4 +1,4 @@
-"""Any container is flattened by path and rebuilt around the very same leaves."""
+"""Tests that any container is flattened, and rebuilt around the same leaves."""
 
 import collections
 import dataclasses
@@ -80,7 +80,7 @@ each_tree = pytest.mark.parametrize("kind", TREES)
 
 
 @each_tree
-def test_paths(kind):
+def test_flatten_paths(kind):
     build, names = TREES[kind]
     assert sorted(map(path_name, flatten(build()))) == sorted(names.split())
 
@@ -109,7 +109,7 @@ def test_leaf_order_is_that_of_jax(kind):
 
 
 @pytest.mark.parametrize("kind", ["dict", "frozen", "ordered", "default", "state"])
-def test_a_mapping_gains_and_loses_leaves_in_a_new_container(kind):
+def test_unflatten_adds_and_removes_leaves_of_a_mapping(kind):
     tree = TREES[kind][0]()
     before = jax.tree.structure(tree)
     path, leaf = next(iter(flatten(tree).items()))
@@ -128,7 +128,9 @@ def test_a_mapping_gains_and_loses_leaves_in_a_new_container(kind):
         (Record(x(), x()), None, "The tree is a Record"),
     ],
 )
-def test_no_other_container_gains_or_loses_a_leaf(tree, change, match):
+def test_unflatten_refuses_new_and_missing_leaves_of_other_containers(
+    tree, change, match
+):
     leaves = flatten(tree)
     new = leaves | change if change else dict(list(leaves.items())[:-1])
     match = f"{match}, which cannot gain or lose a leaf.*in a mapping of its own"
@@ -137,12 +139,12 @@ def test_no_other_container_gains_or_loses_a_leaf(tree, change, match):
 
 
 @pytest.mark.parametrize("tree", [jnp.ones(3), None, 1.5, nnx.Param(jnp.ones(3))])
-def test_a_leaf_is_no_tree(tree):
+def test_flatten_refuses_a_leaf(tree):
     with pytest.raises(TypeError, match=rf"found {type(tree).__name__}\. Pass a mapp"):
         flatten(tree)
 
 
-def test_a_live_module_has_the_leaves_of_its_state():
+def test_flatten_of_a_live_module_is_that_of_its_state():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     leaves = flatten(module)
     assert leaves == flatten(nnx.state(module))
@@ -154,13 +156,13 @@ def test_a_live_module_has_the_leaves_of_its_state():
     assert type(holes) is nnx.State and holes["bias"] is None
 
 
-def test_two_leaves_cannot_have_one_path():
+def test_flatten_refuses_two_leaves_with_one_path():
     with pytest.raises(ValueError, match="'a/b/w'"):
         flatten({"a/b": {"w": x()}, "a": {"b": {"w": x()}}})
 
 
 @pytest.mark.parametrize("kind", ["partitioned", "logical", "nested boxes", "state"])
-def test_boxes_open_and_close(kind):
+def test_rebox_inverts_unbox(kind):
     leaf = next(iter(flatten(TREES[kind][0]()).values()))
     closed = rebox(leaf, value := x(5))
     assert unbox(closed) is value
@@ -169,9 +171,9 @@ def test_boxes_open_and_close(kind):
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("box", [nn.Partitioned, nn.LogicallyPartitioned])
-def test_boxes_open_and_close_without_moving_their_arrays(box, axis_type):
+def test_rebox_and_unbox_move_no_array(box, axis_type):
     # Flax's own `unbox` constrains the sharding under a mesh: it moves an array, and
-    # refuses an abstract one, and one that the mesh does not divide.
+    # raises for an abstract one and for one that the mesh does not divide.
     mesh = jax.make_mesh((8,), ("a",), axis_types=(axis_type,))
     for value in (jnp.ones((3, 5)), jax.ShapeDtypeStruct((8, 8), jnp.float32)):
         boxes = [box(value, ("a", None), mesh=mesh), box(value, ("a", None))]
@@ -198,7 +200,7 @@ def test_boxes_open_and_close_without_moving_their_arrays(box, axis_type):
         (("/",), ("/",), ("bias",)),
     ],
 )
-def test_a_key_may_be_a_path(path, parts, bias):
+def test_components_of_a_key_that_is_a_path(path, parts, bias):
     assert components(path) == parts
     assert leaf_name(path) == parts[-1]
     assert sibling(path, "bias") == bias
@@ -213,11 +215,11 @@ def test_a_key_may_be_a_path(path, parts, bias):
         (("m.q", "x/kernel"), ("m.q", "out/w")),
     ],
 )
-def test_a_sibling_of_another_module(path, other):
+def test_sibling_in_another_module(path, other):
     assert sibling(path, "out", "w") == other
 
 
-def test_leaves_that_no_mapping_holds():
+def test_fixed_leaves_are_those_in_no_mapping():
     tree = {"a": [x(), {"w": x()}], "b": Pair(x(), x()), "c": {"d": Record(x(), None)}}
     assert {path_name(p): kind for p, kind in fixed_leaves(tree).items()} == {
         "a/0": "list",
@@ -235,7 +237,7 @@ def test_leaves_that_no_mapping_holds():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Linear:
-    """A layer as Equinox has them: a dataclass of arrays, weights (out, in)."""
+    """A layer like those of Equinox: a dataclass of arrays, weights (out, in)."""
 
     weight: Any
     bias: Any
@@ -270,7 +272,7 @@ FIXED = {  # trees without one mapping, and a function of each
 
 @pytest.mark.parametrize("options", [{}, {"targets": "*"}, {"targets": "nothing"}])
 @pytest.mark.parametrize("kind", FIXED)
-def test_the_first_message_is_code_that_adapts_the_tree(
+def test_lorafy_of_other_containers_prints_code_that_adapts_them(
     kind, options, randomized, close
 ):
     params, fn = FIXED[kind]
@@ -284,14 +286,14 @@ def test_the_first_message_is_code_that_adapts_the_tree(
     close(names["y"], fn(params, X))
     adapted = randomized(names["adapted"])
     assert lj.count(adapted).trainable == 2 * (4 + 5) + 2 * (5 + 3)
-    merged = names["whole"](lj.merge(adapted))
+    merged = names["nested"](lj.merge(adapted))
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     # Also after a transformation, which sorts the keys of a dict.
     step = jax.jit(lambda adapted: (adapted, lj.lora(names["flat_fn"])(adapted, X)))
     close(step(step(adapted)[0])[1], fn(merged, X))
 
 
-def test_a_tree_in_which_some_weights_have_room_says_so_when_others_are_chosen():
+def test_lorafy_refuses_only_weights_in_no_mapping():
     params = {"m": {"kernel": W1}, "heads": [W2, W2]}
     match = r"'heads/\*'. Write targets='kernel' .* To adapt them too, adapt its leaves"
     with pytest.warns(UserWarning, match=match):
