@@ -791,7 +791,7 @@ def test_load_needs_the_leaf_of_a_trained_copy_with_its_shape(saved):
     long = base["head"] | {"bias": weight(5)}
     refuse(path, base | {"head": long}, r"'head/bias' was saved for the shape \(3,\)")
     integers = base["head"] | {"bias": jnp.ones(3, int)}
-    refuse(path, base | {"head": integers}, "both are floating")
+    refuse(path, base | {"head": integers}, "both must be floating")
     half = base["head"] | {"bias": base["head"]["bias"].astype(jnp.bfloat16)}
     loaded = lj.load(path, base | {"head": half})
     assert loaded["head"]["bias_lora_w"].dtype == jnp.float32
