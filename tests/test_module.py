@@ -552,7 +552,7 @@ def test_lora_refuses_bad_input():
         lj.LoRA({"kernel": jnp.ones((3, 3))}, 2)
     with pytest.raises(ValueError, match="Dropout has no parameters"):
         lj.LoRA(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), 2)
-    with pytest.raises(ValueError, match=r"'ws/0' has no name for an adapter"):
+    with pytest.raises(ValueError, match=r"'ws/0' cannot have an adapter"):
         lj.LoRA(Items(), 2, targets="*")
     with pytest.raises(TypeError, match=r"found the class Linear"):
         lj.LoRA(nnx.Linear, 2)

@@ -230,9 +230,7 @@ def test_dequantize_refuses_a_base_restored_without_a_target(tmp_path):
     base = make_base(False)
     quantized = lj.quantize(base, "nf4", axes=AXES, block=4)
     loose = restored(save_base(tmp_path, quantized))
-    match = (
-        r"'(up|stack)/kernel' is a mapping with 'nf4' and 'scale'.*Restore with a tar"
-    )
+    match = r"'(up|stack)/kernel' is a dict of 'nf4' and 'scale'.*Restore with a tar"
     for use in (lj.dequantize, lambda p: lj.quantize(p, "nf4")):
         with pytest.raises(ValueError, match=match):
             use(loose)

@@ -606,7 +606,7 @@ def test_explain_lists_how_each_weight_is_stored():
     lines = str(report).splitlines()
     assert lines[0].split()[:4] == ["weight", "shape", "stored", "rank"]
     assert re.search(r"query/kernel .* nf4/16 +none +1 +\+0", str(report))
-    assert "Adapters: 2" in lines[-1] and "In few bits: 3" in lines[-1]
+    assert "Adapters: 2" in lines[-1] and "Quantized: 3" in lines[-1]
 
 
 def test_explain_of_quantized_weights_without_adapters():

@@ -482,7 +482,7 @@ WRONG = [
     (
         lambda: lj.in_axes(STACKED | {"lora_a": jnp.ones((2, 4, 2))}),
         ValueError,
-        "not as many",
+        "different numbers of adapters",
     ),
     (lambda: lj.lorafy(OTHER, 2, stack=0), ValueError, "above 0"),
     (lambda: lj.lorafy(OTHER, 2, stack=2.0), ValueError, "whole number"),
