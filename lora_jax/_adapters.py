@@ -307,10 +307,9 @@ def check_adapter(
     w, *shapes = (unbox(leaves[path]).shape for path in (weight, *adapter))
     is_fit = fits if isinstance(adapter, LowRank) else lambda w, copy: w == copy
     first = {shape[:1] for shape in shapes}
-    n = None
-    if len(first) == 1 and not is_fit(w, *shapes):
-        if is_fit(w, *(shape[1:] for shape in shapes)):
-            ((n,),) = first
+    n, one = None, (shape[1:] for shape in shapes)
+    if len(first) == 1 and not is_fit(w, *shapes) and is_fit(w, *one):
+        ((n,),) = first
     if isinstance(adapter, FullCopy):
         check_copy(path_name(adapter.w), leaves[adapter.w], leaves[weight], stacks=n)
     elif n is None and not fits(w, *shapes):
