@@ -897,7 +897,7 @@ def worst_gap(fn, params, inputs, how="grad", perturbed=(("adapters", "x"),)):
     except ValueError as error:
         if "never uses" not in str(error):
             raise
-        idle = re.findall(r"'(\w+)'", str(error).split("What trains")[0])
+        idle = re.findall(r"'(\w+)'", str(error).split("What is trained")[0])
         got, want = both("ignore")
     for grads, _ in want if how in ("grad", "vjp") else ():
         for name, grad in grads.get("adapters", {}).items():
