@@ -1,6 +1,24 @@
 """LoRA for JAX and Flax as pure functions on the parameters you already have.
 
 Imports follow the order of the data flow: each file imports only from those above it.
+The files that define no public name, in reading order:
+
+  _engine/        evaluates a function on weights and their adapters, in parts
+  _tree.py        flattens trees, modules and boxes to `{path: leaf}`
+  _adapters.py    which leaves are adapters, and of which weight
+  _arguments.py   the arguments of a call that hold the parameters
+  _patterns.py    patterns of paths, as `targets=` and mappings take them
+  _flax_names.py  the axes of a weight, by the names that Flax gives its layers
+  _targets.py     which leaves to adapt, and what a default leaves out
+  _processes.py   several processes: an error in one is an error in all
+  _leaves.py      creates the leaves of adapters, boxed and placed like their weight
+  _state.py       quantized weights in the state dicts of `flax.serialization`
+  _live.py        methods of live modules as functions of a tree
+  _checks.py      checks of trees that are combined
+  _matrices.py    a weight and its factors as matrices, for decompositions
+  _sample.py      a few values by which `load` recognizes an adapter's base
+  _write.py       writes a file completely or not at all
+  _hub/           adapters to and from Hugging Face
 """
 # ruff: noqa: I001
 

@@ -116,15 +116,17 @@ def copy_of(leaf: Path) -> FullCopy:
     return FullCopy(_next_to(leaf, COPY))
 
 
-def arrays_of(own: LowRank[Path], leaves: Mapping[Path, Any]) -> LowRank[Any]:
+def arrays_of(adapter: LowRank[Path], leaves: Mapping[Path, Any]) -> LowRank[Any]:
     """Returns the arrays of an adapter, out of their boxes."""
-    return own.map(lambda path: unbox(leaves[path]))
+    return adapter.map(lambda path: unbox(leaves[path]))
 
 
-def with_axes(own: LowRank[T], w: Shape, shapes: LowRank[Shape]) -> LowRank[T]:
+def with_axes(adapter: LowRank[T], w: Shape, shapes: LowRank[Shape]) -> LowRank[T]:
     """Infers the axes of a weight of shape `w` from the shapes of its adapter."""
     aligned = len(shapes.a) == len(w) + 1
-    return dataclasses.replace(own, axes=axes_of_shapes(w, *shapes), aligned=aligned)
+    return dataclasses.replace(
+        adapter, axes=axes_of_shapes(w, *shapes), aligned=aligned
+    )
 
 
 def is_adapter(path: Path) -> bool:
@@ -154,14 +156,14 @@ def find_adapters(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adapte
         weight = _weight_of(path, leaves)
         dora = _next_to(weight, MAGNITUDE) in leaves
         factored, copied = adapter_of(weight, magnitude=dora), copy_of(weight)
-        own = factored if path in factored else copied
-        if path not in own:
+        group = factored if path in factored else copied
+        if path not in group:
             raise ValueError(
                 f"{path_name(path)!r} is named like an adapter, but the adapter of "
                 f"{path_name(weight)!r} has the leaves "
                 f"{listed([*factored, *copied])}. Rename it, or remove it."
             )
-        if found.setdefault(weight, own) != own:
+        if found.setdefault(weight, group) != group:
             raise ValueError(
                 f"{path_name(weight)!r} has both an adapter and a trained copy, "
                 f"{path_name(copied.w)!r}, which would hide it. Remove one of them."
@@ -181,10 +183,10 @@ def find_adapters(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adapte
             "take(params, 0)."
         )
     first = 0 if n is None else 1  # the dimension of a stack is none of the weight's
-    for weight, own in found.items():
-        if isinstance(own, LowRank):
-            shapes = arrays_of(own, leaves).map(lambda x: x.shape[first:])
-            found[weight] = with_axes(own, unbox(leaves[weight]).shape, shapes)
+    for weight, adapter in found.items():
+        if isinstance(adapter, LowRank):
+            shapes = arrays_of(adapter, leaves).map(lambda x: x.shape[first:])
+            found[weight] = with_axes(adapter, unbox(leaves[weight]).shape, shapes)
     return found
 
 
@@ -260,7 +262,9 @@ def check_stack(sizes: Mapping[Path, int | None]) -> None:
         )
 
 
-def adapters_if_any(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adapters:
+def adapters_or_quantized(
+    leaves: Mapping[Path, Any], *, stacks: bool = False
+) -> Adapters:
     """Returns what `find_adapters` does, or `{}` for a quantized tree without any.
 
     Raises:
@@ -273,12 +277,16 @@ def adapters_if_any(leaves: Mapping[Path, Any], *, stacks: bool = False) -> Adap
 
 def of_rank(adapters: Adapters) -> dict[Path, LowRank[Path]]:
     """Returns the low-rank adapters, with and without magnitudes."""
-    return {p: own for p, own in adapters.items() if isinstance(own, LowRank)}
+    return {
+        p: adapter for p, adapter in adapters.items() if isinstance(adapter, LowRank)
+    }
 
 
 def of_copies(adapters: Adapters) -> dict[Path, FullCopy]:
     """Returns the trained copies."""
-    return {p: own for p, own in adapters.items() if isinstance(own, FullCopy)}
+    return {
+        p: adapter for p, adapter in adapters.items() if isinstance(adapter, FullCopy)
+    }
 
 
 def without_adapters(leaves: Mapping[Path, Any], adapters: Adapters) -> dict[Path, Any]:
@@ -338,16 +346,16 @@ def check_copy(name: str, copy: Any, leaf: Any, *, stacks: int | None = None) ->
 
 def fits(w: Shape, *shapes: Shape) -> bool:
     """Whether leaves of these shapes make an adapter of a weight of shape `w`."""
-    own = LowRank(*shapes)
+    adapter = LowRank(*shapes)
     n = len(w) + 1
-    if not own.a or not own.b or (len(own.a) == n) != (len(own.b) == n):
+    if not adapter.a or not adapter.b or (len(adapter.a) == n) != (len(adapter.b) == n):
         return False
-    own = with_axes(own, w, own)
-    if not (own.aligned or (own.axes.inputs and own.axes.outputs)):
+    adapter = with_axes(adapter, w, adapter)
+    if not (adapter.aligned or (adapter.axes.inputs and adapter.axes.outputs)):
         return False
-    sizes = dict(enumerate(w)) | {RANK: own.a[-1], ABSENT: 1}
-    dims = factor_dims(own.axes, w, aligned=own.aligned)
-    pairs = zip(own, dims, strict=False)
+    sizes = dict(enumerate(w)) | {RANK: adapter.a[-1], ABSENT: 1}
+    dims = factor_dims(adapter.axes, w, aligned=adapter.aligned)
+    pairs = zip(adapter, dims, strict=False)
     return all(shape == tuple(sizes[d] for d in found) for shape, found in pairs)
 
 
@@ -375,8 +383,8 @@ def factor_dims(axes: Axes, shape: Shape, *, aligned: bool) -> LowRank[Shape]:
         return LowRank(a, b, batch, (*batch, *outputs))
     # A dimension of size 1 is in neither factor: shapes could not show in which.
     a, b = (
-        [d if d in own and n > 1 else ABSENT for d, n in enumerate(shape)]
-        for own in ((*batch, *inputs), (*batch, *outputs))
+        [d if d in kept and n > 1 else ABSENT for d, n in enumerate(shape)]
+        for kept in ((*batch, *inputs), (*batch, *outputs))
     )
     scale = tuple(d if shape[d] > 1 else ABSENT for d in batch)
     return LowRank((*a, RANK), (*b, RANK), scale, tuple(d for d in b if d != ABSENT))

@@ -84,18 +84,18 @@ def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
     weights = [_number(c, "weights") for c in weights]
     trees = [flatten(tree) for tree in params]
     adapters = [find_adapters(leaves) for leaves in trees]
-    for own in adapters:
-        _check_linear(own, "add")
+    for adapter in adapters:
+        _check_linear(adapter, "add")
     base = without_adapters(trees[0], adapters[0])
-    for i, (leaves, own) in enumerate(zip(trees, adapters, strict=True)):
-        check_base(base, without_adapters(leaves, own), i)
-        check_values(leaves, own)
+    for i, (leaves, adapter) in enumerate(zip(trees, adapters, strict=True)):
+        check_base(base, without_adapters(leaves, adapter), i)
+        check_values(leaves, adapter)
     new: dict[Path, Any] = {}
-    for path in dict.fromkeys(path for own in adapters for path in own):
+    for path in dict.fromkeys(path for adapter in adapters for path in adapter):
         terms = [
-            (c, _values(leaves, own[path]))
-            for c, leaves, own in zip(weights, trees, adapters, strict=True)
-            if path in own
+            (c, _values(leaves, adapter[path]))
+            for c, leaves, adapter in zip(weights, trees, adapters, strict=True)
+            if path in adapter
         ]
         w = unbox(base[path])
         factored = [(c, x) for c, x in terms if isinstance(x, LowRank)]
@@ -142,21 +142,21 @@ def rescale(params: PyTree, factor: Number | Mapping[str, Number]) -> PyTree:
         factors = {path: number for path in adapters}
     new = {}
     for path, c in factors.items():
-        own = adapters[path]
-        if isinstance(own, LowRank):
-            scale = unbox(leaves[own.scale])
-            new[own.scale] = rebox(leaves[own.scale], _times(scale, c))
+        adapter = adapters[path]
+        if isinstance(adapter, LowRank):
+            scale = unbox(leaves[adapter.scale])
+            new[adapter.scale] = rebox(leaves[adapter.scale], _times(scale, c))
         else:
-            copy = unbox(leaves[own.w])
+            copy = unbox(leaves[adapter.w])
             total = _full_sum(unbox(leaves[path]), [(c, copy)]).astype(copy.dtype)
-            new[own.w] = rebox(leaves[own.w], total)
+            new[adapter.w] = rebox(leaves[adapter.w], total)
     return unflatten(params, leaves | new)
 
 
 def _check_linear(adapters: Adapters, verb: str) -> None:
     """Raises for DoRA: a sum or multiple of its updates is no update of DoRA."""
-    for path, own in adapters.items():
-        if isinstance(own, LowRank) and own.magnitude is not None:
+    for path, adapter in adapters.items():
+        if isinstance(adapter, LowRank) and adapter.magnitude is not None:
             raise ValueError(
                 f"{verb} cannot be exact for {path_name(path)!r}, which has DoRA's "
                 "magnitudes. For the nearest adapter without them, write "
@@ -177,8 +177,12 @@ def _times(x: jax.Array, c: Number) -> jax.Array:
     return x * jnp.asarray(c, x.dtype)
 
 
-def _values(leaves: dict[Path, Any], own: LowRank[Path] | FullCopy) -> Any:
-    return arrays_of(own, leaves) if isinstance(own, LowRank) else unbox(leaves[own.w])
+def _values(leaves: dict[Path, Any], adapter: LowRank[Path] | FullCopy) -> Any:
+    return (
+        arrays_of(adapter, leaves)
+        if isinstance(adapter, LowRank)
+        else unbox(leaves[adapter.w])
+    )
 
 
 def _full_sum(w: Any, terms: Sequence[Term]) -> jax.Array:
@@ -201,20 +205,20 @@ def _low_rank_sum(
 ) -> LowRank[jax.Array]:
     """Returns the sum of several low-rank updates, with scales folded into B."""
     first = terms[0][1]
-    axes, at = layout_of(path, [own for _, own in terms])
+    axes, at = layout_of(path, [term for _, term in terms])
     if len(terms) == 1:
         return dataclasses.replace(first, scale=_times(first.scale, terms[0][0]))
-    dtype = wider(*(x.dtype for _, own in terms for x in (own.a, own.b)))
+    dtype = wider(*(x.dtype for _, term in terms for x in (term.a, term.b)))
     folded = []
-    for c, own in terms:
-        b, scale = own.b, own.scale
-        if own.aligned:  # the batch has the dimensions of the weight
+    for c, term in terms:
+        b, scale = term.b, term.scale
+        if term.aligned:  # the batch has the dimensions of the weight
             batch = {*axes.batch}
             sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
         else:
             sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
         scale = jnp.reshape(_times(scale, c).astype(dtype), sizes)
         folded.append(b.astype(dtype) * scale)
-    a = jnp.concatenate([own.a.astype(dtype) for _, own in terms], -1)
+    a = jnp.concatenate([term.a.astype(dtype) for _, term in terms], -1)
     b, scale = jnp.concatenate(folded, at), jnp.ones_like(first.scale)
     return dataclasses.replace(first, a=a, b=b, scale=scale)

@@ -76,8 +76,8 @@ def find_axes(
             if is_weight and is_adaptable(path, leaves[path]):
                 weights[key, path] = len(unbox(leaves[path]).shape)
     names = [paths.get(i) for i in dynamic]
-    own = {n for n, i in enumerate(dynamic) if i in paths}
-    uses = uses_of(traced.jaxpr, names, weights, own)
+    argument_names = {n for n, i in enumerate(dynamic) if i in paths}
+    uses = uses_of(traced.jaxpr, names, weights, argument_names)
     # A weight that no result depends on is unused, whatever is computed from it.
     met = dict(zip(names, used_inputs(traced.jaxpr), strict=True))
     found = [
@@ -139,9 +139,9 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
     for use in sorted(uses, key=lambda use: not use.sure):
         if not (use.contracted and use.free):
             continue
-        own = dict.fromkeys(use.contracted, 0) | dict.fromkeys(use.free, 1)
-        shared = own.keys() & sides.keys()
-        same = [own[d] == sides[d] for d in shared]
+        use_sides = dict.fromkeys(use.contracted, 0) | dict.fromkeys(use.free, 1)
+        shared = use_sides.keys() & sides.keys()
+        same = [use_sides[d] == sides[d] for d in shared]
         if any(same) and not all(same):
             if not use.sure:
                 continue
@@ -153,8 +153,8 @@ def _sides(path: Path, uses: list[Use]) -> dict[int, int]:
                 "the axes of the use to factor: lorafy(..., axes=found | {...})."
             )
         flip = bool(same) and not all(same)
-        own = dict.fromkeys(use.window, 0) | own
-        sides |= {d: side ^ flip for d, side in own.items() if d not in sides}
+        use_sides = dict.fromkeys(use.window, 0) | use_sides
+        sides |= {d: side ^ flip for d, side in use_sides.items() if d not in sides}
         decided.append(use)
     return sides
 

@@ -25,8 +25,8 @@ def check_values(
     finite: bool = True,
 ) -> None:
     """Raises if a leaf of an adapter has no values, or values that are not finite."""
-    for own in adapters.values():
-        for path in own:
+    for adapter in adapters.values():
+        for path in adapter:
             x = unbox(leaves[path])
             if is_abstract(x):
                 raise ValueError(
@@ -76,7 +76,7 @@ def layout_of(path: Path, adapters: Sequence[LowRank[Any]]) -> tuple[Axes, int]:
     The rank is the last dimension of A. In B it is the last one too if the factors are
     aligned, and otherwise the one after the batch.
     """
-    found = dict.fromkeys((own.axes, own.aligned) for own in adapters)
+    found = dict.fromkeys((adapter.axes, adapter.aligned) for adapter in adapters)
     if len(found) > 1:
         raise ValueError(
             f"The adapters of {path_name(path)!r} have different axes and cannot be "

@@ -32,7 +32,9 @@ def detach(params: PyTree) -> PyTree:
     """
     leaves = flatten(params)
     parts = {
-        part for own in find_adapters(leaves, stacks=True).values() for part in own
+        part
+        for adapter in find_adapters(leaves, stacks=True).values()
+        for part in adapter
     }
     return unflatten(params, {p: x if p in parts else None for p, x in leaves.items()})
 
@@ -96,8 +98,8 @@ def attached(base: PyTree, leaves: dict[Path, Any], new: dict[Path, Any]) -> PyT
                 "plain parameters, strip(params)."
             )
     found = find_adapters(leaves | new, stacks=True)  # raises if one is broken
-    for weight, own in found.items():
-        for path in own:
+    for weight, adapter in found.items():
+        for path in adapter:
             if is_box(leaves[weight]) and path in new and not is_box(new[path]):
                 raise ValueError(
                     f"{path_name(path)!r} is a plain array, and its weight is in a "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax._adapters import LowRank, adapters_if_any, without_adapters
+from lora_jax._adapters import LowRank, adapters_or_quantized, without_adapters
 from lora_jax._arguments import (
     chosen,
     leaf_offset,
@@ -154,7 +154,7 @@ def explain(
     fn, args, kwargs, _ = on_states(fn, args, kwargs, where, adapters=True)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
-    adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
+    adapters = {key: adapters_or_quantized(each) for key, each in leaves.items()}
     base = {
         key: unflatten(params, without_adapters(leaves[key], adapters[key]))
         for key, params in given.items()
@@ -184,11 +184,13 @@ def explain(
     single = by_weight(found)
     rows = []
     for key in given:
-        for path, own in (quantized_leaves(leaves[key]) | adapters[key]).items():
+        for path, adapter in (quantized_leaves(leaves[key]) | adapters[key]).items():
             name = named(key, path, given)
             notes = [n for n in single if str(n.name) == name]
             is_used = (key, path) in used
-            rows.append(_row(name, leaves[key], path, own, notes * is_used, is_used))
+            rows.append(
+                _row(name, leaves[key], path, adapter, notes * is_used, is_used)
+            )
     return Report(tuple(rows), flops(plain.jaxpr))
 
 
@@ -196,16 +198,16 @@ def _row(
     name: str,
     leaves: dict[Path, Any],
     path: Path,
-    own: Any,
+    adapter: Any,
     notes: Sequence[Any],
     used: bool,
 ) -> Row:
     w, rank, full = unbox(leaves[path]), None, None
-    if own is w:
+    if adapter is w:
         rank, full = 0, 0
-    elif isinstance(own, LowRank):
-        rank = unbox(leaves[own.a]).shape[-1]
-        full = min(math.prod(w.shape[d] for d in dims) for dims in own.axes[1:])
+    elif isinstance(adapter, LowRank):
+        rank = unbox(leaves[adapter.a]).shape[-1]
+        full = min(math.prod(w.shape[d] for d in dims) for dims in adapter.axes[1:])
     met = dict.fromkeys((n.primitive, n.line) for n in notes if n.materialized)
     return Row(
         path=name,

@@ -73,8 +73,8 @@ def adapter_leaves(
     parts = adapter_of(weight, magnitude=values.magnitude is not None)
     all_dims = factor_dims(values.axes, unbox(leaf).shape, aligned=values.aligned)
     new = {}
-    for part, own, value in zip(parts, all_dims, values, strict=False):
-        dims = (*[ABSENT] * stacked, *own)
+    for part, kept, value in zip(parts, all_dims, values, strict=False):
+        dims = (*[ABSENT] * stacked, *kept)
         new[part] = new_leaf(value, dims, leaf, trained=part != parts.scale)
     return new
 
@@ -181,8 +181,8 @@ def _mesh_in(leaf: Any) -> Any:
         return getattr(leaf, "mesh", None) or _mesh_in(open_box(leaf))
     if isinstance(leaf, nnx.Variable):
         names = _metadata_names(leaf)
-        own = names.mesh if isinstance(names, NamedSharding) else None
-        return own or leaf.get_metadata().get("mesh")
+        found = names.mesh if isinstance(names, NamedSharding) else None
+        return found or leaf.get_metadata().get("mesh")
     return None
 
 
@@ -191,8 +191,8 @@ def _names_in(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, LogicallyPartitioned):
         return tuple(logical_to_mesh_axes(leaf.names, leaf.rules) or ())
     if isinstance(leaf, AxisMetadata):
-        own = getattr(leaf, "names", None)
-        return _names_in(open_box(leaf)) if own is None else own
+        found = getattr(leaf, "names", None)
+        return _names_in(open_box(leaf)) if found is None else found
     if not isinstance(leaf, nnx.Variable):
         return ()
     names = _metadata_names(leaf)

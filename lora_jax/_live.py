@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax._adapters import adapters_if_any, is_adapter
+from lora_jax._adapters import adapters_or_quantized, is_adapter
 from lora_jax._lora import lora
 from lora_jax._tree import Path, flatten, is_quantized, unbox, unflatten
 
@@ -49,7 +49,7 @@ def call(
         variables = _variables(_live(given, outer))
         (state,) = given[0].states
         leaves, old = flatten(state), _by_path(given)
-        weights = {id(unbox(leaves[path])) for path in adapters_if_any(leaves)}
+        weights = {id(unbox(leaves[path])) for path in adapters_or_quantized(leaves)}
         # By identity or type, since nnx's transformations inside the model give every
         # variable a new value, changed or not.
         is_fixed = lambda x: is_quantized(x) or id(x) in weights
@@ -70,8 +70,8 @@ def call(
             before = [_parts(v) for v in _variables(live)]
             graph, arrays = nnx.graphdef(live), _arrays(live)
             with _hidden(objects[0], filter(is_adapter, leaves)):
-                own = getattr(type(objects[0]), name)
-                result = own(objects[0], *objects[1], **objects[2])
+                unbound = getattr(type(objects[0]), name)
+                result = unbound(objects[0], *objects[1], **objects[2])
             *held, result = nnx.to_tree((*objects, result), ctxtag=tag)
             same = graph == nnx.graphdef(live) and arrays == _arrays(live)
             if same and not any(map(_is_split, _nodes(result))):

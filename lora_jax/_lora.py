@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from lora_jax._adapters import Adapters, LowRank, adapters_if_any, of_rank
+from lora_jax._adapters import Adapters, LowRank, adapters_or_quantized, of_rank
 from lora_jax._arguments import (
     Where,
     adapters_elsewhere,
@@ -19,7 +19,7 @@ from lora_jax._arguments import (
     pick,
     replaced,
 )
-from lora_jax._engine.dora import weight
+from lora_jax._engine.dora import from_leaves
 from lora_jax._engine.dtypes import canonical
 from lora_jax._engine.evaluate import run_jaxpr
 from lora_jax._engine.factors import Factors, without_adapter
@@ -154,8 +154,8 @@ def call(
     _check_transformation(args, kwargs)
     given = pick(args, kwargs, where)
     leaves = {key: leaves_of(key, params) for key, params in given.items()}
-    adapters = {key: adapters_if_any(own) for key, own in leaves.items()}
-    leaves = {key: _in_shard_map(own, adapters[key]) for key, own in leaves.items()}
+    adapters = {key: adapters_or_quantized(each) for key, each in leaves.items()}
+    leaves = {key: _in_shard_map(each, adapters[key]) for key, each in leaves.items()}
     base = {
         key: unflatten(params, with_copies(leaves[key], adapters[key]))
         for key, params in given.items()
@@ -166,12 +166,12 @@ def call(
     names: dict[int, str] = {}  # of all adapted leaves
     for key, tree in base.items():
         for i, path in enumerate(leaf_order(tree), leaf_offset(args, kwargs, key)):
-            own, name = adapters[key].get(path), named(key, path, given)
-            if own is not None:
+            adapter, name = adapters[key].get(path), named(key, path, given)
+            if adapter is not None:
                 names[i] = name
-            if isinstance(own, LowRank):
-                parts = (canonical(unbox(leaves[key][p])) for p in (path, *own))
-                factors[i] = weight(*parts, name=name)
+            if isinstance(adapter, LowRank):
+                parts = (canonical(unbox(leaves[key][p])) for p in (path, *adapter))
+                factors[i] = from_leaves(*parts, name=name)
             elif is_quantized(operands[i]):
                 factors[i] = without_adapter(operands[i], name)
 
@@ -206,8 +206,8 @@ def _check_transformation(args: Any, kwargs: Any) -> None:
 def _in_shard_map(leaves: dict[Path, Any], adapters: Adapters) -> dict[Path, Any]:
     """The leaves, with weights that vary like their adapters within `shard_map`."""
     new = {}
-    for path, own in of_rank(adapters).items():
-        w, *parts = (unbox(leaves[part]) for part in (path, *own))
+    for path, adapter in of_rank(adapters).items():
+        w, *parts = (unbox(leaves[part]) for part in (path, *adapter))
         if (varying := vary_like(w, parts)) is not w:
             new[path] = rebox(leaves[path], varying)
     return leaves | new

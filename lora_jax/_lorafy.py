@@ -213,8 +213,8 @@ def _initial(
     sizes = dict(enumerate(w.shape)) | {RANK: plan.rank, ABSENT: 1}
     values = []
     dims = factor_dims(axes, w.shape, aligned=aligned)
-    for own, (kind, fill) in zip(dims, fills, strict=False):
-        shape = tuple(sizes[d] for d in own)
+    for kept, (kind, fill) in zip(dims, fills, strict=False):
+        shape = tuple(sizes[d] for d in kept)
         stacked = shape if stack is None else (stack, *shape)
         if is_abstract(w):
             values.append(jax.ShapeDtypeStruct(stacked, kind))

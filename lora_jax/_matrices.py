@@ -40,13 +40,13 @@ def weight_matrices(w: jax.Array, axes: Axes) -> jax.Array:
     return jnp.reshape(jnp.transpose(w, order), matrix_sizes(w.shape, axes))
 
 
-def factor_matrices(shape: tuple[int, ...], own: LowRank[Any]) -> Matrices:
+def factor_matrices(shape: tuple[int, ...], adapter: LowRank[Any]) -> Matrices:
     """Returns the factors of a weight of this shape as matrices, float32 or wider."""
-    a, b = own.a, own.b
+    a, b = adapter.a, adapter.b
     dtype, r = wider(a.dtype, b.dtype), a.shape[-1]
-    n, n_in, n_out = matrix_sizes(shape, own.axes)
-    if own.aligned:  # the rank last, and size 1 elsewhere
-        a, b = (jnp.transpose(x, _order(own.axes, x)) for x in (a, b))
+    n, n_in, n_out = matrix_sizes(shape, adapter.axes)
+    if adapter.aligned:  # the rank last, and size 1 elsewhere
+        a, b = (jnp.transpose(x, _order(adapter.axes, x)) for x in (a, b))
         b = jnp.swapaxes(jnp.reshape(b, (n, n_out, r)), 1, 2)
     return Matrices(
         jnp.reshape(a, (n, n_in, r)).astype(dtype),
@@ -54,25 +54,25 @@ def factor_matrices(shape: tuple[int, ...], own: LowRank[Any]) -> Matrices:
     )
 
 
-def with_matrices(own: LowRank[Any], new: Matrices) -> LowRank[Any]:
+def with_matrices(adapter: LowRank[Any], new: Matrices) -> LowRank[Any]:
     """Returns an adapter with new factors, perhaps of another rank.
 
     Their layout and dtypes stay. The result has no magnitude: that of the tree stays.
     """
-    a, b, r = own.a, own.b, new.a.shape[-1]
-    if not own.aligned:
-        n = len(own.axes.batch)
+    a, b, r = adapter.a, adapter.b, new.a.shape[-1]
+    if not adapter.aligned:
+        n = len(adapter.axes.batch)
         sizes = (*a.shape[:-1], r), (*b.shape[:n], r, *b.shape[n + 1 :])
         parts = [jnp.reshape(x, size) for x, size in zip(new, sizes, strict=True)]
     else:
         parts = []
         for x, old in ((new.a, a), (jnp.swapaxes(new.b, 1, 2), b)):
-            order = _order(own.axes, old)
+            order = _order(adapter.axes, old)
             sizes = [(*old.shape[:-1], r)[d] for d in order]
             inverse = np.argsort(order).tolist()
             parts.append(jnp.transpose(jnp.reshape(x, sizes), inverse))
     a, b = (x.astype(old.dtype) for x, old in zip(parts, (a, b), strict=True))
-    return dataclasses.replace(own, a=a, b=b, magnitude=None)
+    return dataclasses.replace(adapter, a=a, b=b, magnitude=None)
 
 
 def _order(axes: Axes, x: Any) -> tuple[int, ...]:

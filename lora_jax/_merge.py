@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from lora_jax._adapters import (
-    adapters_if_any,
+    adapters_or_quantized,
     find_adapters,
     of_copies,
     of_rank,
@@ -22,9 +22,9 @@ from lora_jax._engine.dora import with_magnitude
 from lora_jax._engine.dtypes import rounded, wider, x64
 from lora_jax._engine.factors import (
     align,
+    batch_dims,
     materialize,
     on_device,
-    stacked,
 )
 from lora_jax._engine.per_layer import per_layer
 from lora_jax._engine.quantized import (
@@ -93,7 +93,7 @@ def merge(params: PyTree, *, dtype: DTypeLike | None = None) -> PyTree:
             "merge(params, dtype=jnp.float32)."
         )
     leaves = flatten(params)
-    adapters = adapters_if_any(leaves)
+    adapters = adapters_or_quantized(leaves)
     plain = with_copies(leaves, adapters)
     for path, w in quantized_leaves(plain).items():
         if path not in adapters:
@@ -102,9 +102,9 @@ def merge(params: PyTree, *, dtype: DTypeLike | None = None) -> PyTree:
         for path, copy in of_copies(adapters).items():
             plain[path] = rebox(leaves[path], _cast(unbox(leaves[copy.w]), dtype))
     norms: dict[Path, Any] = {}
-    for path, own in of_rank(adapters).items():
-        w, *adapter = (unbox(leaves[part]) for part in (path, *own))
-        total, norms[path] = _merged(w, adapter, dtype or w.dtype)
+    for path, adapter in of_rank(adapters).items():
+        w, *factors = (unbox(leaves[part]) for part in (path, *adapter))
+        total, norms[path] = _merged(w, factors, dtype or w.dtype)
         plain[path] = rebox(leaves[path], total)
     _warn_of_loss({path: x for path, x in norms.items() if x}, plain)
     return unflatten(params, plain)
@@ -129,7 +129,7 @@ def _merged(w: Any, adapter: list[Any], dtype: Any) -> tuple[Any, Any]:
     # The device cannot compute with arrays in the host's memory: move them, and move
     # the sum back.
     near, *adapter = on_device(parts)
-    stack = sorted(stacked(jax.eval_shape(align, near, *adapter[:3])))
+    stack = sorted(batch_dims(jax.eval_shape(align, near, *adapter[:3])))
     options["loops"] = tuple(loops_over(near, stack).items())
     with x64([w.dtype] if isinstance(w, jax.Array) else []):
         if any(map(is_traced, parts)):
@@ -172,7 +172,7 @@ def _sum(
         if is_quantized(f.w):
             f = dataclasses.replace(f, w=spread(f.w, d))
     leaves, structure = jax.tree.flatten((f, magnitude))
-    own = [d for d in range(f.ndim) if d not in dict(loops)]
+    summed = [d for d in range(f.ndim) if d not in dict(loops)]
     to = jax.dtypes.canonicalize_dtype(dtype)
 
     def one(*leaves: Any) -> tuple[Any, ...]:
@@ -189,7 +189,7 @@ def _sum(
             return (total.astype(to),)
         result = rounded(total, to)
         changes = total - result.astype(total.dtype), total - w
-        return result, *(jnp.sum(x**2, own, keepdims=True) for x in changes)
+        return result, *(jnp.sum(x**2, summed, keepdims=True) for x in changes)
 
     total, *norms = per_layer(one, leaves, dict(loops))
     return total, [jnp.sum(x) for x in norms]

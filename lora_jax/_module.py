@@ -232,8 +232,13 @@ class LoRA(nnx.Module):
         # A setting of the model is set on the model: as an attribute of this module it
         # would only hide the one that the model reads.
         model = vars(self).get("model")
-        own = name in OWN or name in vars(self) or hasattr(type(self), name)
-        if own or name.startswith("_") or model is None or not hasattr(model, name):
+        of_module = name in OWN or name in vars(self) or hasattr(type(self), name)
+        if (
+            of_module
+            or name.startswith("_")
+            or model is None
+            or not hasattr(model, name)
+        ):
             return super().__setattr__(name, value)
         if _is_method(model, name) or _leads_to_model(getattr(model, name)):
             raise AttributeError(
@@ -301,11 +306,11 @@ def _presented(model: type, name: str) -> Callable[..., Any]:
     def method(self: LoRA, /, *args: Any, **kwargs: Any) -> Any:
         return self._run(name, *args, **kwargs)
 
-    own = getattr(model, name, None) if _method(model, name) is not None else None
-    if own is not None:
-        functools.update_wrapper(method, own, updated=())
+    original = getattr(model, name, None) if _method(model, name) is not None else None
+    if original is not None:
+        functools.update_wrapper(method, original, updated=())
         try:
-            vars(method)["__signature__"] = inspect.signature(own)
+            vars(method)["__signature__"] = inspect.signature(original)
         except (TypeError, ValueError):  # some callables have no signature
             del vars(method)["__wrapped__"]
     method.__name__ = name  # pickle looks a bound method up by its name
@@ -392,7 +397,7 @@ def _rebuild(like: nnx.Module, leaves: dict[Path, Any]) -> Any:
     old = flatten(state)
     if not _make_model(old, leaves):
         return unflatten(state, {path: copied(x) for path, x in leaves.items()})
-    had, has = (any(map(is_adapter, own)) for own in (old, leaves))
+    had, has = (any(map(is_adapter, each)) for each in (old, leaves))
     if isinstance(like, LoRA) and has:
         module = nnx.clone(like)
         _fill(module.model, leaves)

@@ -88,8 +88,8 @@ def adapters_only(
         if params is not None:
             adapters, frozen = split(params)
         structure = jax.tree.structure(updates)
-        own = {name: _own(name, x, structure, frozen) for name, x in extra.items()}
-        trained, state = tx.update(trained, state, adapters, **own)
+        given = {name: _own(name, x, structure, frozen) for name, x in extra.items()}
+        trained, state = tx.update(trained, state, adapters, **given)
         return combine(trained, jax.tree.map(_zero_update, frozen)), state
 
     return optax.GradientTransformationExtraArgs(init, update)

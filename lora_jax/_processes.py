@@ -44,18 +44,18 @@ def agreed(what: str) -> Iterator[dict[str, Any]]:
     if jax.process_count() == 1:
         yield same
         return
-    own, digest = None, bytes(DIGEST_BYTES)
+    local, digest = None, bytes(DIGEST_BYTES)
     try:
         yield same
         digest = _digest(same)
     except BaseException as error:  # Ctrl-C too: the others are waiting for this one
-        own = error
-    text = "" if own is None else f"{type(own).__name__}: {own}"
+        local = error
+    text = "" if local is None else f"{type(local).__name__}: {local}"
     error = text.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0")
-    row = bytes([own is not None]) + digest + error
+    row = bytes([local is not None]) + digest + error
     rows = multihost_utils.process_allgather(np.frombuffer(row, np.uint8))
-    if own is not None:
-        raise own
+    if local is not None:
+        raise local
     rows = [bytes(row) for row in rows]
     for i, row in enumerate(rows):
         if row[0]:

@@ -178,8 +178,8 @@ def _axes(path: Path, leaves: dict[Path, Any], others: bool) -> Axes:
     """Returns a weight's axes, from an adapter next to it or from its name."""
     parts = (path, *adapter_of(path))
     if all(part in leaves for part in parts):
-        own = {part: leaves[part] for part in parts}
-        return of_rank(find_adapters(own, stacks=True))[path].axes
+        its_leaves = {part: leaves[part] for part in parts}
+        return of_rank(find_adapters(its_leaves, stacks=True))[path].axes
     return axes_of(path, leaves, others)
 
 
@@ -193,15 +193,15 @@ def _scale_shape(
         return tuple(1 if d in shared else n for d, n in enumerate(sizes))
     axis = shared[-1]
     n = sizes[axis] // mesh_parts(w)[axis]  # of one device, which then needs no other
-    own = math.gcd(block or BLOCK, n)
-    if own == 1:
+    elements = math.gcd(block or BLOCK, n)
+    if elements == 1:
         raise ValueError(
             f"{path_name(path)!r}, of shape {w.shape}, has {n} elements along "
             f"dimension {axis} (on one device). They have no divisor in common with "
             f"blocks of {block or BLOCK}, so each element would have a scale. Write "
             f"block={n}, or exclude=[{path_name(path)!r}]."
         )
-    sizes[axis] //= own
+    sizes[axis] //= elements
     return tuple(sizes)
 
 

@@ -21,7 +21,7 @@ from lora_jax._adapters import (
     Adapters,
     LowRank,
     adapter_of,
-    adapters_if_any,
+    adapters_or_quantized,
     check_copy,
     copy_of,
     find_adapters,
@@ -81,14 +81,14 @@ def save(path: StrPath, params: PyTree) -> None:
         if is_first():
             check_target(path)
         leaves = flatten(params)
-        if not adapters_if_any(leaves, stacks=True):
+        if not adapters_or_quantized(leaves, stacks=True):
             raise ValueError(
                 "save stores only adapters, and these quantized parameters have none. "
                 "Write orbax.checkpoint.StandardCheckpointer().save(path, params), or "
                 "params = lorafy(params, rank) first."
             )
         adapters = find_adapters(leaves)
-        parts = [part for own in adapters.values() for part in own]
+        parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
         needed = (*parts, *of_rank(adapters))  # weights with factors are sampled
@@ -118,16 +118,16 @@ def _header(
         "version": VERSION,
         "adapters": {
             path_name(weight): {
-                "tensors": list(map(path_name, own)),
-                "rank": shape(own.a)[-1],
-                "scale": tensors[path_name(own.scale)].tolist(),
+                "tensors": list(map(path_name, adapter)),
+                "rank": shape(adapter.a)[-1],
+                "scale": tensors[path_name(adapter.scale)].tolist(),
                 "shape": shape(weight),
             }
-            for weight, own in of_rank(adapters).items()
+            for weight, adapter in of_rank(adapters).items()
         },
         "copies": {
-            path_name(leaf): {"tensors": [path_name(own.w)], "shape": shape(leaf)}
-            for leaf, own in of_copies(adapters).items()
+            path_name(leaf): {"tensors": [path_name(adapter.w)], "shape": shape(leaf)}
+            for leaf, adapter in of_copies(adapters).items()
         },
         "samples": encoded,
         "sha256": {name: _tensor_digest(x) for name, x in tensors.items()},
@@ -208,8 +208,8 @@ def _matched(
     for name, entry in header["adapters"].items():
         names = LowRank(*entry["tensors"])
         weight = _leaf_of(file, name, entry, paths, leaves)
-        own = adapter_of(weight, magnitude=names.magnitude is not None)
-        _check_names(file, name, entry, own)
+        wanted = adapter_of(weight, magnitude=names.magnitude is not None)
+        _check_names(file, name, entry, wanted)
         values = names.map(tensors.__getitem__)
         shape, shapes = unbox(leaves[weight]).shape, values.map(np.shape)
         if not fits(shape, *shapes):
@@ -310,8 +310,11 @@ def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
                 "Write jax.config.update('jax_enable_x64', True)."
             )
     for name, entry in header["adapters"].items():
-        own = LowRank(*entry["tensors"]).map(tensors.__getitem__)
-        if own.a.shape[-1:] != (entry["rank"],) or own.scale.tolist() != entry["scale"]:
+        adapter = LowRank(*entry["tensors"]).map(tensors.__getitem__)
+        if (
+            adapter.a.shape[-1:] != (entry["rank"],)
+            or adapter.scale.tolist() != entry["scale"]
+        ):
             raise ValueError(
                 f"{path} is corrupt: its header and its tensors differ in the rank or "
                 f"scale of {name!r}."

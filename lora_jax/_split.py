@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from lora_jax._adapters import (
     FROZEN,
-    adapters_if_any,
+    adapters_or_quantized,
     find_adapters,
     label_of,
     without_adapters,
@@ -209,12 +209,12 @@ def count(params: PyTree) -> Count:
       trainable 96 of 2,144 (4.48 %), base 1.09 kB
     """
     leaves = flatten(params)
-    adapters = adapters_if_any(leaves, stacks=True)
+    adapters = adapters_or_quantized(leaves, stacks=True)
     boxed = {p: x for p, x in leaves.items() if not is_counter(x)}
     arrays = {p: unbox(x) for p, x in boxed.items() if is_array(unbox(x))}
     base = without_adapters(arrays, adapters)
     trained = sum(
-        arrays[part].size for own in adapters.values() for part in own.trained
+        arrays[part].size for adapter in adapters.values() for part in adapter.trained
     )
     frozen = sum(x.size for x in base.values())
     return Count(trained, trained + frozen, sum(map(nbytes, base.values())))
@@ -223,4 +223,4 @@ def count(params: PyTree) -> Count:
 def trainable(leaves: dict[Path, Any]) -> set[Path]:
     """Returns the paths of all trainable leaves."""
     found = find_adapters(leaves, stacks=True)
-    return {part for own in found.values() for part in own.trained}
+    return {part for adapter in found.values() for part in adapter.trained}

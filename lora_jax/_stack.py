@@ -83,28 +83,28 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     if not trees:
         raise ValueError("There is nothing to stack. Write stack([one, two, ...]).")
     leaves = [flatten(tree) for tree in trees]
-    adapters = [find_adapters(own) for own in leaves]
+    adapters = [find_adapters(tree) for tree in leaves]
     base = without_adapters(leaves[0], adapters[0])
-    for i, (own, found) in enumerate(zip(leaves, adapters, strict=True)):
-        check_base(base, without_adapters(own, found), i)
-        check_values(own, found, finite=False)
+    for i, (tree, found) in enumerate(zip(leaves, adapters, strict=True)):
+        check_base(base, without_adapters(tree, found), i)
+        check_values(tree, found, finite=False)
     new: dict[Path, Any] = {}
     for path in dict.fromkeys(path for found in adapters for path in found):
         each = [found.get(path) for found in adapters]
-        _check_kind(path, [own for own in each if own is not None])
+        _check_kind(path, [adapter for adapter in each if adapter is not None])
         leaf, w = base[path], unbox(base[path])
-        if any(isinstance(own, FullCopy) for own in each):
+        if any(isinstance(adapter, FullCopy) for adapter in each):
             copies = [
-                unbox(tree[own.w]) if isinstance(own, FullCopy) else w
-                for tree, own in zip(leaves, each, strict=True)
+                unbox(tree[x.w]) if isinstance(x, FullCopy) else w
+                for tree, x in zip(leaves, each, strict=True)
             ]
             new[copy_of(path).w] = trained_copy(
                 leaf, jnp.stack(_of_one_dtype(copies)), stack=len(trees)
             )
         else:
             arrays = [
-                arrays_of(own, tree) if isinstance(own, LowRank) else None
-                for tree, own in zip(leaves, each, strict=True)
+                arrays_of(x, tree) if isinstance(x, LowRank) else None
+                for tree, x in zip(leaves, each, strict=True)
             ]
             new |= adapter_leaves(path, leaf, _padded(path, w, arrays), stacked=True)
     return unflatten(trees[0], base | new)
@@ -155,17 +155,19 @@ def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
         return jnp.where(mask, x, jnp.broadcast_to(default.astype(x.dtype), x.shape))
 
     new: dict[Path, Any] = {}
-    for path, own in adapters.items():
+    for path, adapter in adapters.items():
         leaf, w = leaves[path], unbox(leaves[path])
         pick = lambda part: jnp.take(unbox(leaves[part]), index, axis=0, mode="clip")
-        if isinstance(own, FullCopy):
-            copies = where_valid(pick(own.w), w)
-            new[own.w] = trained_copy(leaf, copies, stack=several)
+        if isinstance(adapter, FullCopy):
+            copies = where_valid(pick(adapter.w), w)
+            new[adapter.w] = trained_copy(leaf, copies, stack=several)
             continue
-        taken = own.map(pick)
+        taken = adapter.map(pick)
         scale, m = where_valid(taken.scale, jnp.zeros(())), taken.magnitude
         if valid is not None and m is not None:
-            norm = jnp.reshape(input_norms(w, own.axes.inputs), m.shape[index.ndim :])
+            norm = jnp.reshape(
+                input_norms(w, adapter.axes.inputs), m.shape[index.ndim :]
+            )
             m = where_valid(m, norm)
         taken = dataclasses.replace(taken, scale=scale, magnitude=m)
         new |= adapter_leaves(path, leaf, taken, stacked=several is not None)
@@ -196,20 +198,20 @@ def in_axes(stacked: PyTree) -> PyTree:
       {'kernel': None, 'lora_a': 0, 'lora_b': 0, 'lora_scale': 0}
     """
     leaves = flatten(stacked)
-    own = {p: unbox(x) for p, x in leaves.items() if is_adapter(p) and x is not None}
-    if not own:
+    arrays = {p: unbox(x) for p, x in leaves.items() if is_adapter(p) and x is not None}
+    if not arrays:
         raise ValueError(
             "These parameters have no adapters. Write params = stack([one, two, ...])."
         )
-    if single := [path for path, x in own.items() if not np.ndim(x)]:
+    if single := [path for path, x in arrays.items() if not np.ndim(x)]:
         raise ValueError(_no_stack(single[0]))
-    check_stack({path: x.shape[0] for path, x in own.items()})
-    return unflatten(stacked, {path: 0 if path in own else None for path in leaves})
+    check_stack({path: x.shape[0] for path, x in arrays.items()})
+    return unflatten(stacked, {path: 0 if path in arrays else None for path in leaves})
 
 
 def _check_kind(path: Path, adapters: Sequence[LowRank[Path] | FullCopy]) -> None:
     """Raises unless the adapters of a leaf have the same parts."""
-    if len({own.trained for own in adapters}) > 1:
+    if len({adapter.trained for adapter in adapters}) > 1:
         raise ValueError(
             f"{path_name(path)!r} has adapters of different kinds in these trees: "
             "low-rank, with magnitudes (dora=True), or a trained copy (also=). Stack "
@@ -224,9 +226,9 @@ def _padded(
 
     Where a tree has none (`None`), its adapter is zero.
     """
-    given = [own for own in each if own is not None]
+    given = [adapter for adapter in each if adapter is not None]
     axes, at = layout_of(path, given)
-    first, r = given[0], max(own.a.shape[-1] for own in given)
+    first, r = given[0], max(adapter.a.shape[-1] for adapter in given)
     nothing = first.map(jnp.zeros_like)
     if first.magnitude is not None and len(given) < len(each):
         norm = jnp.reshape(input_norms(w, axes.inputs), first.magnitude.shape)
@@ -238,8 +240,8 @@ def _padded(
         return jnp.pad(x, edges)
 
     padded = [
-        dataclasses.replace(own, a=pad(own.a, -1), b=pad(own.b, at))
-        for own in (nothing if own is None else own for own in each)
+        dataclasses.replace(adapter, a=pad(adapter.a, -1), b=pad(adapter.b, at))
+        for adapter in (nothing if adapter is None else adapter for adapter in each)
     ]
     parts = (jnp.stack(_of_one_dtype(xs)) for xs in zip(*padded, strict=True))
     return LowRank(*parts, axes=first.axes, aligned=first.aligned)

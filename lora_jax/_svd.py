@@ -16,7 +16,7 @@ from lora_jax._adapters import (
     without_adapters,
 )
 from lora_jax._checks import check_values
-from lora_jax._engine.dora import weight
+from lora_jax._engine.dora import from_leaves
 from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import align, delta, materialize
 from lora_jax._engine.quantized import dequantize
@@ -105,15 +105,15 @@ def resize(
             )
     new: dict[Path, Any] = {}
     for path, r in ranks.items():
-        own = arrays_of(adapters[path], leaves)
-        if r == own.a.shape[-1]:
+        adapter = arrays_of(adapters[path], leaves)
+        if r == adapter.a.shape[-1]:
             continue
-        factors = factor_matrices(unbox(leaves[path]).shape, own)
-        if r < own.a.shape[-1]:
+        factors = factor_matrices(unbox(leaves[path]).shape, adapter)
+        if r < adapter.a.shape[-1]:
             factors = truncated(factors, r)
         else:
             factors = padded(factors, r, path_key(key, path))
-        new |= adapter_leaves(path, leaves[path], with_matrices(own, factors))
+        new |= adapter_leaves(path, leaves[path], with_matrices(adapter, factors))
     return unflatten(params, leaves | new)
 
 
@@ -192,18 +192,18 @@ def extract(
             "or to also."
         )
     new: dict[Path, Any] = {}
-    for path, own in adapters.items():
-        if not isinstance(own, LowRank):
-            new[own.w] = trained_copy(before[path], unbox(after[path]))
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, LowRank):
+            new[adapter.w] = trained_copy(before[path], unbox(after[path]))
             continue
-        w, own = unbox(start[path]), arrays_of(own, start)
+        w, adapter = unbox(start[path]), arrays_of(adapter, start)
         change = _change(unbox(after[path]), w)
         if not (is_traced(change) or jnp.isfinite(change).all()):
             raise ValueError(f"The change of {path_name(path)!r} is not finite.")
-        factors = factor_matrices(w.shape, own)
-        factors = nearest(weight_matrices(change, own.axes), factors)
-        own = dataclasses.replace(own, scale=jnp.ones_like(own.scale))
-        new |= adapter_leaves(path, start[path], with_matrices(own, factors))
+        factors = factor_matrices(w.shape, adapter)
+        factors = nearest(weight_matrices(change, adapter.axes), factors)
+        adapter = dataclasses.replace(adapter, scale=jnp.ones_like(adapter.scale))
+        new |= adapter_leaves(path, start[path], with_matrices(adapter, factors))
     return unflatten(base, start | new)
 
 
@@ -251,13 +251,13 @@ def kept(tuned: PyTree, params: PyTree) -> Kept:
     check_values(leaves, found)
     _check_alike(without_adapters(leaves, found), after)
     rows = []
-    for path, own in of_rank(found).items():
-        w, arrays = unbox(leaves[path]), arrays_of(own, leaves)
+    for path, adapter in of_rank(found).items():
+        w, arrays = unbox(leaves[path]), arrays_of(adapter, leaves)
         change = _change(unbox(after[path]), w)
-        if own.magnitude is None:
+        if adapter.magnitude is None:
             update = delta(align(w, *arrays)).astype(change.dtype)
         else:  # the update of DoRA is no product of factors
-            update = _change(materialize(weight(w, *arrays)), w)
+            update = _change(materialize(from_leaves(w, *arrays)), w)
         total, rest = jnp.sum(change**2), jnp.sum((change - update) ** 2)
         share = 1 - float(rest / total) if total else 1.0
         rows.append((path_name(path), arrays.a.shape[-1], share))
@@ -303,8 +303,8 @@ def principal(params: PyTree) -> PyTree:
     found = find_adapters(leaves)
     check_values(leaves, found)
     adapters = of_rank(found)
-    for path, own in adapters.items():
-        w, b = unbox(leaves[path]), unbox(leaves[own.b])
+    for path, adapter in adapters.items():
+        w, b = unbox(leaves[path]), unbox(leaves[adapter.b])
         if is_quantized(w):
             raise ValueError(
                 f"{path_name(path)!r} is quantized, and what remains of it would be "
@@ -318,18 +318,18 @@ def principal(params: PyTree) -> PyTree:
         if not is_traced(w) and not jnp.isfinite(jnp.asarray(w)).all():
             raise ValueError(f"{path_name(path)!r} is not finite. Restore it.")
     new: dict[Path, Any] = {}
-    for path, own in adapters.items():
-        w, own = unbox(leaves[path]), arrays_of(own, leaves)
+    for path, adapter in adapters.items():
+        w, adapter = unbox(leaves[path]), arrays_of(adapter, leaves)
         wide = jnp.asarray(w, wider(w.dtype))
-        factors = factor_matrices(w.shape, own)
-        a, b = nearest(weight_matrices(wide, own.axes), factors)
+        factors = factor_matrices(w.shape, adapter)
+        a, b = nearest(weight_matrices(wide, adapter.axes), factors)
         # The scale stays, and multiplies the product: divide each factor by its root.
-        root = jnp.sqrt(jnp.reshape(own.scale, (-1, 1, 1)).astype(a.dtype))
-        own = with_matrices(own, Matrices(a / root, b / root))
-        rest = wide - delta(align(w, *own)).astype(wide.dtype)
+        root = jnp.sqrt(jnp.reshape(adapter.scale, (-1, 1, 1)).astype(a.dtype))
+        adapter = with_matrices(adapter, Matrices(a / root, b / root))
+        rest = wide - delta(align(w, *adapter)).astype(wide.dtype)
         rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
-        new |= adapter_leaves(path, leaves[path], own)
+        new |= adapter_leaves(path, leaves[path], adapter)
     return unflatten(params, leaves | new)
 
 

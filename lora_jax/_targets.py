@@ -159,9 +159,9 @@ def report_left_out(
     left = [p for p in left if not (is_table(p) or other(leaves[p]))]
     if not left:
         return
-    own = _targets_of([*plans], weights, decided)
-    targets = own + _targets_of(left, weights, {*decided, *left})
-    silent = f"targets={own if own[1:] else own[0]!r} {silent}"
+    chosen = _targets_of([*plans], weights, decided)
+    targets = chosen + _targets_of(left, weights, {*decided, *left})
+    silent = f"targets={chosen if chosen[1:] else chosen[0]!r} {silent}"
     if any(path in held for path in left):
         advice = f"Write {silent} To adapt them too, {FLAT}"
     elif len(targets) > 7 or not all(axes_by_name(path, leaves) for path in left):
@@ -327,9 +327,9 @@ def _check_positive(alpha: Any) -> float | jax.Array:
 
 def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
     """Raises ValueError if no adapter and no copy can be added next to a leaf."""
-    own = adapter_of(path, magnitude=True)
-    if any(part in leaves for part in (*own, *copy_of(path))):
-        if own.a in leaves and own.scale not in leaves:
+    adapter = adapter_of(path, magnitude=True)
+    if any(part in leaves for part in (*adapter, *copy_of(path))):
+        if adapter.a in leaves and adapter.scale not in leaves:
             raise ValueError(
                 f"{path_name(path)!r} already has an adapter without a scale, as qwix, "
                 "tunix and openpi store them. Remove it to start from the base, or "

@@ -135,11 +135,11 @@ def sibling(path: Path, *names: str) -> Path:
     """Replaces the last components of a path, and keeps its separators."""
     *parent, key = path
     spans = [part.span() for part in PART.finditer(str(key))] or [(0, len(str(key)))]
-    own = min(len(names), len(spans))
+    common = min(len(names), len(spans))
     text = str(key)
-    for (start, stop), name in zip(spans[-own:][::-1], names[::-1], strict=False):
+    for (start, stop), name in zip(spans[-common:][::-1], names[::-1], strict=False):
         text = text[:start] + name + text[stop:]
-    rest = names[: len(names) - own]
+    rest = names[: len(names) - common]
     if rest and parent:
         return (*sibling(tuple(parent), *rest), text)
     return (*parent, text)

@@ -74,7 +74,7 @@ def exact_casts(
         if eqn.primitive.name in CUSTOM:
             _note_meetings(operands, found)
 
-    inputs = [Origin(frozenset((name, None) for name in own)) for own in names]
+    inputs = [Origin(frozenset((name, None) for name in each)) for each in names]
     results = flow(jaxpr, inputs, step, join, Origin(), enter)
     for i in leaving:
         found |= {cast for _, cast in results[i].values if cast is not None}

@@ -58,25 +58,25 @@ def reshape(
         old = tuple(old[d] for d in dimensions)
     sizes: list[int] = []
     for olds, news in segments(old, new[0]):
-        of_old, own = ([shape[d] for d in olds] for shape in (old, c.shape))
-        run = _reshaped(of_old, own, [new[0][d] for d in news])
+        of_old, of_companion = ([shape[d] for d in olds] for shape in (old, c.shape))
+        run = _reshaped(of_old, of_companion, [new[0][d] for d in news])
         if run is None:
             return None
         sizes += run
     return [jnp.reshape(c, (*sizes, *c.shape[len(old) :]))]
 
 
-def _reshaped(old: list[int], own: list[int], new: list[int]) -> list[int] | None:
+def _reshaped(old: list[int], companion: list[int], new: list[int]) -> list[int] | None:
     """The companion's sizes after dimensions of sizes `old` become those of `new`.
 
     In row-major order the blocks of these dimensions are runs of equal length only if
     all dimensions after the first divided one have size 1 in the companion.
     """
-    pairs = zip(old, own, strict=True)
+    pairs = zip(old, companion, strict=True)
     cut = next((i for i, (n, m) in enumerate(pairs) if n != m), len(old))
-    if any(m != 1 for m in own[cut + 1 :]):
+    if any(m != 1 for m in companion[cut + 1 :]):
         return None
-    left = math.prod(old[cut:]) // math.prod(own[cut:])  # elements in a run
+    left = math.prod(old[cut:]) // math.prod(companion[cut:])  # elements in a run
     sizes = []
     for n in reversed(new):
         if left % n and n % left:
@@ -136,10 +136,10 @@ def _sliced(
         return c  # the same array: pieces of a weight share a factor
     block = n // c.shape[d]
     if block > 1:
-        own = math.gcd(block, start, limit)
-        if stride > 1 or own < min(block, LEAST):
+        common = math.gcd(block, start, limit)
+        if stride > 1 or common < min(block, LEAST):
             return None
-        c, block = jnp.repeat(c, block // own, d), own
+        c, block = jnp.repeat(c, block // common, d), common
     return lax.slice_in_dim(c, start // block, limit // block, stride, axis=d)
 
 
@@ -166,15 +166,15 @@ def unstack(
 def rev(
     c: jax.Array, old: Shape, new: Sequence[Shape], *, dimensions: Sequence[int]
 ) -> list[jax.Array]:
-    own = [d for d in dimensions if c.shape[d] > 1]
-    return [lax.rev(c, own) if own else c]
+    reversed_dims = [d for d in dimensions if c.shape[d] > 1]
+    return [lax.rev(c, reversed_dims) if reversed_dims else c]
 
 
 def tile(
     c: jax.Array, old: Shape, new: Sequence[Shape], *, reps: Sequence[int]
 ) -> list[jax.Array]:
-    own = [n if c.shape[d] > 1 else 1 for d, n in enumerate(reps)]
-    return [jnp.tile(c, own + [1] * (c.ndim - len(old)))]
+    repeats = [n if c.shape[d] > 1 else 1 for d, n in enumerate(reps)]
+    return [jnp.tile(c, repeats + [1] * (c.ndim - len(old)))]
 
 
 def dynamic_slice(
@@ -208,19 +208,19 @@ def gather(
     pairs = (dnums.operand_batching_dims, dnums.start_indices_batching_dims)
     batching = dict(zip(*pairs, strict=True))
     gone = {*dnums.collapsed_slice_dims, *batching}
-    own = {d for d in range(len(old)) if c.shape[d] != 1}
-    blocked = {d for d in own if c.shape[d] != old[d]}
+    dims = {d for d in range(len(old)) if c.shape[d] != 1}
+    blocked = {d for d in dims if c.shape[d] != old[d]}
     if not blocked.isdisjoint((*dnums.start_index_map, *batching)):
         return None
     if any(slice_sizes[d] != old[d] for d in blocked):
         return None
-    kept = [d for d in range(len(old)) if d in own or d not in gone]
+    kept = [d for d in range(len(old)) if d in dims or d not in gone]
     place = {d: i for i, d in enumerate(kept)}
     c = jnp.squeeze(c, [d for d in range(len(old)) if d not in kept])
     size = lambda d: c.shape[place[d]] if d in blocked else slice_sizes[d]
-    sizes = [size(d) if d in own else 1 for d in kept]
-    columns = [i for i, d in enumerate(dnums.start_index_map) if d in own]
-    if not columns and own.isdisjoint(gone):
+    sizes = [size(d) if d in dims else 1 for d in kept]
+    columns = [i for i, d in enumerate(dnums.start_index_map) if d in dims]
+    if not columns and dims.isdisjoint(gone):
         window = lax.slice(c, [0] * c.ndim, (*sizes, *extra))
         shape = [1] * len(new[0])
         for d, n in zip(dnums.offset_dims, sizes, strict=True):
@@ -232,11 +232,11 @@ def gather(
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(*dnums.offset_dims, *range(len(new[0]), len(new[0]) + len(extra))),
         collapsed_slice_dims=tuple(
-            place[d] for d in dnums.collapsed_slice_dims if d in own
+            place[d] for d in dnums.collapsed_slice_dims if d in dims
         ),
         start_index_map=tuple(place[dnums.start_index_map[i]] for i in columns),
-        operand_batching_dims=tuple(place[d] for d in batching if d in own),
-        start_indices_batching_dims=tuple(i for d, i in batching.items() if d in own),
+        operand_batching_dims=tuple(place[d] for d in batching if d in dims),
+        start_indices_batching_dims=tuple(i for d, i in batching.items() if d in dims),
     )
     indices = indices if every else indices[..., np.array(columns, int)]
     options: dict[str, Any] = params | hints
@@ -304,28 +304,28 @@ def origins(
     return dims if name in IN_PLACE or old == new else None
 
 
-def sharding_of(own: Sequence[int], sharding: Any) -> Any:
+def sharding_of(shape: Sequence[int], sharding: Any) -> Any:
     """The array's sharding, for a companion of these sizes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return sharding.update(spec=spec_of(own, sharding.spec, sharding.mesh))
+    return sharding.update(spec=spec_of(shape, sharding.spec, sharding.mesh))
 
 
-def spec_of(own: Sequence[int], spec: PartitionSpec, mesh: Any) -> PartitionSpec:
+def spec_of(shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> PartitionSpec:
     """The array's spec, for a companion of these sizes.
 
     The companion is replicated along a dimension that the mesh would cut within a
     block.
     """
-    names = (*spec, *(None,) * (len(own) - len(spec)))
+    names = (*spec, *(None,) * (len(shape) - len(spec)))
     cut = lambda m, name: m > 1 and m % ways(name, mesh) == 0
-    pairs = zip(own, names, strict=True)
+    pairs = zip(shape, names, strict=True)
     return PartitionSpec(*(name if cut(m, name) else None for m, name in pairs))
 
 
-def is_cut_within_blocks(own: Sequence[int], spec: PartitionSpec, mesh: Any) -> bool:
+def is_cut_within_blocks(shape: Sequence[int], spec: PartitionSpec, mesh: Any) -> bool:
     """Whether the parts of an array on a mesh would end within blocks."""
-    pairs = zip(own, spec, strict=False)
+    pairs = zip(shape, spec, strict=False)
     return any(m > 1 and m % ways(name, mesh) != 0 for m, name in pairs)
 
 

@@ -198,14 +198,14 @@ def _without_rule(run: Run) -> Callable[..., list[Any]]:
     return call
 
 
-def _closed_over(run: Run, outer: Sequence[Any], own: Sequence[Any]) -> Run:
+def _closed_over(run: Run, outer: Sequence[Any], inner: Sequence[Any]) -> Run:
     """The run of a rule that may close over tracers of the finished trace of `fn`.
 
     The first operands of the call are what the function closes over. Its rule closes
     over the same values, but JAX does not pass them to it: it holds the tracers that
     `fn` got. They stand for operands of `fn`, and so for the arguments of the rule.
     """
-    values = zip(outer[: custom_consts(run.eqn)], own, strict=False)
+    values = zip(outer[: custom_consts(run.eqn)], inner, strict=False)
     pairs = ((t, new) for old, new in values for t, v in run.inputs if v is old)
     return run._replace(known={id(t): new for t, new in pairs} | (run.known or {}))
 
@@ -225,8 +225,8 @@ def _closures_named(run: Run, operands: Sequence[Any]) -> Iterator[None]:
 
 def _closure_error(run: Run, operands: Sequence[Any]) -> ValueError:
     name, n = run.eqn.primitive.name.removesuffix("_call"), custom_consts(run.eqn)
-    own = [x.name for x in operands[:n] if is_factors(x)]
-    what = repr(str(joined(own))) if own else "a value made of the weights"
+    names = [x.name for x in operands[:n] if is_factors(x)]
+    what = repr(str(joined(names))) if names else "a value made of the weights"
     line = f" at {at}" if (at := line_of(run)) else ""
     return ValueError(
         f"A jax.{name} function{line} closes over {what}: its rule, which runs later, "

@@ -17,16 +17,16 @@ from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import (
     Factors,
     align,
+    batch_dims,
+    dims_of,
     on_device,
-    present,
     squeeze_absent,
-    stacked,
 )
 from lora_jax._engine.low_rank import einsum
 from lora_jax._engine.quantized import is_quantized, spread, widened
 
 
-def weight(
+def from_leaves(
     w: Any, a: Any, b: Any, scale: Any, magnitude: Any = None, *, name: str = ""
 ) -> Factors:
     """`Factors` from the leaves of a tree, those of DoRA or of LoRA.
@@ -52,9 +52,9 @@ def norms(f: Factors) -> jax.Array:
 
     A quantized stack is dequantized one layer at a time.
     """
-    if not (is_quantized(f.w) and stacked(f)):
+    if not (is_quantized(f.w) and batch_dims(f)):
         return _norms(f)
-    layer = min(stacked(f))
+    layer = min(batch_dims(f))
     parts = {"w": spread(f.w, layer), "a": f.a, "b": f.b, "scale": f.scale}
     front = lambda x: jnp.moveaxis(x, layer, 0)
     back = lambda x: jnp.expand_dims(x, layer)
@@ -71,7 +71,7 @@ def _norms(f: Factors) -> jax.Array:
     scale = on_device(f.scale).astype(dtype)
     product = functools.partial(einsum, precision=lax.Precision.HIGHEST)
     dims, r, q = list(range(f.ndim)), f.ndim, f.ndim + 1
-    in_a, in_b = present(a), present(b)
+    in_a, in_b = dims_of(a), dims_of(b)
     inputs = [d for d in dims if b.shape[d] == 1]
     outputs = [d for d in dims if d not in inputs]
     layers = [d for d in in_a if d in in_b]
@@ -80,10 +80,10 @@ def _norms(f: Factors) -> jax.Array:
     met = product(w, dims, a, [*in_a, r], [*outputs, r])
     met = product(met, [*outputs, r], b, [*in_b, r], outputs)
     gram = product(a, [*in_a, r], a, [*in_a, q], [*layers, r, q])
-    own = product(gram, [*layers, r, q], b, [*in_b, q], [*in_b, r])
-    own = product(own, [*in_b, r], b, [*in_b, r], in_b)
+    square = product(gram, [*layers, r, q], b, [*in_b, q], [*in_b, r])
+    square = product(square, [*in_b, r], b, [*in_b, r], in_b)
     sizes = [n if d in in_b else 1 for d, n in enumerate(f.shape)]
     total = jnp.sum(w * w, axis=tuple(inputs), keepdims=True)
     total += 2 * scale * jnp.expand_dims(met, inputs)
-    total += scale**2 * jnp.reshape(own, sizes)
+    total += scale**2 * jnp.reshape(square, sizes)
     return jnp.sqrt(jnp.maximum(total, 0))

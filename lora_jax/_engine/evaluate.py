@@ -128,9 +128,9 @@ def _shard_map(
     specs: list[Any] = []
     args = []
     for x, spec in zip(operands, in_specs, strict=True):
-        x, own = factors.sharded(x, spec, mesh) if is_factors(x) else (x, [spec])
+        x, new_specs = factors.sharded(x, spec, mesh) if is_factors(x) else (x, [spec])
         args.append(x)
-        specs += own
+        specs += new_specs
     leaves, treedef = jax.tree.flatten(args)
 
     def call(key, leaves):
@@ -210,7 +210,7 @@ def _jit(
     types = types_of(marked)
     late = cached.late[types] = [*found.values()] or cached.late.get(types, [])
 
-    def own(name: WeightName) -> WeightName:
+    def name_here(name: WeightName) -> WeightName:
         places = sorted(i for call, i in name.operands if call is cached.token)
         return joined(operands[i].name for i in places) if places else name
 
@@ -218,8 +218,8 @@ def _jit(
         here = run._replace(trail=(*run.trail, (i, 1)))
         # A line inside the function is the same for every caller. Where there is none,
         # that of this call stands for it.
-        note(here, one._replace(name=own(one.name), line=one.line or inside.line))
-    return [renamed(x, own(x.name)) if is_factors(x) else x for x in results]
+        note(here, one._replace(name=name_here(one.name), line=one.line or inside.line))
+    return [renamed(x, name_here(x.name)) if is_factors(x) else x for x in results]
 
 
 class CachedCall(NamedTuple):
@@ -246,14 +246,14 @@ def _cached_call(run: Run) -> CachedCall:
     shardings = params["in_shardings"], params["out_shardings"]
     options, inline = params["compiler_options_kvs"], params["inline"]
     exact = run.exact and run.exact & ids_of(jaxpr)
-    own = Run(
+    kept = Run(
         run.materialize,
         run.rate,
         looped=run.looped,
         exact=exact,
         within=params["name"],
     )
-    how = (own, inline, shardings, options)
+    how = (kept, inline, shardings, options)
     calls = _cached.setdefault(jaxpr, {})
     if how not in calls:
         # Holding the jaxpr itself would keep its own entry alive for ever.
@@ -262,7 +262,7 @@ def _cached_call(run: Run) -> CachedCall:
         def call(key, operands):
             operands = list(map(_constrained, operands, shardings[0]))
             with collect_notes() as found:
-                results = run_jaxpr(own._replace(key=key), held(), operands)
+                results = run_jaxpr(kept._replace(key=key), held(), operands)
             results = list(map(_constrained, results, shardings[1]))
             return results, Notes(tuple(found.values()))
 

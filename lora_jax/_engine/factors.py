@@ -134,7 +134,7 @@ def delta(f: Factors) -> jax.Array:
     dtype = wider(a.dtype, b.dtype)
     a, b = a.astype(dtype), b.astype(dtype) * scale.astype(dtype)[..., None]
     rank = f.ndim
-    in_a, in_b = present(a), present(b)
+    in_a, in_b = dims_of(a), dims_of(b)
     kept = sorted({*in_a, *in_b})
     product = jnp.einsum(
         squeeze_absent(a),
@@ -150,7 +150,7 @@ def delta(f: Factors) -> jax.Array:
 
 def delta_flops(f: Factors) -> int:
     """The FLOPs of `delta`."""
-    return 2 * size(f.shape[d] for d in varying(f)) * f.rank
+    return 2 * size(f.shape[d] for d in adapted_dims(f)) * f.rank
 
 
 def materialize(f: Factors) -> jax.Array:
@@ -191,28 +191,28 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(move, tree)
 
 
-def present(companion: jax.Array, ndim: int = -1) -> list[int]:
+def dims_of(companion: jax.Array, ndim: int = -1) -> list[int]:
     """The weight's dimensions along which an aligned factor has more than size 1."""
     return [d for d, n in enumerate(companion.shape[:ndim]) if n != 1]
 
 
-def gained(f: Factors) -> list[int]:
+def gain_dims(f: Factors) -> list[int]:
     """The dimensions along which the gain differs."""
-    return [] if f.gain is None else present(f.gain, f.ndim)
+    return [] if f.gain is None else dims_of(f.gain, f.ndim)
 
 
-def varying(f: Factors) -> set[int]:
+def adapted_dims(f: Factors) -> set[int]:
     """The dimensions along which the update or the gain differs."""
-    return {*present(f.a), *present(f.b), *gained(f)}
+    return {*dims_of(f.a), *dims_of(f.b), *gain_dims(f)}
 
 
-def stacked(f: Factors) -> set[int]:
+def batch_dims(f: Factors) -> set[int]:
     """The batch dimensions: each of these layers or experts has factors of its own."""
-    return {*present(f.a)} & {*present(f.b)}
+    return {*dims_of(f.a)} & {*dims_of(f.b)}
 
 
 def squeeze_absent(factor: jax.Array) -> jax.Array:
-    """An aligned factor with only the dimensions `present` and the rank."""
+    """An aligned factor with only the dimensions it has (`dims_of`) and the rank."""
     return jnp.reshape(
         factor, [n for n in factor.shape[:-1] if n != 1] + [factor.shape[-1]]
     )
@@ -242,13 +242,13 @@ def follow(
     if not f.rank:
         return [without_adapter(w, f.name) for w in views]
     new = [w.shape for w in views]
-    own = []
+    results_of = []
     for c in parts(f):
         results = rule(c, f.shape, new, *others, **params)
         if results is None or not all(map(_fits, results, new)):
             return None
-        own.append(results)
-    pairs = zip(views, zip(*own, strict=True), strict=True)
+        results_of.append(results)
+    pairs = zip(views, zip(*results_of, strict=True), strict=True)
     return [w if 0 in w.shape else with_parts(f, w, c) for w, c in pairs]
 
 
@@ -264,23 +264,23 @@ def renamed(x: Any, name: WeightName) -> Any:
 def joined(names: Iterable[WeightName]) -> WeightName:
     """The name of an array that is made of several weights."""
     names = [*names]
-    single = (name for own in names for name in own.names)
-    operands = (own.operands for own in names)
+    single = (name for one in names for name in one.names)
+    operands = (one.operands for one in names)
     return WeightName(tuple(dict.fromkeys(single)), frozenset().union(*operands))
 
 
 def device_put(f: Factors, w: jax.Array, to: Any) -> Factors:
     """The factors of a weight that `jax.device_put(weight, to)` has made `w`."""
-    own: Any = parts(f)
+    companions: Any = parts(f)
     if isinstance(to, jax.sharding.NamedSharding):
         to = _in_default_memory(to)
         places = [to.update(spec=s) for s in part_sharding(f, to.spec, to.mesh)]
-        own = [*map(jax.device_put, own, places)]
+        companions = [*map(jax.device_put, companions, places)]
     elif isinstance(to, jax.sharding.SingleDeviceSharding):
-        own = jax.device_put(own, _in_default_memory(to))
+        companions = jax.device_put(companions, _in_default_memory(to))
     elif isinstance(to, jax.Device):
-        own = jax.device_put(own, to)
-    return with_parts(f, w, on_device(tuple(own)))
+        companions = jax.device_put(companions, to)
+    return with_parts(f, w, on_device(tuple(companions)))
 
 
 def _in_default_memory(sharding: Any) -> Any:
@@ -298,9 +298,9 @@ def sharded(f: Factors, spec: PartitionSpec, mesh: Any) -> tuple[Factors, list[A
 
     A quantized weight is dequantized if a cut would divide a block.
     """
-    own: Sequence[Any] | None = (spec,)
+    specs: Sequence[Any] | None = (spec,)
     if is_quantized(f.w):
-        own = part_specs(f.w, spec, mesh)
-        if own is None:
-            own, f = (spec,), dataclasses.replace(f, w=dequantize(f.w))
-    return f, [*own, *part_sharding(f, spec, mesh)]
+        specs = part_specs(f.w, spec, mesh)
+        if specs is None:
+            specs, f = (spec,), dataclasses.replace(f, w=dequantize(f.w))
+    return f, [*specs, *part_sharding(f, spec, mesh)]

@@ -68,8 +68,10 @@ def flow_through(
         return _flow_loop(params["jaxpr"], consts, carry, operands, inside, join)
     if name == "while":
         n, consts = params["cond_nconsts"], params["body_nconsts"]
-        body, own = params["body_jaxpr"], operands[n:]
-        results = _flow_loop(body, consts, len(eqn.outvars), own, inside, join)
+        body, body_operands = params["body_jaxpr"], operands[n:]
+        results = _flow_loop(
+            body, consts, len(eqn.outvars), body_operands, inside, join
+        )
         inside(params["cond_jaxpr"], [*operands[:n], *results])
         return results
     if name == "cond":

@@ -15,11 +15,11 @@ from jax import lax
 from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import (
     Factors,
-    gained,
+    batch_dims,
+    dims_of,
+    gain_dims,
     is_factors,
     joined,
-    present,
-    stacked,
     without_adapter,
 )
 
@@ -38,12 +38,12 @@ def concatenate(parts: Sequence[Any], w: jax.Array, axis: int) -> Factors | None
     parts = [_in_order_of(first, x, axis) if is_factors(x) else x for x in parts]
     weights = [x for x in parts if is_factors(x)]
     roles = {_roles(f, axis) for f in weights}
-    owned = [(axis in present(f.a), axis in present(f.b)) for f in weights]
+    owned = [(axis in dims_of(f.a), axis in dims_of(f.b)) for f in weights]
     in_a, in_b = map(any, zip(*owned, strict=True))
     stack = in_a == in_b
     if 0 in w.shape or len(roles) > 1 or (stack and any(i != o for i, o in owned)):
         return None
-    if any(f.gain is not None and axis not in gained(f) for f in weights):
+    if any(f.gain is not None and axis not in gain_dims(f) for f in weights):
         return None  # side by side along the inputs, each output would have two gains
     owner, other = ("a", "b") if in_a and not in_b else ("b", "a")
     dtype = wider(*(getattr(f, n).dtype for f in weights for n in "ab"))
@@ -80,12 +80,12 @@ def concatenate(parts: Sequence[Any], w: jax.Array, axis: int) -> Factors | None
 
 def _gains(parts: Sequence[Any], w: jax.Array, axis: int) -> jax.Array | None:
     """The gains of weights and plain arrays side by side, 1 where there is none."""
-    own = {d for x in parts if is_factors(x) for d in gained(x)}
-    if not own:
+    dims = {d for x in parts if is_factors(x) for d in gain_dims(x)}
+    if not dims:
         return None
     pieces = []
     for x in parts:
-        sizes = [n if d in own else 1 for d, n in enumerate(w.shape)]
+        sizes = [n if d in dims else 1 for d, n in enumerate(w.shape)]
         sizes[axis] = x.shape[axis]
         gain = x.gain if is_factors(x) else None
         gain = jnp.ones((1,) * w.ndim) if gain is None else gain
@@ -101,21 +101,21 @@ def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
     if not (f.rank and g.rank):
         return dataclasses.replace(f if f.rank else g, w=w)
     name = joined([f.name, g.name])
-    for own, shared in (("a", "b"), ("b", "a")):
+    for kept, shared in (("a", "b"), ("b", "a")):
         if getattr(f, shared) is getattr(g, shared):
-            f, g = _folded(f, own), _folded(g, own)
-            total = getattr(f, own) + getattr(g, own)
+            f, g = _folded(f, kept), _folded(g, kept)
+            total = getattr(f, kept) + getattr(g, kept)
             same = dataclasses.replace(f, w=w, name=name)
-            return dataclasses.replace(same, **{own: total})
+            return dataclasses.replace(same, **{kept: total})
     g = _in_order_of(f, g)
-    a, b = ({*present(x)} | {*present(y)} for x, y in ((f.a, g.a), (f.b, g.b)))
-    if a & b != stacked(f) | stacked(g):
+    a, b = ({*dims_of(x)} | {*dims_of(y)} for x, y in ((f.a, g.a), (f.b, g.b)))
+    if a & b != batch_dims(f) | batch_dims(g):
         return None
     f, g = _folded(f, "b"), _folded(g, "b")
     dtype = wider(*(x.dtype for x in (f.a, f.b, g.a, g.b)))
 
-    def both(x, y, own):
-        sizes = [n if d in own else 1 for d, n in enumerate(w.shape)]
+    def both(x, y, kept):
+        sizes = [n if d in kept else 1 for d, n in enumerate(w.shape)]
         wide = [
             jnp.broadcast_to(z, (*sizes, z.shape[-1])).astype(dtype) for z in (x, y)
         ]
@@ -126,7 +126,7 @@ def add(f: Factors, g: Factors, w: jax.Array) -> Factors | None:
 
 def _roles(f: Factors, axis: int | None = None) -> tuple[frozenset[int], ...]:
     """The dimensions that each factor has, without `axis`."""
-    return tuple(frozenset(present(x)) - {axis} for x in (f.a, f.b))
+    return tuple(frozenset(dims_of(x)) - {axis} for x in (f.a, f.b))
 
 
 def _in_order_of(like: Factors, f: Factors, axis: int | None = None) -> Factors:

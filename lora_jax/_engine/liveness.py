@@ -30,8 +30,8 @@ def used_inputs(jaxpr: Any, outputs: Sequence[bool] | None = None) -> list[bool]
         live = any(results) or bool(eqn.effects)
         if eqn.primitive.name in CUSTOM:
             first = custom_consts(eqn)
-            own = _backward(call_jaxpr(eqn), results, operands)
-            return [*own[:first], *(x or live for x in own[first:])]
+            used = _backward(call_jaxpr(eqn), results, operands)
+            return [*used[:first], *(x or live for x in used[first:])]
         return [live] * len(operand_atoms(eqn))
 
     return _backward(jaxpr, outputs, operands)

@@ -40,6 +40,14 @@ from lora_jax._engine.run import (
 )
 from lora_jax._engine.views import always_follows, is_product
 
+# A loop can carry a weight from step to step, for example two tables that swap places.
+# The structure of a carry must be the same after each step, and `Factors` are several
+# arrays. So each rule divides the carry: weights that the body returns unchanged are
+# constants (`_fixed`), weights that it returns as factors of the same shapes stay
+# factors (`_steady`), and all others are materialized before the first step. Operands
+# that are scanned over are sliced together with their factors (`_slices`), since each
+# layer of a stack has its factors.
+
 
 @rule_for("scan")
 def _scan(
@@ -89,6 +97,10 @@ def _scan(
     return [*_filled(carry, fixed), *ys]
 
 
+# A `while` has two functions of its carry, and both may use a weight. The dropout key
+# is part of the carry, because a `while` has no `xs` with a key for each step.
+
+
 @rule_for("while")
 def _while(
     run: Run,
@@ -98,8 +110,8 @@ def _while(
     cond_nconsts: int,
     body_nconsts: int,
 ) -> list[Any]:
-    cond_consts, own = [*operands[:cond_nconsts]], operands[cond_nconsts:]
-    body_consts, init = [*own[:body_nconsts]], own[body_nconsts:]
+    cond_consts, rest = [*operands[:cond_nconsts]], operands[cond_nconsts:]
+    body_consts, init = [*rest[:body_nconsts]], rest[body_nconsts:]
     fixed = _fixed(body_jaxpr, init, body_nconsts)
     # Under `vmap` the condition is batched: finished examples stay as they are while
     # the others continue.
@@ -140,14 +152,18 @@ def _while(
 
     def body(state):
         key, carry = state
-        key, own = (None, None) if key is None else jax.random.split(key)
-        return key, _alike(run, carry, step(run._replace(key=own), carry))
+        key, now = (None, None) if key is None else jax.random.split(key)
+        return key, _alike(run, carry, step(run._replace(key=now), carry))
 
     if batch:
         carry = materialize_all(run, carry, "while")
     else:
         carry = _steady(run, operands, carry, step)
     return _filled(lax.while_loop(cond, body, (run.key, carry))[1], fixed)
+
+
+# The branches of a `cond` must return the same types, but one may return a weight
+# unchanged and another its square. So the results of a branch are arrays.
 
 
 @rule_for("cond")
@@ -167,9 +183,9 @@ def _cond(
         return lax.switch(index, functions, list(operands))
     # `lax.platform_dependent`: only one of its branches is ever lowered.
     pairs = [*zip(branches_platforms, functions, strict=True)]
-    own = {name: function for names, function in pairs for name in names or ()}
+    by_platform = {name: function for names, function in pairs for name in names or ()}
     default = next((function for names, function in pairs if names is None), None)
-    return lax.platform_dependent(list(operands), default=default, **own)
+    return lax.platform_dependent(list(operands), default=default, **by_platform)
 
 
 def _fixed(jaxpr: Any, init: Sequence[Any], n_consts: int) -> dict[int, Factors]:
@@ -286,6 +302,12 @@ _stays: weakref.WeakKeyDictionary[Any, dict[Any, list[bool]]] = (
 )
 
 
+# Whether a weight stays a weight depends on the others: a carry that swaps two of them
+# keeps both or neither. So all stay at first, one abstract step shows which come back
+# with other types, these are materialized, and the step is tried again until nothing
+# changes. Each round removes at least one weight, which bounds the number of rounds.
+
+
 def _kept(run: Run, carry: Any, step: Any, operands: Any, xs: Any) -> list[bool]:
     body = loop_body(run.eqn)
     exact = run.exact and run.exact & ids_of(body)
@@ -325,13 +347,13 @@ def _alike(run: Run, before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
 def _slices(f: Factors) -> tuple[Any, Callable[[Any], Factors]]:
     """The parts of `f` that differ from slice to slice, and how to join one slice."""
     w = spread(f.w, 0) if is_quantized(f.w) else f.w
-    own = factors.parts(f)
-    varying = {i: x for i, x in enumerate(own) if x.shape[0] != 1}
-    same = {i: jnp.squeeze(x, 0) for i, x in enumerate(own) if i not in varying}
+    companions = factors.parts(f)
+    varying = {i: x for i, x in enumerate(companions) if x.shape[0] != 1}
+    same = {i: jnp.squeeze(x, 0) for i, x in enumerate(companions) if i not in varying}
 
     def join(slices):
         w, varying = slices
         every = same | varying
-        return factors.with_parts(f, w, (every[i] for i in range(len(own))))
+        return factors.with_parts(f, w, (every[i] for i in range(len(companions))))
 
     return (w, varying), join

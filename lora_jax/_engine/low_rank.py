@@ -167,8 +167,8 @@ def is_explicit(x: jax.Array) -> bool:
 def _spec(labels: Labels, *operands: tuple[jax.Array, Labels]) -> NamedSharding:
     """The result's sharding on a mesh with explicit axes, from that of its operands."""
     axes: dict[int, Any] = {}
-    for array, own in operands:
-        for n, names in zip(own, jax.typeof(array).sharding.spec, strict=True):
+    for array, its_labels in operands:
+        for n, names in zip(its_labels, jax.typeof(array).sharding.spec, strict=True):
             taken = {name for other in axes.values() for name in _names(other)}
             if n in labels and n not in axes and taken.isdisjoint(_names(names)):
                 axes[n] = names

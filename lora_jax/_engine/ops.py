@@ -28,10 +28,10 @@ from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import (
     Factors,
     delta_flops,
+    dims_of,
     follow,
-    gained,
+    gain_dims,
     materialize,
-    present,
     squeeze_absent,
 )
 from lora_jax._engine.low_rank import RANK, Labels
@@ -102,12 +102,12 @@ def _dot_general(
     f_free = [n for n in f_labels if n not in paired]
     out = [*f_batch, *f_free, *x_free] if swap else [*f_batch, *x_free, *f_free]
 
-    if {*gained(f)}.intersection(f_sum):
+    if {*gain_dims(f)}.intersection(f_sum):
         # In the dtype of the product: x may have fewer digits.
         dtype = _compute_dtype(x, f, x)
-        x = _gained(x.astype(dtype), f, x_labels)
+        x = _times_gain(x.astype(dtype), f, x_labels)
         if dropped is not None:
-            dropped = _gained(dropped.astype(dtype), f, x_labels)
+            dropped = _times_gain(dropped.astype(dtype), f, x_labels)
         f = dataclasses.replace(f, gain=None)
     if not f.rank:
         return through(product, x, f.w, looped=looped)
@@ -117,8 +117,8 @@ def _dot_general(
     dtype = _compute_dtype(x, f, y)
     parts = []
     for factor in (f.a, scaled(f)):
-        labels = [f_labels[d] for d in present(factor)]
-        summed = size(factor.shape[d] for d in present(factor) if d not in out)
+        labels = [f_labels[d] for d in dims_of(factor)]
+        summed = size(factor.shape[d] for d in dims_of(factor) if d not in out)
         parts.append((summed, squeeze_absent(factor).astype(dtype), [*labels, RANK]))
     (_, first, of_first), (_, second, of_second) = sorted(parts, key=lambda p: -p[0])
     # The first product keeps the dimensions that the second factor or the output has.
@@ -134,7 +134,7 @@ def _dot_general(
     else:
         update = low_rank.einsum(h, kept, second, of_second, out, precision, y.dtype)
         y = y + _like(y, update.astype(y.dtype))
-    return _gained(y, f, out)
+    return _times_gain(y, f, out)
 
 
 def is_dearer(base: int, extra: int, f: Factors) -> bool:
@@ -146,8 +146,8 @@ def is_dearer(base: int, extra: int, f: Factors) -> bool:
     FLOPs. `extra` counts four times rather than three, so that a forward pass alone
     takes at most 5/4 of the plain one.
     """
-    own = delta_flops(f)
-    return extra - own > WORTHWHILE and 4 * extra > base + 4 * own
+    array = delta_flops(f)
+    return extra - array > WORTHWHILE and 4 * extra > base + 4 * array
 
 
 def dot_general_flops(
@@ -161,8 +161,8 @@ def dot_general_flops(
     of_x = {paired.get(d, f.ndim + d) for d in range(x.ndim)}
     out = {*sizes} - {*f_sum}
     flops = lambda dims: 2 * size(sizes[d] for d in dims)
-    parts = [{*present(f.a)}, {*present(f.b)}]
-    first, second = sorted(parts, key=lambda own: -size(sizes[d] for d in own - out))
+    parts = [{*dims_of(f.a)}, {*dims_of(f.b)}]
+    first, second = sorted(parts, key=lambda dims: -size(sizes[d] for d in dims - out))
     first_met = (of_x & (out | first | second)) | first
     kept = (of_x | first) & (out | second)
     return flops(sizes), f.rank * (flops(first_met) + flops(kept | second))
@@ -173,13 +173,13 @@ def _by_operand(dimension_numbers: Any, swap: bool) -> Any:
     return ((pair[::-1] if swap else pair) for pair in dimension_numbers)
 
 
-def _gained(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
+def _times_gain(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
     """An array times the gain of a weight, whose dimensions it has in `labels`."""
     if f.gain is None:
         return x
-    own = [d for d in labels if d in gained(f)]
-    gain = jnp.transpose(f.gain, [*own, *(d for d in range(f.ndim) if d not in own)])
-    gain = jnp.reshape(gain, [f.gain.shape[d] if d in own else 1 for d in labels])
+    dims = [d for d in labels if d in gain_dims(f)]
+    gain = jnp.transpose(f.gain, [*dims, *(d for d in range(f.ndim) if d not in dims)])
+    gain = jnp.reshape(gain, [f.gain.shape[d] if d in dims else 1 for d in labels])
     wide = wider(x.dtype, gain.dtype)
     return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
@@ -219,10 +219,10 @@ def conv_general_dilated(
         return None
     first, second = order
     groups = params["feature_group_count"]
-    before = not {*window}.isdisjoint(present(second))
-    if before and (groups > 1 or not {*window}.isdisjoint(present(first))):
+    before = not {*window}.isdisjoint(dims_of(second))
+    if before and (groups > 1 or not {*window}.isdisjoint(dims_of(first))):
         return None
-    if gained(f) not in ([], [out_channel]):
+    if gain_dims(f) not in ([], [out_channel]):
         return None
 
     out, r = f.shape[out_channel], first.shape[-1]
@@ -252,9 +252,9 @@ def conv_general_dilated(
         channel, matrix = dimension_numbers.out_spec[1], _matrix(second, out)
         if groups == 1 and channel == y.ndim - 1 and not low_rank.is_explicit(y):
             y = low_rank.add(y, h, matrix.astype(dtype), precision)
-            return _gained(y, f, labels)
+            return _times_gain(y, f, labels)
         product = _mix(h, matrix, channel, groups, precision)
-    return _gained(y + product.astype(y.dtype), f, labels)
+    return _times_gain(y + product.astype(y.dtype), f, labels)
 
 
 def _window(
@@ -417,8 +417,8 @@ def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
     """The factor without these outputs and the one without these inputs, or None."""
     pair = f.a, scaled(f)
     for first, second in (pair, pair[::-1]):
-        if {*outputs}.isdisjoint(present(first)):
-            if {*inputs}.isdisjoint(present(second)):
+        if {*outputs}.isdisjoint(dims_of(first)):
+            if {*inputs}.isdisjoint(dims_of(second)):
                 return first, second
     return None
 

@@ -31,12 +31,12 @@ def _dot_general(
     swap = is_factors(lhs)
     x, f = (rhs, lhs) if swap else (lhs, rhs)
     drop, (contracted, batch) = _dropout(run), dimension_numbers
-    own = {*factors.gained(f)} - {*batch[not swap]}
+    gain = {*factors.gain_dims(f)} - {*batch[not swap]}
     sums = contracted[not swap]
-    if own.intersection(sums) and not own.issubset(sums):
+    if gain.intersection(sums) and not gain.issubset(sums):
         return None  # a gain of contracted and of free dimensions is on neither side
     product = lambda w: run.bind(w, x) if swap else run.bind(x, w)
-    if drop is None and factors.varying(f).isdisjoint(sums):
+    if drop is None and factors.adapted_dims(f).isdisjoint(sums):
         # An outer product has an element for each element of the weight and of x, and
         # the factors would compute each of them once per rank.
         return product(materialize(f))
@@ -78,13 +78,13 @@ def _gather(run: Run, f: Any, indices: Any, **params: Any) -> list[Any] | None:
         return None
     dnums, (shape,) = params["dimension_numbers"], shapes(run.eqn)[1]
     named = dnums.start_index_map
-    looked_up = not factors.stacked(f).issuperset(named)
+    looked_up = not factors.batch_dims(f).issuperset(named)
     if looked_up and size(shape) > size(f.shape):
         # More rows than the table has, as for positions or for a few token types: the
         # materialized table is smaller than the rows.
         return run.bind(materialize(f), indices)
     fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if fills and not factors.varying(f).issuperset(named):
+    if fills and not factors.adapted_dims(f).issuperset(named):
         return None  # neither factor could leave out what is out of bounds
     found = ops.gather(f, indices, **params)
     if not looked_up:

@@ -205,8 +205,8 @@ def quantize_array(
     """
     # NumPy's float64 is float32 unless x64 is on, as everywhere in JAX.
     sizes, dtypes = tuple(sizes), (jax.dtypes.canonicalize_dtype(w.dtype),)
-    own = [d for d in batch if sizes[d] == w.shape[d]]  # where each layer has scales
-    loops = tuple(loops_over(w, own).items())
+    layers = [d for d in batch if sizes[d] == w.shape[d]]  # where each layer has scales
+    loops = tuple(loops_over(w, layers).items())
     if isinstance(w, Tracer):
         return Quantized(*_make(w, how, sizes, loops), dtypes, how)
     sharding = getattr(w, "sharding", None)
@@ -230,8 +230,8 @@ def _make(
 ) -> tuple[jax.Array, jax.Array]:
     """The codes and the scales."""
     parts = dict(loops)
-    own = [parts.get(d, m) for d, m in enumerate(sizes)]
-    return per_layer(lambda w: _make_one(w, how, own), [w], parts)
+    of_layer = [parts.get(d, m) for d, m in enumerate(sizes)]
+    return per_layer(lambda w: _make_one(w, how, of_layer), [w], parts)
 
 
 def _make_one(w: jax.Array, how: str, sizes: list[int]) -> tuple[jax.Array, jax.Array]:

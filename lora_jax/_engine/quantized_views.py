@@ -189,8 +189,8 @@ def _scaled(params: Any, *args: Any, plain: Any, by: Any) -> list[Any] | None:
 
     def fits(y):
         sizes = zip(jnp.shape(y), x.scale.shape, strict=False)
-        own = jnp.ndim(y) in (0, x.ndim) and all(n in (1, m) for n, m in sizes)
-        return own and not is_quantized(y) and not jnp.iscomplexobj(y)
+        broadcasts = jnp.ndim(y) in (0, x.ndim) and all(n in (1, m) for n, m in sizes)
+        return broadcasts and not is_quantized(y) and not jnp.iscomplexobj(y)
 
     if not all(map(fits, others)):
         return None

@@ -143,8 +143,8 @@ def note_materialized(run: Run, f: Factors, cause: str) -> None:
     if not f.rank:
         note(run, Note(f.name, cause, line_of(run), True, adapted=False))
         return
-    own, cost = factors.varying(f), factors.delta_flops(f)
-    rows = own in ({*factors.present(f.a)}, {*factors.present(f.b)})
+    dims, cost = factors.adapted_dims(f), factors.delta_flops(f)
+    rows = dims in ({*factors.dims_of(f.a)}, {*factors.dims_of(f.b)})
     what = Note(f.name, cause, line_of(run), not rows, cost)
     if run.materialize == "error" and not rows:
         raise NeedsWeight(what)

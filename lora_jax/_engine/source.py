@@ -37,9 +37,9 @@ def source_line(eqn: Any, within: str | None = None) -> str:
     if within is not None:
         depths = [i for i, f in enumerate(inside) if f.function_name == within]
         inside = inside[: depths[-1] + 1] if depths else []
-    own = [frame for frame in inside if not _in_library(frame.file_name)]
+    of_user = [frame for frame in inside if not _in_library(frame.file_name)]
     of_flax = [frame for frame in inside if frame.file_name.startswith(_LIBRARIES[1:])]
-    for frame in (*own, *of_flax):
+    for frame in (*of_user, *of_flax):
         return _shown(frame.file_name, frame.line_num)
     return ""
 

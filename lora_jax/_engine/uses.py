@@ -29,7 +29,7 @@ class View(NamedTuple):
     weight: Hashable
     dims: tuple[Dims, ...]
     sure: bool = True  # False after a lookup or a sum: an activation, perhaps
-    own: bool = True  # False once joined with an activation: a bias, a position
+    alone: bool = True  # False once joined with an activation: a bias, a position
 
 
 # Marks an activation among the views that an array holds: the array depends on an input
@@ -47,18 +47,18 @@ class Use(NamedTuple):
     picked: Dims = frozenset()  # a row of a table, a layer of a stack
     rows: Dims = frozenset()  # those that are picked by indices known at run time
     sure: bool = True
-    own: bool = True
+    alone: bool = True
     where: str = ""
 
     @property
     def is_product(self) -> bool:
         """Whether it is a product with the weight itself, and no sum or broadcast."""
-        return self.own and bool(self.contracted and self.free)
+        return self.alone and bool(self.contracted and self.free)
 
     @property
     def is_lookup(self) -> bool:
         """Whether it picks rows of the weight by indices known at run time."""
-        return self.own and bool(self.rows)
+        return self.alone and bool(self.rows)
 
 
 def uses_of(
@@ -111,7 +111,7 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
             role: frozenset().union(*(view.dims[i] for i in positions))
             for role, positions in roles.items()
         }
-        known = {"sure": view.sure, "own": view.own, "where": source_line(eqn)}
+        known = {"sure": view.sure, "alone": view.alone, "where": source_line(eqn)}
         uses[view.weight].append(Use(**sets, **known))
 
     if name in CALLS:
@@ -169,7 +169,7 @@ def _step(eqn: Any, views: list[Any], uses: dict[Any, list[Use]]) -> list[Any]:
             view._replace(
                 dims=dims,
                 sure=view.sure and sure,
-                own=view.own and not _is_joined(eqn, i, views, olds),
+                alone=view.alone and not _is_joined(eqn, i, views, olds),
             )
             for i in sources
             for view in _weights(views[i])
@@ -186,7 +186,7 @@ def _moved(eqn: Any, dims: tuple[Dims, ...], old: Any, new: Any) -> Any:
     behind = origins(eqn.primitive.name, eqn.params, old, new)
     if behind is None:
         return None
-    return tuple(frozenset().union(*(dims[d] for d in own)) for own in behind)
+    return tuple(frozenset().union(*(dims[d] for d in before)) for before in behind)
 
 
 def _weights(views: Iterable[View]) -> list[View]:

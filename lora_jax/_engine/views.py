@@ -35,6 +35,11 @@ from lora_jax._engine.shapes import segments, size
 LARGE = 2**13  # elements of a weight, below which its factors are kept
 
 
+# The weight itself takes the view by its equation (`run.bind`), with all of JAX's
+# parameters, and its companions take it by their rule. If the adapted array is not the
+# first operand, as in `x[w]` with adapted indices, it is no view of a weight.
+
+
 def _follow(run: Run, f: Any, *others: Any, **params: Any) -> list[Any] | None:
     if not is_factors(f):
         return None
@@ -49,7 +54,7 @@ def _reshape(run: Run, f: Factors, **params: Any) -> list[Any] | None:
     to be repeated along this one.
     """
     (w,) = run.bind(f.w)
-    order, own = params.get("dimensions") or range(f.ndim), factors.varying(f)
+    order, adapted = params.get("dimensions") or range(f.ndim), factors.adapted_dims(f)
     if 0 in f.shape:
         return [w]
     merges = [*segments(tuple(f.shape[d] for d in order), w.shape)]
@@ -59,7 +64,7 @@ def _reshape(run: Run, f: Factors, **params: Any) -> list[Any] | None:
         for merged, _ in merges:
             dims = [order[i] for i in merged]
             if any(c.shape[d] != 1 for d in dims):
-                for d in {*dims} - own:
+                for d in {*dims} - adapted:
                     sizes[d] = f.shape[d]
         return jnp.broadcast_to(c, sizes)
 
@@ -86,10 +91,10 @@ def _convert_element_type(
 ) -> list[Any] | None:
     if not jnp.issubdtype(new_dtype, jnp.inexact) or new_dtype.itemsize < 2:
         return None
-    own = digits(new_dtype)
-    if own < digits(f.dtype):
+    left = digits(new_dtype)
+    if left < digits(f.dtype):
         exact = run.exact or ()
-        if id(run.eqn) in exact or run.leads_to(run.eqn, *_is_summed_in_more(own)):
+        if id(run.eqn) in exact or run.leads_to(run.eqn, *_is_summed_in_more(left)):
             return None
         name = "convert_element_type"
         note(run, Note(f.name, name, line_of(run), False, alone=True))
@@ -125,10 +130,15 @@ def _reduce_precision(
     run: Run, f: Factors, *, exponent_bits: int, mantissa_bits: int
 ) -> list[Any] | None:
     """No change where all digits are kept, as JAX itself writes it for residuals."""
-    own = jnp.finfo(f.dtype)
-    if exponent_bits < own.nexp or mantissa_bits < own.nmant:
+    held = jnp.finfo(f.dtype)
+    if exponent_bits < held.nexp or mantissa_bits < held.nmant:
         return None
     return _on_weight(run, f)
+
+
+# Placement. The weight goes where the equation sends it, and its companions to the same
+# devices: to a spec with only the dimensions that they have. A weight can live in the
+# hosts' memory while it is not used; factors are small, and XLA computes with them.
 
 
 def _device_put(run: Run, *operands: Any, devices: Any, **_: Any) -> list[Any]:
@@ -142,8 +152,8 @@ def _reshard(run: Run, f: Factors, *, dst_sharding: Any, **_: Any) -> list[Any]:
     (w,), mesh = run.bind(f.w), dst_sharding.mesh
     specs = factors.part_sharding(f, dst_sharding.spec, mesh)
     pairs = zip(parts(f), specs, strict=True)
-    own = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs]
-    return [with_parts(f, w, own)]
+    moved = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+    return [with_parts(f, w, moved)]
 
 
 def _on_each(run: Run, *operands: Any, **_: Any) -> list[Any]:
@@ -174,22 +184,26 @@ def _pvary(run: Run, *operands: Any, axes: Any, **_: Any) -> list[Any]:
     return [jax.tree.map(vary, x) for x in operands]
 
 
+# Views with several operands. A plain array next to an adapted one counts as a weight
+# without an update, so that fused projections stay factored if only some are adapted.
+
+
 def _pad(run: Run, f: Any, padding: Any, *, padding_config: Any) -> list[Any] | None:
     if not is_factors(f) or is_factors(padding):
         return None
     changed = [d for d, edges in enumerate(padding_config) if any(edges)]
-    if not factors.varying(f).issuperset(changed) or f.gain is not None:
+    if not factors.adapted_dims(f).issuperset(changed) or f.gain is not None:
         return None  # the update and the gain would extend into the padding
 
     def pad(c, old, new):
-        own = [
+        pads = [
             edges if c.shape[d] != 1 else (0, 0, 0)
             for d, edges in enumerate(padding_config)
         ]
-        if not any(map(any, own)):
+        if not any(map(any, pads)):
             return [c]
         extra = [(0, 0, 0)] * (c.ndim - len(old))
-        return [lax.pad(c, jnp.zeros((), c.dtype), [*own, *extra])]
+        return [lax.pad(c, jnp.zeros((), c.dtype), [*pads, *extra])]
 
     return follow(f, run.bind(f.w, padding), pad)
 
@@ -234,11 +248,11 @@ def _unless_grown(
     adapted = [x for x in operands if is_factors(x)]
     if f is None or f.rank == max(x.rank for x in adapted):
         return None if f is None else [f]
-    own = size(f.shape[d] for d in factors.varying(f))
+    full = size(f.shape[d] for d in factors.adapted_dims(f))
     elements = size(f.a.shape) + size(f.b.shape)
-    if elements > own:
+    if elements > full:
         return None
-    if 4 * elements <= own or own < LARGE or f.dtype.itemsize < 4:
+    if 4 * elements <= full or full < LARGE or f.dtype.itemsize < 4:
         return [f]
     for x in adapted:
         cost, name = factors.delta_flops(x), run.eqn.primitive.name
@@ -259,22 +273,27 @@ def _is_weight(run: Run, operands: Sequence[Any]) -> bool:
         return True
     (shape,) = shapes(run.eqn)[1]
     for f in adapted:
-        if any(n != 1 for d, n in enumerate(shape) if d not in factors.varying(f)):
+        if any(n != 1 for d, n in enumerate(shape) if d not in factors.adapted_dims(f)):
             return False  # the weight repeats itself, for each example of a batch
     return run.leads_to(run.eqn, is_product, keeps)
 
 
 def _reduce_sum(run: Run, f: Factors, *, axes: Any, **_: Any) -> list[Any] | None:
-    if factors.stacked(f).intersection(axes):
+    if factors.batch_dims(f).intersection(axes):
         return None  # a sum over layers or experts is no product of two factors
-    if {*factors.gained(f)}.intersection(axes):
+    if {*factors.gain_dims(f)}.intersection(axes):
         return None
-    repeats = math.prod(f.shape[d] for d in axes if d not in factors.varying(f))
+    repeats = math.prod(f.shape[d] for d in axes if d not in factors.adapted_dims(f))
     views = follow(f, run.bind(f.w), lambda c, old, new: [jnp.sum(c, axes)])
     return views and [
         dataclasses.replace(x, scale=x.scale * repeats) if is_factors(x) else x
         for x in views
     ]
+
+
+# Arithmetic. A term that is added changes W alone and leaves the update. A number that
+# multiplies goes into the scale, and one number per channel into the factor with that
+# channel. The gain multiplies the whole sum, so nothing can be added after it.
 
 
 def _add(run: Run, f: Any, g: Any, **_: Any) -> list[Any] | None:
@@ -315,7 +334,7 @@ def _scale(run: Run, *operands: Any, **_: Any) -> list[Any] | None:
     (x,) = others
     channels = {d for d, n in enumerate(x.shape) if n != 1}
     for part, factor in (("a", f.a), ("b", f.b)):
-        if channels.issubset(factors.present(factor)):
+        if channels.issubset(factors.dims_of(factor)):
             factor = apply(factor.astype(dtype), x[..., None])
             return [dataclasses.replace(f, w=w, **{part: factor})]
     return None

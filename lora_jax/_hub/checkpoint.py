@@ -86,8 +86,8 @@ def _indexed(folder: str, index: str) -> dict[str, set[str]]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is no index of a checkpoint: {error!r}.") from error
     files: dict[str, set[str]] = {}
-    for name, own in file_of.items():
-        files.setdefault(os.path.join(folder, own), set()).add(name)
+    for name, file_name in file_of.items():
+        files.setdefault(os.path.join(folder, file_name), set()).add(name)
     if missing := [path for path in files if not os.path.isfile(path)]:
         raise FileNotFoundError(
             f"{index} names {len(files)} files, and {len(missing)} are missing: "

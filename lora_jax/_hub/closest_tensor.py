@@ -36,8 +36,8 @@ def _same_sized(
     rows = [t for t in tensors if width(t) == x.shape[1] and t.shape[0] >= len(x)]
     transposed = [t for t in tensors if len(t.shape) == 2 and t.shape[0] == x.shape[1]]
     columns = [t for t in transposed if t.shape[1] > len(x)]
-    for own, lines in ((rows, "rows"), (columns, "columns")):
-        for tensor in own[:MOST]:
+    for candidates, lines in ((rows, "rows"), (columns, "columns")):
+        for tensor in candidates[:MOST]:
             y = np.asarray(tensor.rows(0, tensor.shape[0])).astype(np.float32)
             y = y.reshape(len(y), -1)
             yield tensor, y if lines == "rows" else y.T, lines

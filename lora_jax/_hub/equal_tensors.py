@@ -33,8 +33,12 @@ def choose_modules(
     Raises:
       ValueError: If a part may be several tensors, or two weights are one tensor.
     """
-    names = {part: {t.name for t in own} for part, own in candidates.items()}
-    sure = {part: own[0] for part, own in candidates.items() if len(names[part]) == 1}
+    names = {part: {t.name for t in tensors} for part, tensors in candidates.items()}
+    sure = {
+        part: tensors[0]
+        for part, tensors in candidates.items()
+        if len(names[part]) == 1
+    }
     owned = {tensor.name for tensor in sure.values()}
     chosen: dict[WeightPart, tuple[str, ...]] = {}
     for part, equals in candidates.items():
@@ -93,8 +97,8 @@ def _best_by_name(
     neighbours = [sure[other].module for other, n in near.items() if n == closest]
 
     def score(tensor: CheckpointTensor) -> tuple[int, int]:
-        own = tensor.module.split(".")
-        shared = (_common_start(own, other.split(".")) for other in neighbours)
+        pieces = tensor.module.split(".")
+        shared = (_common_start(pieces, other.split(".")) for other in neighbours)
         return max(shared, default=0), len(
             _words(path_name(path)) & _words(tensor.module)
         )

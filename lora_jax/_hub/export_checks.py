@@ -209,13 +209,13 @@ def _check_submodules(plan: ModulePlan, names: Names, leaves: dict[Path, Any]) -
 
 def _check_magnitudes(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
     """Checks that PEFT has DoRA's norms: for all modules, and one for each update."""
-    own = {path for path in plan.adapted if _has_magnitude(path, leaves)}
-    if own and (plain := [path for path in plan.adapted if path not in own]):
+    dora = {path for path in plan.adapted if _has_magnitude(path, leaves)}
+    if dora and (plain := [path for path in plan.adapted if path not in dora]):
         raise ValueError(
-            f"{listed(sorted(own))} have DoRA's magnitudes, and {listed(plain)} do "
+            f"{listed(sorted(dora))} have DoRA's magnitudes, and {listed(plain)} do "
             "not: PEFT has use_dora for all or for none. Build them alike."
         )
-    for path in own:
+    for path in dora:
         for name, part in plan.adapted[path].modules.items():
             if not part.kind.has_dora:
                 raise ValueError(

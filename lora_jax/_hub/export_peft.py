@@ -131,12 +131,12 @@ def export_peft(
         adapters = find_adapters(leaves)
         plan = _export_plan(leaves, adapters, names, axes, kinds)
         check_loads(plan, leaves, names, modules, task_type)
-        known = {p for p, own in of_rank(adapters).items() if own.aligned}
+        known = {p for p, adapter in of_rank(adapters).items() if adapter.aligned}
         known |= axes_by_path(axes, leaves).keys()
         check_inputs(plan, leaves, known, fan_in_fan_out)
         if portable:
             check_portable(plan, leaves, dtype)
-        parts = [part for own in adapters.values() for part in own]
+        parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
@@ -145,13 +145,13 @@ def export_peft(
     with agreed("export_peft"):
         for part in parts:
             check_finite(repr(path_name(part)), leaves[part])
-        own = {p: own.map(leaves.__getitem__) for p, own in of_rank(adapters).items()}
+        arrays = {p: x.map(leaves.__getitem__) for p, x in of_rank(adapters).items()}
         found: dict[str, ModuleAdapter] = {}
         for path, weight in plan.adapted.items():
-            found |= split_adapter(weight, own[path], fold=portable)
+            found |= split_adapter(weight, arrays[path], fold=portable)
         if portable:
             found = _pad_ranks(found)
-        tensors = _factor_tensors(plan, own, found, dtype)
+        tensors = _factor_tensors(plan, arrays, found, dtype)
         tensors |= _copy_tensors(plan, leaves, dtype)
         ranks = {name: module.a.shape[-1] for name, module in found.items()}
         config = new_config(
@@ -179,10 +179,17 @@ def _export_plan(
     check_names(names, leaves)
     named = {path: _required_names(names, path) for path in adapters}
     given = axes_by_path(axes, leaves)
-    own = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
-    for path, dims in own.items():  # raises if the two do not fit
+    known = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
+    for path, dims in known.items():  # raises if the two do not fit
         is_reversed(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
-    return plan_modules(leaves, named, own, of_copies(adapters), own | given, kinds)
+    return plan_modules(
+        leaves,
+        named,
+        known,
+        of_copies(adapters),
+        known | given,
+        kinds,
+    )
 
 
 def _required_names(names: Names, path: Path) -> ModuleNames:

@@ -110,8 +110,8 @@ def find_names(
             tick()
     if lost:
         raise ValueError(_lost_message(lost, len(chosen)))
-    own = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
-    picked = {path: _pick(path, each, own.get(path)) for path, each in found.items()}
+    wanted = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
+    picked = {path: _pick(path, each, wanted.get(path)) for path, each in found.items()}
     return with_stars(_names_of_matches(picked))
 
 
@@ -144,16 +144,18 @@ def _check_values(chosen: Sequence[Path], leaves: dict[Path, Any]) -> None:
             )
 
 
-def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> TensorMatch:
+def _pick(
+    path: Path, matches: Sequence[TensorMatch], wanted: Axes | None
+) -> TensorMatch:
     """Returns the match with the adapter's axes; without one, the largest stack."""
     # Two matrices in one weight can be a stack of two layers, or two parts of a fused
     # weight. Names that count from 0 show a stack.
-    if own is None:
+    if wanted is None:
         order = sorted(matches, key=lambda match: -len(match.cut.batch))
         return next((match for match in order if _is_counted(match)), order[-1])
     for match in matches:
         wide = lambda dims, match=match: {d for d in dims if match.shape[d] > 1}
-        batch, inputs, outputs = map(wide, own)
+        batch, inputs, outputs = map(wide, wanted)
         stack, rows, columns = map(wide, match.cut)
         if stack == batch and (rows, columns) == (outputs, inputs):
             return match
@@ -163,9 +165,10 @@ def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> Tenso
     first = matches[0]
     raise ValueError(
         f"{path_name(path)!r}, of shape {first.shape}, has an adapter with the inputs "
-        f"{own.inputs}, the outputs {own.outputs} and the stacked dimensions "
-        f"{own.batch}; as {_modules(first)[0]!r} its inputs are {first.cut.columns}, "
-        f"its outputs {first.cut.rows} and its stacked dimensions {first.cut.batch}. "
+        f"{wanted.inputs}, the outputs {wanted.outputs} and the stacked dimensions "
+        f"{wanted.batch}; as {_modules(first)[0]!r} its inputs are "
+        f"{first.cut.columns}, its outputs {first.cut.rows} and its stacked dimensions "
+        f"{first.cut.batch}. "
         "Write lorafy(..., axes=find_axes(fn, params, *args))."
     )
 
@@ -173,12 +176,14 @@ def _pick(path: Path, matches: Sequence[TensorMatch], own: Axes | None) -> Tenso
 def _is_counted(match: TensorMatch) -> bool:
     """Whether the names of a stack's modules count it, or are not decided yet."""
     parts = [*match.parts.values()]
-    if not match.cut.batch or any(len(equals) > 1 for own in parts for equals in own):
+    if not match.cut.batch or any(len(equals) > 1 for part in parts for equals in part):
         return True
-    if len({len(own) for own in parts}) > 1:
+    if len({len(part) for part in parts}) > 1:
         return False
     counts = [match.shape[d] for d in match.cut.batch]
-    columns = zip(*([equals[0].module for equals in own] for own in parts), strict=True)
+    columns = zip(
+        *([equals[0].module for equals in part] for part in parts), strict=True
+    )
     return all(
         stack_template(dict(zip(match.parts, names, strict=True)), counts)
         for names in columns
@@ -194,7 +199,9 @@ def _has_input_rows(path: Path, match: TensorMatch) -> bool:
 
 
 def _modules(match: TensorMatch) -> list[str]:
-    return [t.module for own in match.parts.values() for equals in own for t in equals]
+    return [
+        t.module for part in match.parts.values() for equals in part for t in equals
+    ]
 
 
 def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
@@ -203,8 +210,8 @@ def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
         {
             WeightPart(path, at, i): equals
             for path, match in matches.items()
-            for at, own in match.parts.items()
-            for i, equals in enumerate(own)
+            for at, part in match.parts.items()
+            for i, equals in enumerate(part)
         }
     )
     return {path: _name(path, match, chosen) for path, match in matches.items()}
@@ -215,14 +222,20 @@ def _name(
 ) -> Name:
     counts = [match.shape[d] for d in match.cut.batch]
     names = {  # at each index of the stack: a tied embedding has two for its one part
-        at: [name for i in range(len(own)) for name in chosen[WeightPart(path, at, i)]]
-        for at, own in match.parts.items()
+        at: [
+            name for i in range(len(parts)) for name in chosen[WeightPart(path, at, i)]
+        ]
+        for at, parts in match.parts.items()
     }
-    sizes = {tuple(part[0].shape[0] for part in own) for own in match.parts.values()}
+    sizes = {
+        tuple(part[0].shape[0] for part in parts) for parts in match.parts.values()
+    }
     templates: list[str] = []
     for column in zip(*names.values(), strict=False):
-        own = dict(zip(names, column, strict=True))
-        template = stack_template(own, counts) if counts else escape_braces(column[0])
+        by_index = dict(zip(names, column, strict=True))
+        template = (
+            stack_template(by_index, counts) if counts else escape_braces(column[0])
+        )
         if template is None or len(sizes) > 1:
             raise ValueError(
                 f"{path_name(path)!r} is a stack, and the names of its modules do not "

@@ -83,7 +83,7 @@ def import_peft(
         leaves = _plain_leaves(base, dtype)
         given = axes_by_path(axes, leaves)
         index = index_leaves(names, leaves, given)
-        named = {path_name(p): own for p, own in index.named.items()}
+        named = {path_name(p): named_weight for p, named_weight in index.named.items()}
         same["folder"] = [source.config, source.tensors]
         same["names"] = [named, axes and dict(axes), kinds and dict(kinds), str(dtype)]
         same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.named}
@@ -133,18 +133,18 @@ def _module_adapter(
     dtype: Any,
 ) -> ModuleAdapter:
     """Returns a module's adapter, after a check of its tensors' shapes."""
-    kind, own = weight.modules[name].kind, path_name(weight.path)
+    kind, path = weight.modules[name].kind, path_name(weight.path)
     suffixes: tuple[str, ...] = kind.suffixes
     if folder.config.get("use_dora"):
         suffixes = (*suffixes, MAGNITUDE_SUFFIX)
         if not kind.has_dora:
             raise ValueError(
-                f"{folder.path}: DoRA of {own!r}, {kind.name} {name!r}, cannot be "
+                f"{folder.path}: DoRA of {path!r}, {kind.name} {name!r}, cannot be "
                 "imported: its update would have two norms."
             )
     if tensors.keys() != {*suffixes}:
         raise ValueError(
-            f"{folder.path}: {name!r}, of the weight {own!r}, has the tensors "
+            f"{folder.path}: {name!r}, of the weight {path!r}, has the tensors "
             f"{sorted(tensors)}, and {list(suffixes)} are needed."
         )
     r, scale = rank_and_scale(folder.config, name)
@@ -159,7 +159,7 @@ def _module_adapter(
             hint = " It looks transposed." if found == shape[::-1] else ""
             raise ValueError(
                 f"{folder.path}: {name + suffix!r} must be of shape {shape}, by rank "
-                f"{r} of the config and the weight {own!r} {weight.shape}; found "
+                f"{r} of the config and the weight {path!r} {weight.shape}; found "
                 f"{found}.{hint}"
             )
     a, b = (_cast(name, tensors[suffix], dtype) for suffix in kind.suffixes)
@@ -174,22 +174,22 @@ def _copied_values(
     folder: PeftFolder, leaf: MappedLeaf, old: Any, tensors: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """Returns the values of a leaf that was trained in full, in the shape of base's."""
-    own = path_name(leaf.path)
+    path = path_name(leaf.path)
     if not is_floating(leaf.path, old):
         raise ValueError(
-            f"{folder.path} holds {own!r}, which is {unbox(old).dtype} in base, and "
+            f"{folder.path} holds {path!r}, which is {unbox(old).dtype} in base, and "
             "only floating leaves can be trained. Cast it in base."
         )
     for name, shape in tensor_shapes(leaf).items():
         if name not in tensors:
             raise ValueError(
-                f"{folder.path}: {own!r} of base is a stack. The folder has "
+                f"{folder.path}: {path!r} of base is a stack. The folder has "
                 f"{listed(sorted(tensors))} of it, and not {name!r}."
             )
         if tensors[name].shape != shape:
             raise ValueError(
                 f"{folder.path}: {tensor_name(name, leaf.path)!r}, of shape "
-                f"{tensors[name].shape}, must be {shape} for {own!r} of base, "
+                f"{tensors[name].shape}, must be {shape} for {path!r} of base, "
                 f"{leaf.shape}."
             )
     return leaf_from_torch(leaf, tensors)

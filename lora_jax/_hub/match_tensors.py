@@ -71,7 +71,7 @@ class TensorIndex:
         if weight.dtype not in self.by_dtype:
             by_row: dict[bytes, list[CheckpointTensor]] = {}
             for tensor in self.tensors:
-                for key in {_key(own, weight.dtype) for own in _first_rows(tensor)}:
+                for key in {_key(rows, weight.dtype) for rows in _first_rows(tensor)}:
                     by_row.setdefault(key, []).append(tensor)
             self.by_dtype[weight.dtype] = by_row
         return self.by_dtype[weight.dtype].get(_key(row, weight.dtype), [])
@@ -123,8 +123,8 @@ def cuts(shape: tuple[int, ...]) -> Iterator[Cut]:
     single = [d for d, n in enumerate(shape) if n == 1]
     for roles in itertools.product(range(3), repeat=len(wide)):
         batch, rows, columns = (
-            tuple(d for d, role in zip(wide, roles, strict=True) if role == own)
-            for own in range(3)
+            tuple(d for d, role in zip(wide, roles, strict=True) if role == kind)
+            for kind in range(3)
         )
         # Without row dimensions it is a matrix of one row, which is never stored with
         # several dimensions for its columns.
@@ -167,8 +167,8 @@ def _is_equal(x: np.ndarray, tensor: CheckpointTensor, weight: WeightValues) -> 
     possible = range(len(_first_rows(tensor)))  # orders of the window that still fit
     for low in range(0, tensor.shape[0], step):
         orders = _window_orders(tensor.rows(low, min(low + step, tensor.shape[0])))
-        own = x[low : low + step][: len(orders[0])]
-        possible = [i for i in possible if _is_same(own, orders[i], weight)]
+        step_rows = x[low : low + step][: len(orders[0])]
+        possible = [i for i in possible if _is_same(step_rows, orders[i], weight)]
         if not possible:
             return False
     return True

@@ -15,7 +15,7 @@ from lora_jax._hub.modules import MappedLeaf
 from lora_jax._tree import Path, path_name
 
 
-def is_reversed(path: Path, shape: Shape, own: Axes, axes: Axes) -> bool:
+def is_reversed(path: Path, shape: Shape, stored: Axes, axes: Axes) -> bool:
     """Whether an adapter with its `own` axes has `lora_b` on the inputs.
 
     This happens if `lorafy` took the axes from the order of the dimensions, and the
@@ -25,14 +25,14 @@ def is_reversed(path: Path, shape: Shape, own: Axes, axes: Axes) -> bool:
       ValueError: If its dimensions are neither those of `axes` nor the reverse.
     """
     found, wanted = (
-        [[d for d in dims if shape[d] > 1] for dims in each] for each in (own, axes)
+        [[d for d in dims if shape[d] > 1] for dims in each] for each in (stored, axes)
     )
     if found == wanted:
         return False
     if found == [wanted[0], wanted[2], wanted[1]]:
         return True
     raise ValueError(
-        f"The adapter of {path_name(path)!r} was made for {own}, and axes has {axes}. "
+        f"The adapter of {path_name(path)!r} is for {stored}, and axes has {axes}. "
         "Build it with lorafy(..., axes=...) of this very function."
     )
 
@@ -78,8 +78,8 @@ def split_adapter(
             wide = np.result_type(y.dtype, np.float32)
             y = y.astype(wide) * s[..., None, None].astype(wide)
             s = np.ones_like(s)
-        own = [m[part.stack_index][part.outputs] for m in magnitude]
-        modules[name] = ModuleAdapter(x, y, float(s.flat[0]), *own)
+        magnitudes = [m[part.stack_index][part.outputs] for m in magnitude]
+        modules[name] = ModuleAdapter(x, y, float(s.flat[0]), *magnitudes)
     return modules
 
 
@@ -97,16 +97,18 @@ def join_adapters(
     for name, part in weight.modules.items():
         if name in modules:
             by_layer.setdefault(part.stack_index, {})[name] = modules[name]
-    layers = {index: _join_layer(weight, own) for index, own in by_layer.items()}
+    layers = {
+        index: _join_layer(weight, modules) for index, modules in by_layer.items()
+    }
     r = max(layer.a.shape[-1] for layer in layers.values())
     first = next(iter(layers.values()))
     a = np.zeros((*batch, n_in, r), first.a.dtype)
     b = np.zeros((*batch, r, n_out), first.b.dtype)
     scale = np.full(batch, first.scale, np.float32)
     for index, layer in layers.items():
-        own = slice(layer.a.shape[-1])
-        a[(*index, ..., own)] = layer.a
-        b[(*index, ..., own, slice(None))] = layer.b
+        ranks = slice(layer.a.shape[-1])
+        a[(*index, ..., ranks)] = layer.a
+        b[(*index, ..., ranks, slice(None))] = layer.b
         scale[index] = layer.scale
     adapter = LowRank(a, b, scale)
     if any(module.magnitude is not None for module in modules.values()):
@@ -128,7 +130,7 @@ def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.nd
     stored = factor_dims(axes, weight.shape, aligned=adapter.aligned)
     ordered = factor_dims(axes, weight.shape, aligned=False)
     arrays = zip(adapter, stored, ordered, strict=False)
-    a, b, scale, *magnitude = (_reordered(x, own, order) for x, own, order in arrays)
+    a, b, scale, *magnitude = (_reordered(x, dims, order) for x, dims, order in arrays)
     batch = weight.sizes(axes.batch)
     a, b = a.reshape(*batch, -1, r), b.reshape(*batch, r, -1)
     if is_reversed(weight.path, weight.shape, axes, weight.axes):
@@ -143,9 +145,9 @@ def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.nd
 
 def _reordered(x: np.ndarray, stored: Shape, order: Shape) -> np.ndarray:
     """Returns a leaf with dimensions `stored` in an order, without those it lacks."""
-    own = [d for d in stored if d != ABSENT]
+    kept = [d for d in stored if d != ABSENT]
     x = x.reshape([n for n, d in zip(x.shape, stored, strict=True) if d != ABSENT])
-    return x.transpose([own.index(d) for d in order if d in own])
+    return x.transpose([kept.index(d) for d in order if d in kept])
 
 
 def _as_leaves(
@@ -159,9 +161,9 @@ def _as_leaves(
     leaves = []
     for x, dims, order in zip(adapter, stored, ordered, strict=False):
         # Dimensions that the aligned layout lacks have size 1, and can come first.
-        own = sorted(order, key=lambda d: dims.index(d) if d in dims else -1)
+        in_order = sorted(order, key=lambda d: dims.index(d) if d in dims else -1)
         x = x.reshape([sizes[d] for d in order])
-        x = x.transpose([order.index(d) for d in own])
+        x = x.transpose([order.index(d) for d in in_order])
         leaves.append(x.reshape([sizes[d] for d in dims]))
     return LowRank(*leaves, axes=axes, aligned=aligned)
 
@@ -176,22 +178,22 @@ def _join_layer(
     """
     if any(part.kind is HEAD for part in weight.modules.values()):
         return _join_tied(weight, modules)
-    own = list(modules.values())
-    if len({module.scale for module in own}) > 1:
-        own = [
-            ModuleAdapter(x.a, x.b * np.asarray(x.scale, x.b.dtype), 1.0) for x in own
+    each = list(modules.values())
+    if len({module.scale for module in each}) > 1:
+        each = [
+            ModuleAdapter(x.a, x.b * np.asarray(x.scale, x.b.dtype), 1.0) for x in each
         ]
-    a, n_out = own[0].a, weight.matrix[2]
-    shared = all(np.array_equal(module.a, a) for module in own)
+    a, n_out = each[0].a, weight.matrix[2]
+    shared = all(np.array_equal(module.a, a) for module in each)
     if not shared:
-        a = np.concatenate([module.a for module in own], -1)
-    b = np.zeros((*a.shape[:-2], a.shape[-1], n_out), own[0].b.dtype)
+        a = np.concatenate([module.a for module in each], -1)
+    b = np.zeros((*a.shape[:-2], a.shape[-1], n_out), each[0].b.dtype)
     low = 0
-    for name, module in zip(modules, own, strict=True):
+    for name, module in zip(modules, each, strict=True):
         r = module.a.shape[-1]
         b[..., low : low + r, weight.modules[name].outputs] = module.b
         low += 0 if shared else r
-    return ModuleAdapter(a, b, own[0].scale)
+    return ModuleAdapter(a, b, each[0].scale)
 
 
 def _join_tied(

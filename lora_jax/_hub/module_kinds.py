@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax._adapters import Shape
 
 Array = np.ndarray
-Factors = tuple[np.ndarray, np.ndarray]
+FactorPair = tuple[np.ndarray, np.ndarray]
 
 # The last part of the names of Hugging Face's `Conv1D` modules, as GPT-2 has them. They
 # store (inputs, outputs), and Flax stores either order, so that the shape of a square
@@ -44,11 +44,11 @@ class Linear:
     def weight_from_torch(self, w: Array) -> Array:
         return w.T
 
-    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> Factors:
+    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         """Returns the tensors A and B: here A (r, inputs) and B (outputs, r)."""
         return a.T, b.T
 
-    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> Factors:
+    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> FactorPair:
         """Returns a, of shape `a_shape`, and b from the tensors A and B."""
         return a.T, b.T
 
@@ -71,11 +71,11 @@ class Conv(Linear):
     def weight_from_torch(self, w: Array) -> Array:
         return np.moveaxis(w, (0, 1), (-1, -2)).reshape(-1, len(w))
 
-    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> Factors:
+    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         window = (1,) * (len(inputs) - 1)
         return self.weight_to_torch(a, inputs), b.T.reshape(*b.T.shape, *window)
 
-    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> Factors:
+    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> FactorPair:
         return self.weight_from_torch(a), b.reshape(b.shape[:2]).T
 
     def magnitude_shape(self, outputs: int, inputs: Shape) -> Shape:
@@ -106,10 +106,10 @@ class TiedHead(Embedding):
     suffixes = Linear.suffixes
     has_dora = False
 
-    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> Factors:
+    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         return b, a
 
-    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> Factors:
+    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> FactorPair:
         return b, a
 
 
@@ -123,11 +123,11 @@ class Experts(Linear):
     name = "experts"
     has_dora = False
 
-    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> Factors:
+    def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         rows = a.swapaxes(1, 2).reshape(-1, a.shape[1])
         return rows, b.transpose(2, 1, 0).reshape(b.shape[-1], -1)
 
-    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> Factors:
+    def factors_from_torch(self, a: Array, b: Array, a_shape: Shape) -> FactorPair:
         experts, n_in, r = a_shape
         a = a.reshape(experts, r, n_in).swapaxes(1, 2)
         return a, b.reshape(len(b), r, experts).transpose(2, 1, 0)

@@ -62,7 +62,9 @@ def plan_modules(
         for path in adapted
     }
     known = [*axes.values(), *(weight.axes for weight in weights.values())]
-    stack_first = all(own.batch == tuple(range(len(own.batch))) for own in known)
+    stack_first = all(
+        adapter.batch == tuple(range(len(adapter.batch))) for adapter in known
+    )
     copies = {}
     for path in copied:
         shape = unbox(leaves[path]).shape
@@ -70,8 +72,8 @@ def plan_modules(
         if is_vector or not is_adaptable(path, leaves[path]):
             copies[path] = map_vector(path, shape, named[path])
         else:
-            own = axes.get(path)
-            copies[path] = map_weight(path, leaves, named[path], own, kind_of[path])
+            given = axes.get(path)
+            copies[path] = map_weight(path, leaves, named[path], given, kind_of[path])
         _check_layout(copies[path], named[path], stack_first, kinds or {})
     return ModulePlan(weights, copies, named)
 

@@ -104,8 +104,8 @@ def map_weight(
                     f"{name!r} has the name {module!r} twice. Each module has its own."
                 )
             outputs = slice(None) if tied else slice(low, low + width)
-            own = HEAD if tied and i else kind
-            weight.modules[module] = ModuleSlice(own, index, outputs)
+            module_kind = HEAD if tied and i else kind
+            weight.modules[module] = ModuleSlice(module_kind, index, outputs)
             low += width
     return weight
 
@@ -179,6 +179,6 @@ def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
             f"dimensions for {stacked} stacked ones. Remove {{layer}} or {{expert}} "
             "from its name."
         )
-    own = axes_of(path, one)
-    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in own)
+    its_axes = axes_of(path, one)
+    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in its_axes)
     return Axes(tuple(range(stacked)), inputs, outputs)

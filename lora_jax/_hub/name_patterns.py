@@ -27,14 +27,14 @@ def stack_template(
     """
     split = {at: NUMBER.split(name) for at, name in names.items()}
     tokens = next(iter(split.values()))
-    if len({len(own) for own in split.values()}) > 1:
+    if len({len(pieces) for pieces in split.values()}) > 1:
         return None
     used: set[int] = set()
     for dim, size in enumerate(counts):
         numbered = [
             i
             for i in range(1, len(tokens), 2)
-            if all(own[i] == str(at[dim]) for at, own in split.items())
+            if all(pieces[i] == str(at[dim]) for at, pieces in split.items())
         ]
         if size == 1:  # one layer: its number is the first 0, if it has any
             numbered = [i for i in numbered if i not in used][:1]
@@ -79,8 +79,8 @@ def _pattern(
     """Returns one pattern, and its name, for paths that differ in numbers alone."""
     split = [NUMBER.split(map_path(path)) for path in members]
     columns = list(zip(*split, strict=True))
-    pattern = "".join("*" if len({*own}) > 1 else own[0] for own in columns)
-    stars = [own for own in columns if len({*own}) > 1]
+    pattern = "".join("*" if len({*column}) > 1 else column[0] for column in columns)
+    stars = [column for column in columns if len({*column}) > 1]
     names = [found[path] for path in members]
     templates = _templates([_parts(name) for name in names], stars)
     if templates is None:
@@ -99,12 +99,12 @@ def _templates(
     names: Sequence[tuple[str, ...]], stars: Sequence[tuple[str, ...]]
 ) -> tuple[str, ...] | None:
     """Returns the names of all paths in one, with a place for the text of each star."""
-    if len({len(own) for own in names}) > 1:
+    if len({len(pieces) for pieces in names}) > 1:
         return None
     templates = []
     for parts in zip(*names, strict=True):
         split = [NUMBER.split(name) for name in parts]
-        if len({len(own) for own in split}) > 1:
+        if len({len(pieces) for pieces in split}) > 1:
             return None
         text, used = "", []
         for i, tokens in enumerate(zip(*split, strict=True)):

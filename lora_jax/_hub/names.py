@@ -67,7 +67,9 @@ def transformers_names(params: PyTree) -> dict[str, Name]:
       ('transformer.wte', 'lm_head')
     """
     paths = {map_path(path) for path in flatten(params) if not is_adapter(path)}
-    starts = tuple(s for root, own in FAMILIES.items() for s in (own, f"{root}/{own}"))
+    starts = tuple(
+        s for root, prefix in FAMILIES.items() for s in (prefix, f"{root}/{prefix}")
+    )
     if not any(path.startswith(starts) for path in paths):
         raise ValueError(
             "These are not the parameters of a Flax BERT, GPT-2 or Llama of "
@@ -95,13 +97,13 @@ def check_names(names: Names, paths: Iterable[Path]) -> None:
             "names is {pattern of a path: name of a module} or a function of a path, "
             f"found {type(names).__name__}."
         )
-    own = [path for path in paths if not is_adapter(path)]
+    weights = [path for path in paths if not is_adapter(path)]
     for pattern in as_patterns(names, "names"):
-        if not any(match_stars(pattern, path) is not None for path in own):
+        if not any(match_stars(pattern, path) is not None for path in weights):
             raise ValueError(
                 f"No leaf matches {pattern!r} of names. Close: "
-                f"{similar_names(pattern, map(path_name, own))}. Correct the pattern "
-                "or remove it."
+                f"{similar_names(pattern, map(path_name, weights))}. Correct the "
+                "pattern or remove it."
             )
 
 

@@ -158,8 +158,10 @@ def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Returns the rank and the scale of one module, by its patterns if it has any."""
     found = []
     for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        own = (x for key, x in (config.get(field) or {}).items() if _ends(key, module))
-        found.append(next(own, config[default]))
+        given = (
+            x for key, x in (config.get(field) or {}).items() if _ends(key, module)
+        )
+        found.append(next(given, config[default]))
     r, alpha = found
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -209,8 +211,8 @@ def unmatched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list
     for field in ("target_modules", "target_parameters"):
         is_expression = isinstance(config.get(field), str)
         for entry in _entries(config, field):
-            own = entry if is_expression else [entry]
-            if not any(_is_named(own, module) for module in modules):
+            pattern = entry if is_expression else [entry]
+            if not any(_is_named(pattern, module) for module in modules):
                 missing.append(f"{field} {entry!r}")
     return missing
 

@@ -170,7 +170,7 @@ def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -
     ]
     # An entry may match only modules that another entry excludes.
     excluded = index.modules.keys() - {*wanted}
-    copied = {name for own in found.copies.values() for name in own}
+    copied = {name for names in found.copies.values() for name in names}
     missing += unmatched_targets(config, {*found.factors, *copied, *excluded})
     if missing:
         raise ValueError(
@@ -187,8 +187,8 @@ def check_base_weights(
     for name, x in found.base_weights.items():
         same = False
         if (leaf := owner.get(name)) is not None:
-            own = lambda w, leaf=leaf, name=name: leaf_to_torch(leaf, w)[name]
-            same = _is_of_base(unbox(leaves[leaf.path]), x, own)
+            stored = lambda w, leaf=leaf, name=name: leaf_to_torch(leaf, w)[name]
+            same = _is_of_base(unbox(leaves[leaf.path]), x, stored)
         if not same:
             raise ValueError(
                 f"{folder.path}: the tensor {PREFIX + name + BASE_SUFFIX!r} is not the "
@@ -243,11 +243,11 @@ def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> b
     """
     if is_abstract(w):
         return to_torch(np.broadcast_to(np.int8(0), w.shape)).shape == x.shape
-    own = to_torch(np.asarray(gathered(dequantize(w))))
-    if own.shape != x.shape:
+    held = to_torch(np.asarray(gathered(dequantize(w))))
+    if held.shape != x.shape:
         return False
     if is_quantized(w):
-        ours, theirs = sample(own), sample(x)
+        ours, theirs = sample(held), sample(x)
         return ours is not None and theirs is not None and not differ(ours, theirs)
-    same = np.array_equal(own.astype(x.dtype), x)
-    return same or np.array_equal(own, x.astype(own.dtype))
+    same = np.array_equal(held.astype(x.dtype), x)
+    return same or np.array_equal(held, x.astype(held.dtype))

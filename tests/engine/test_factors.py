@@ -12,10 +12,10 @@ from lora_jax._engine import companions
 from lora_jax._engine.factors import (
     Factors,
     align,
+    batch_dims,
     delta,
     follow,
     materialize,
-    stacked,
 )
 from lora_jax._engine.joins import add, concatenate
 
@@ -197,7 +197,7 @@ def test_concatenate_along_a_stack_keeps_the_rank():
     f = concatenate(ones, jnp.stack([x.w for x in fs]), 0)
     np.testing.assert_allclose(materialize(f), np.stack(plain), atol=1e-5)
     assert f.a.shape == (2, 4, 1, 2) and f.b.shape == (2, 1, 3, 2)
-    assert stacked(f) == {0}
+    assert batch_dims(f) == {0}
 
 
 def test_concatenate_pieces_of_one_weight_keeps_the_rank():
