@@ -1,9 +1,10 @@
-"""Adapters to and from Hugging Face: PEFT's format, and the names of PyTorch's modules.
+"""Adapters and weights to and from Hugging Face: PEFT's format, and checkpoints.
 
 `export_peft` writes a tree with adapters as a folder that PEFT and vLLM load, and
-`import_peft` reads such a folder into a plain tree. Both take a map, which names the
-PyTorch modules that each weight of the tree is; `transformers_names` and `find_names`
-make it. The files work on trees, names and NumPy arrays, and not on jaxprs.
+`import_peft` reads such a folder into a plain tree. `import_weights` reads a checkpoint
+into a tree. All take a map, which names the PyTorch modules that each leaf of the tree
+is; `transformers_names` and `find_names` make it. The files work on trees, names and
+arrays, and not on jaxprs.
 
 In reading order:
 
@@ -24,5 +25,12 @@ In reading order:
   closest_tensor.py   the tensor closest to an unmatched weight, for error messages
   equal_tensors.py    the choice between tensors of equal values, by their names
   name_patterns.py    the map in few lines, with stars for numbers
+  progress.py         a progress bar on a terminal
+  model_class.py      the class of a checkpoint's model, and the names of its modules
   find_names.py       `find_names`
+  quantized_tensors.py  tensors that are stored in 4 bits, or refused
+  model_tensors.py    the tensors of a model, under the names of its modules
+  leaf_layout.py      the layers of a leaf: what to read, and how to join it
+  fill_leaf.py        one leaf, filled layer by layer on its devices
+  import_weights.py   `import_weights`
 """

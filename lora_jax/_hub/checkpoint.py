@@ -12,16 +12,60 @@ import safetensors
 from lora_jax._tree import listed
 
 INDEX_FILE = "model.safetensors.index.json"
+# The dtypes of safetensors files that NumPy has, with JAX's extensions.
+DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+    "BOOL": "bool",
+}
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
 
 
+class Blocks(NamedTuple):
+    """A tensor that is stored quantized, as `Quantized` stores it.
+
+    Blocks of elements with one scale lie along the last dimension.
+    """
+
+    values: np.ndarray  # int8, of the tensor's shape: codes of 8 bits, or -8 to 7
+    scale: np.ndarray  # the same dimensions, with one element for each block
+
+
+class BlockFormat(NamedTuple):
+    """The static part of a `Quantized` made of `Blocks`."""
+
+    name: str  # "int8", "int4" or "nf4"
+    size: int  # elements of a block
+    scale_dtype: str
+    dtypes: tuple[str, ...]
+
+
 class CheckpointTensor(NamedTuple):
-    """One tensor of a checkpoint."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+      name: Its name in the file.
+      shape: Its sizes.
+      dtype: Its dtype as NumPy names it, or the file's own name of one that it lacks.
+      read: `read((slice, ...))` reads a part of it: a slice for each of some dimensions
+        from the first, all of the others. Blocks are dequantized.
+      file: The file that holds it, or `None`.
+      format: The format of its blocks, if it is stored quantized.
+      blocks: Reads all blocks, without dequantizing them.
+    """
 
     name: str
     shape: tuple[int, ...]
-    rows: Callable[[int, int], np.ndarray]  # reads those from one index to another
+    dtype: str
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+    file: str | None = None
+    format: BlockFormat | None = None
+    blocks: Callable[[], Blocks] | None = None
+
+    def rows(self, low: int, high: int) -> np.ndarray:
+        return self.read((slice(low, high),))
 
     @property
     def module(self) -> str:
@@ -31,18 +75,28 @@ class CheckpointTensor(NamedTuple):
 
 
 def open_checkpoint(checkpoint: Checkpoint) -> list[CheckpointTensor]:
-    """Returns the tensors of a checkpoint that have rows, without reading a value.
+    """Returns the tensors of a checkpoint, without reading a value.
 
     Raises:
       FileNotFoundError: If there is none, or one of its files is missing.
-      ValueError: If a file is truncated, or the folder holds none of this format.
+      ValueError: If a file is truncated, two files hold the same tensor, or the folder
+        holds no file of this format.
     """
     if isinstance(checkpoint, Mapping):
         if not checkpoint:
             raise ValueError("The checkpoint is empty: it has no tensor.")
         return [_in_memory(name, x) for name, x in checkpoint.items()]
-    files = _files(os.fspath(checkpoint))
-    return [t for path, names in files.items() for t in _in_file(path, names)]
+    files = checkpoint_files(os.fspath(checkpoint))
+    found: dict[str, CheckpointTensor] = {}
+    for path, names in files.items():
+        for tensor in _in_file(path, names):
+            other = found.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise ValueError(
+                    f"{other.file} and {path} both hold {tensor.name!r}. Pass the file "
+                    "that belongs to the model, or remove the other one."
+                )
+    return [*found.values()]
 
 
 def _in_memory(name: str, x: Any) -> CheckpointTensor:
@@ -50,10 +104,10 @@ def _in_memory(name: str, x: Any) -> CheckpointTensor:
     if hasattr(x, "detach"):
         x = x.detach().float().numpy()
     x = np.asarray(x)
-    return CheckpointTensor(name, x.shape, lambda low, high: x[low:high])
+    return CheckpointTensor(name, x.shape, x.dtype.name, lambda index: x[index])
 
 
-def _files(path: str) -> dict[str, set[str] | None]:
+def checkpoint_files(path: str) -> dict[str, set[str] | None]:
     """Returns the files of a checkpoint, with their tensors if an index has them."""
     if os.path.isfile(path) and not path.endswith(".index.json"):
         return {path: None}
@@ -87,6 +141,12 @@ def _indexed(folder: str, index: str) -> dict[str, set[str]]:
         raise ValueError(f"{index} is no index of a checkpoint: {error!r}.") from error
     files: dict[str, set[str]] = {}
     for name, file_name in file_of.items():
+        parts = os.path.normpath(str(file_name)).split(os.sep)
+        if os.path.isabs(str(file_name)) or os.pardir in parts:
+            raise ValueError(
+                f"{index} names the file {file_name!r}, which is outside of its "
+                "folder. Such an index could read any file: it is refused."
+            )
         files.setdefault(os.path.join(folder, file_name), set()).add(name)
     if missing := [path for path in files if not os.path.isfile(path)]:
         raise FileNotFoundError(
@@ -99,22 +159,33 @@ def _indexed(folder: str, index: str) -> dict[str, set[str]]:
 def _in_file(path: str, names: set[str] | None) -> list[CheckpointTensor]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            held = set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in held}
+            held = {name: file.get_slice(name) for name in file.keys()}
+            shapes = {name: tuple(x.get_shape()) for name, x in held.items()}
+            dtypes = {name: str(x.get_dtype()) for name, x in held.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file: {error}. It may be truncated."
         ) from error
-    if names is not None and (lost := sorted(names - held)):
+    if names is not None and (lost := sorted(names - held.keys())):
         raise ValueError(f"{path} lacks {listed(lost)}, which its index has in it.")
 
-    def rows(name: str, low: int, high: int) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if dtypes[name] not in DTYPES:
+            raise ValueError(
+                f"{path}: {name!r} is {dtypes[name]}, which is not supported. Convert "
+                f"it to one of {', '.join(DTYPES.values())}."
+            )
         # Opened each time: an open file keeps all that was read from it in memory.
         with safetensors.safe_open(path, framework="numpy") as file:
-            return file.get_slice(name)[low:high]
+            return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     return [
-        CheckpointTensor(name, shapes[name], functools.partial(rows, name))
+        CheckpointTensor(
+            name,
+            shapes[name],
+            DTYPES.get(dtypes[name], dtypes[name]),
+            functools.partial(read, name),
+            path,
+        )
         for name in sorted(held if names is None else names)
-        if shapes[name]  # a scalar has no rows
     ]

@@ -2,9 +2,7 @@
 
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax._adapters import Adapters, Axes, find_adapters, is_adapter, of_rank
@@ -21,6 +19,7 @@ from lora_jax._hub.match_tensors import (
 from lora_jax._hub.module_kinds import CONV1D_NAMES
 from lora_jax._hub.name_patterns import stack_template, with_stars
 from lora_jax._hub.names import Name, escape_braces
+from lora_jax._hub.progress import progress
 from lora_jax._patterns import Selector
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import choose
@@ -93,12 +92,13 @@ def find_names(
         adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
         chosen = _chosen_weights(leaves, adapters, targets, exclude)
         _check_values(chosen, leaves)
-        tensors = open_checkpoint(checkpoint)
+        # A scalar has no rows to compare.
+        tensors = [t for t in open_checkpoint(checkpoint) if t.shape]
         same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
     found: dict[Path, list[TensorMatch]] = {}
     lost: dict[Path, str] = {}
-    with _progress(len(chosen)) as tick:
+    with progress("find_names", len(chosen), "weights") as tick:
         index = TensorIndex(tensors)
         for path in chosen:
             weight = values_of_leaf(unbox(leaves[path]))
@@ -266,23 +266,3 @@ def _lost_message(lost: Mapping[Path, str], count: int) -> str:
             f"exclude=[{path_name(next(iter(lost)))!r}]."
         )
     return f"No map is found: {share}. {each}{more}. {advice}"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Yields a function that counts a weight as done: in a bar on a terminal."""
-    done, shown = 0, sys.stderr.isatty()
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if shown:
-            bar = "#" * (30 * done // total)
-            sys.stderr.write(f"\rfind_names |{bar:30}| {done}/{total} weights")
-            sys.stderr.flush()
-
-    try:
-        yield tick
-    finally:
-        if shown and done:
-            sys.stderr.write("\n")

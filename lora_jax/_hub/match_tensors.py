@@ -60,7 +60,7 @@ class TensorIndex:
     """The tensors of a checkpoint by their first rows."""
 
     def __init__(self, tensors: Iterable[CheckpointTensor]):
-        self.tensors = [t for t in tensors if math.prod(t.shape)]
+        self.tensors = [t for t in tensors if t.shape and math.prod(t.shape)]
         self.by_dtype: dict[Any, dict[bytes, list[CheckpointTensor]]] = {}
 
     def starting(self, row: np.ndarray, weight: WeightValues) -> list[CheckpointTensor]:

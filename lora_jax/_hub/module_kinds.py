@@ -6,13 +6,13 @@ factors a (inputs, r) and b (r, outputs); experts add a first dimension to all t
 PEFT's formats: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax._adapters import Shape
 
-Array = np.ndarray
+Array = Any  # of NumPy, or of JAX under `jit`
 FactorPair = tuple[np.ndarray, np.ndarray]
 
 # The last part of the names of Hugging Face's `Conv1D` modules, as GPT-2 has them. They
@@ -36,6 +36,7 @@ class Linear:
     name = "linear"  # as in `kinds=` of the public functions
     suffixes = (".lora_A.weight", ".lora_B.weight")  # of the keys of A and B
     has_dora = True  # whether PEFT has the norm of its update that DoRA has here
+    blocks_on_inputs = True  # whether the tensor's last dimension is one of inputs
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         """Returns the module's weight; `inputs` are the sizes of its input dims."""
@@ -66,10 +67,11 @@ class Conv(Linear):
     name = "conv"
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
-        return np.moveaxis(w.reshape(*inputs, w.shape[-1]), (-1, -2), (0, 1))
+        w = w.reshape(*inputs, w.shape[-1])
+        return w.transpose(w.ndim - 1, w.ndim - 2, *range(w.ndim - 2))
 
     def weight_from_torch(self, w: Array) -> Array:
-        return np.moveaxis(w, (0, 1), (-1, -2)).reshape(-1, len(w))
+        return w.transpose(*range(2, w.ndim), 1, 0).reshape(-1, w.shape[0])
 
     def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         window = (1,) * (len(inputs) - 1)
@@ -82,17 +84,24 @@ class Conv(Linear):
         return (1, outputs, *(1,) * (len(inputs) - 1))
 
 
-class Embedding(Linear):
-    """A table whose rows are looked up, stored as (rows, features) there and here."""
+class Conv1D(Linear):
+    """A matrix stored as (inputs, outputs), by GPT-2's modules of that name."""
 
-    name = "embedding"
-    suffixes = (".lora_embedding_A", ".lora_embedding_B")
+    name = "conv1d"
+    blocks_on_inputs = False
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         return w
 
     def weight_from_torch(self, w: Array) -> Array:
         return w
+
+
+class Embedding(Conv1D):
+    """A table whose rows are looked up, stored as (rows, features) there and here."""
+
+    name = "embedding"
+    suffixes = (".lora_embedding_A", ".lora_embedding_B")
 
 
 class TiedHead(Embedding):
@@ -122,6 +131,13 @@ class Experts(Linear):
 
     name = "experts"
     has_dora = False
+    blocks_on_inputs = False
+
+    def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
+        return w
+
+    def weight_from_torch(self, w: Array) -> Array:
+        return w
 
     def factors_to_torch(self, a: Array, b: Array, inputs: Shape) -> FactorPair:
         rows = a.swapaxes(1, 2).reshape(-1, a.shape[1])
@@ -143,4 +159,5 @@ class Vector(Embedding):
 
 
 LINEAR, HEAD, EXPERTS, VECTOR = Linear(), TiedHead(), Experts(), Vector()
-KINDS = {kind.name: kind for kind in (LINEAR, Conv(), Embedding(), EXPERTS)}
+CONV1D, EMBEDDING = Conv1D(), Embedding()
+KINDS = {kind.name: kind for kind in (LINEAR, CONV1D, Conv(), EMBEDDING, EXPERTS)}

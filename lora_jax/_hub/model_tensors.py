@@ -1,0 +1,78 @@
+"""The tensors of a model, under the names that its modules have in PyTorch."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lora_jax._hub.checkpoint import CheckpointTensor, open_checkpoint
+from lora_jax._hub.model_class import ModelClass, model_class
+from lora_jax._hub.names import similar_names
+from lora_jax._hub.quantized_tensors import logical_tensors
+
+
+class ModelTensors(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+      each: The tensors.
+      by_name: The tensors by their names in the file, and by those of the modules.
+      about: What the checkpoint's config says about its model.
+    """
+
+    each: list[CheckpointTensor]
+    by_name: dict[str, CheckpointTensor]
+    about: ModelClass
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.by_name]
+
+    def find(self, name: str) -> CheckpointTensor | None:
+        """Returns the tensor of this name, in the file or in PyTorch."""
+        return self.by_name.get(name)
+
+    def unused(self, used: Iterable[str], ignore: Iterable[str]) -> list[str]:
+        """Returns the names of the tensors that are neither used nor ignored.
+
+        Raises:
+          ValueError: If a pattern to ignore matches no tensor.
+        """
+        left = {tensor.name for tensor in self.each} - {*used}
+        for pattern in ignore:
+            text = ".*".join(map(re.escape, pattern.split("*")))
+            matched = {name for name in self.names if re.fullmatch(text, name)}
+            if not matched:
+                raise ValueError(
+                    f"No tensor of the checkpoint matches {pattern!r} of ignore. "
+                    f"Close: {similar_names(pattern, self.names)}."
+                )
+            left -= {self.by_name[name].name for name in matched}
+        return sorted(left)
+
+    def advice(self, name: str) -> str:
+        """Returns what to write if a tensor is missing for a known reason."""
+        if self.about.tied and name.startswith("lm_head"):
+            return (
+                "The model is tied: its head is the table, so name the table "
+                "('model.embed_tokens', 'lm_head'), or give the head its name. "
+            )
+        return ""
+
+
+def open_model(
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+) -> ModelTensors:
+    """Opens a checkpoint: a file, a folder, a GGUF or a mapping.
+
+    Raises:
+      FileNotFoundError: If there is none, or one of its files is missing.
+      ValueError: If a file is truncated, or a tensor is quantized in a format that is
+        not supported.
+    """
+    about = model_class(checkpoint)
+    each = logical_tensors(open_checkpoint(checkpoint))
+    modules = about.module_names(tensor.name for tensor in each)
+    by_name = {modules[tensor.name]: tensor for tensor in each}
+    by_name |= {tensor.name: tensor for tensor in each}
+    return ModelTensors(each, by_name, about)
