@@ -21,7 +21,8 @@ HUB = (
     "names module_kinds modules module_adapters module_plan tensor_keys peft_config "
     "peft_folder export_checks export_peft sort_tensors import_peft checkpoint "
     "match_tensors closest_tensor equal_tensors name_patterns progress model_class "
-    "find_names quantized_tensors model_tensors leaf_layout fill_leaf import_weights"
+    "quantized_tensors find_names model_tensors tensor_sources "
+    "leaf_layout fill_leaf import_weights"
 ).split()
 # The modules and sub-packages in the order of the data flow.
 MODULES = (

@@ -27,9 +27,10 @@ In reading order:
   name_patterns.py    the map in few lines, with stars for numbers
   progress.py         a progress bar on a terminal
   model_class.py      the class of a checkpoint's model, and the names of its modules
-  find_names.py       `find_names`
   quantized_tensors.py  tensors that are stored in 4 bits, or refused
+  find_names.py       `find_names`
   model_tensors.py    the tensors of a model, under the names of its modules
+  tensor_sources.py   the tensors that each leaf is, by the map and by shapes
   leaf_layout.py      the layers of a leaf: what to read, and how to join it
   fill_leaf.py        one leaf, filled layer by layer on its devices
   import_weights.py   `import_weights`

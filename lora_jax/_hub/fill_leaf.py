@@ -25,12 +25,14 @@ from lora_jax._hub.leaf_layout import (
     read_plan,
     region_of,
 )
+from lora_jax._hub.module_kinds import HEAD
 from lora_jax._hub.modules import MappedLeaf
+from lora_jax._hub.tensor_sources import Source
 from lora_jax._tree import path_name
 
 
-class Source(NamedTuple):
-    """The tensors that a leaf is filled from.
+class Filling(NamedTuple):
+    """How a leaf is filled.
 
     Attributes:
       leaf: The leaf, with the modules that it is read from.
@@ -43,8 +45,8 @@ class Source(NamedTuple):
     leaf: MappedLeaf
     stacked: int
     tensors: dict[str, CheckpointTensor]
-    form: BlockFormat | None = None
-    equal: tuple[tuple[CheckpointTensor, CheckpointTensor], ...] = ()
+    form: BlockFormat | None
+    equal: tuple[tuple[CheckpointTensor, CheckpointTensor], ...]
 
     @property
     def layers(self) -> list[tuple[int, ...]]:
@@ -55,7 +57,35 @@ class Source(NamedTuple):
         return [name for name, part in modules if part.stack_index == layer]
 
 
-def fill_leaf(source: Source, target: Any, tick: Callable[[], None]) -> Any:
+def as_filling(source: Source) -> Filling:
+    """Returns how a leaf is filled from its tensors.
+
+    A tied table and its head are read from one of them: checkpoints store the table, or
+    both, or (rarely) the head.
+    """
+    leaf, tensors = source.leaf, source.tensors
+    heads = [name for name, part in leaf.modules.items() if part.kind is HEAD]
+    tables = [name for name in leaf.modules if name not in heads] if heads else []
+    pairs = [*zip(tables, heads, strict=True)]
+    left_out = {head if table in tensors else table for table, head in pairs}
+    equal = tuple(
+        (tensors[table], tensors[head])
+        for table, head in pairs
+        if table in tensors and head in tensors
+    )
+    modules = {
+        name: part for name, part in leaf.modules.items() if name not in left_out
+    }
+    leaf = leaf._replace(modules=modules)
+    # Unless all tensors have equal blocks, these are dequantized.
+    formats = {tensors[name].format for name in modules}
+    form = formats.pop() if len(formats) == 1 else None
+    if form is not None and block_leaf(leaf, form.size) is None:
+        form = None
+    return Filling(leaf, source.stacked, tensors, form, equal)
+
+
+def fill_leaf(source: Filling, target: Any, tick: Callable[[], None]) -> Any:
     """Returns the value of a leaf.
 
     Args:
@@ -149,7 +179,7 @@ def _updated(x: jax.Array, part: jax.Array, dims: Any, starts: Any) -> jax.Array
 
 
 def _floats(
-    source: Source, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
+    source: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
     """Fills a layer from plain tensors; returns whether the values are finite."""
     leaf, stacked = source.leaf, source.stacked
@@ -218,7 +248,7 @@ def _made(
 
 
 def _blocks(
-    source: Source, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
+    source: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
     """Fills a layer from tensors that are stored in blocks, without a change."""
     leaf, form = source.leaf, source.form

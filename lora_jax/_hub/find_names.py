@@ -16,10 +16,12 @@ from lora_jax._hub.match_tensors import (
     match_tensors,
     values_of_leaf,
 )
+from lora_jax._hub.model_class import TABLES, model_class
 from lora_jax._hub.module_kinds import CONV1D_NAMES
 from lora_jax._hub.name_patterns import stack_template, with_stars
 from lora_jax._hub.names import Name, escape_braces
 from lora_jax._hub.progress import progress
+from lora_jax._hub.quantized_tensors import logical_tensors
 from lora_jax._patterns import Selector
 from lora_jax._processes import agreed, outline
 from lora_jax._targets import choose
@@ -45,6 +47,7 @@ def find_names(
     *,
     targets: Selector | None = None,
     exclude: Selector = (),
+    prefix: str | None = None,
 ) -> dict[str, Name]:
     """Finds which PyTorch module each weight is, in the checkpoint they came from.
 
@@ -63,6 +66,9 @@ def find_names(
       targets: Which weights, as in `lorafy`. Default: those with adapters or trained
         copies; if there are none, all of two or more dimensions.
       exclude: Which of them not.
+      prefix: The module that holds the model without its head, such as "transformer",
+        where the tensors lack it. Default: by the class in the checkpoint's
+        config.json, by which the head may also share the token embedding.
 
     Returns:
       The map that `export_peft` and `import_peft` take, a plain dict: with patterns for
@@ -92,8 +98,15 @@ def find_names(
         adapters = find_adapters(leaves) if any(map(is_adapter, leaves)) else {}
         chosen = _chosen_weights(leaves, adapters, targets, exclude)
         _check_values(chosen, leaves)
-        # A scalar has no rows to compare.
-        tensors = [t for t in open_checkpoint(checkpoint) if t.shape]
+        about = model_class(checkpoint)
+        tensors = logical_tensors(open_checkpoint(checkpoint))
+        modules = about.module_names((t.name for t in tensors), prefix)
+        head = about.tied_head(modules.values())
+        tensors = [
+            t._replace(name=modules[t.name])
+            for t in tensors
+            if t.shape  # a scalar has no rows to compare
+        ]
         same["weights"] = {path_name(p): outline(unbox(leaves[p])) for p in chosen}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors]
     found: dict[Path, list[TensorMatch]] = {}
@@ -112,7 +125,7 @@ def find_names(
         raise ValueError(_lost_message(lost, len(chosen)))
     wanted = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
     picked = {path: _pick(path, each, wanted.get(path)) for path, each in found.items()}
-    return with_stars(_names_of_matches(picked))
+    return with_stars(_names_of_matches(picked, head))
 
 
 def _chosen_weights(
@@ -204,8 +217,13 @@ def _modules(match: TensorMatch) -> list[str]:
     ]
 
 
-def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
-    """Returns the name of each weight in the map, after the choice of equal tensors."""
+def _names_of_matches(
+    matches: Mapping[Path, TensorMatch], head: str | None
+) -> dict[Path, Name]:
+    """Returns the name of each weight in the map, after the choice of equal tensors.
+
+    A tied table also has the name of the head, which the checkpoint does not store.
+    """
     chosen = choose_modules(
         {
             WeightPart(path, at, i): equals
@@ -214,6 +232,10 @@ def _names_of_matches(matches: Mapping[Path, TensorMatch]) -> dict[Path, Name]:
             for i, equals in enumerate(part)
         }
     )
+    if head is not None:
+        for part, modules in chosen.items():
+            if modules[0].split(".")[-1] in TABLES and len(modules) == 1:
+                chosen[part] = (*modules, head)
     return {path: _name(path, match, chosen) for path, match in matches.items()}
 
 

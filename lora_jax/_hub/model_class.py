@@ -27,6 +27,17 @@ INNER_MODELS = {
 }
 # The modules next to it.
 HEADS = ("lm_head", "score", "classifier", "cls", "qa_outputs", "pre_classifier")
+# The output head that shares the table of the token embedding, if that is tied.
+TIED_HEADS = {
+    "bert": "cls.predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "gpt_neox": "embed_out",
+}
+# Classes with such a head, by the end of their names.
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MaskedLM")
+# Token embeddings, by the last part of their names.
+TABLES = "embed_tokens wte word_embeddings tok_embeddings embed_in shared".split()
 
 # What transformers renames on loading, in the order in which it tries them: the start
 # of a tensor's name, and that of its module. From `conversion_mapping.py` of
@@ -48,6 +59,10 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(_LLAVA_TYPES.split(), _LLAVA),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
 }
+
+
+# Names that a class with a head and one without it have in different modules.
+UNSURE = re.compile(r"h\.\d+\.")
 
 
 class ModelClass(NamedTuple):
@@ -72,8 +87,20 @@ class ModelClass(NamedTuple):
         Args:
           names: All names in the checkpoint.
           prefix: The module that holds the inner model, instead of that of the class.
+
+        Raises:
+          ValueError: If these depend on the class, and neither it nor `prefix` is
+            known.
         """
         names = list(names)
+        if prefix is None and not self.name and any(map(UNSURE.match, names)):
+            raise ValueError(
+                "The checkpoint has modules such as "
+                f"{next(filter(UNSURE.match, names))!r}, and no config.json that names "
+                "the model's class: GPT2LMHeadModel has them in 'transformer', and "
+                "GPT2Model has not. Pass the folder with its config.json, or write "
+                "prefix='transformer', or prefix='' for a model without a head."
+            )
         renames = RENAMES.get(self.kind, ())
         found = {name: _renamed(name, renames) for name in names}
         if prefix is None:
@@ -87,6 +114,19 @@ class ModelClass(NamedTuple):
             name: new if new.split(".")[0] in HEADS else f"{prefix}.{new}"
             for name, new in found.items()
         }
+
+    def tied_head(self, names: Iterable[str]) -> str | None:
+        """Returns the head that the checkpoint does not store, or `None`.
+
+        Args:
+          names: All names of tensors, as the modules of the class have them.
+        """
+        head = TIED_HEADS.get(self.kind, "lm_head")
+        if f"{head}.weight" in {*names} or self.tied is False:
+            return None
+        is_language_model = self.name.endswith(LANGUAGE_MODELS)
+        known = is_language_model or (self.tied is True and not self.name)
+        return head if known else None
 
 
 def model_class(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> ModelClass:

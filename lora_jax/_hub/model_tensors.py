@@ -52,10 +52,11 @@ class ModelTensors(NamedTuple):
 
     def advice(self, name: str) -> str:
         """Returns what to write if a tensor is missing for a known reason."""
-        if self.about.tied and name.startswith("lm_head"):
+        head = self.about.tied_head(self.names)
+        if head is not None and name == f"{head}.weight":
             return (
-                "The model is tied: its head is the table, so name the table "
-                "('model.embed_tokens', 'lm_head'), or give the head its name. "
+                "The model is tied: its head is the token embedding. Give this leaf "
+                "the name of that one. "
             )
         return ""
 
@@ -72,7 +73,8 @@ def open_model(
     """
     about = model_class(checkpoint)
     each = logical_tensors(open_checkpoint(checkpoint))
-    modules = about.module_names(tensor.name for tensor in each)
+    # Names in the file are good enough where the class is not known.
+    modules = about.module_names((t.name for t in each), None if about.name else "")
     by_name = {modules[tensor.name]: tensor for tensor in each}
     by_name |= {tensor.name: tensor for tensor in each}
     return ModelTensors(each, by_name, about)

@@ -189,7 +189,72 @@ def test_find_names_of_gpt2_with_transposed_kernels():
     }
     axes = {f"{i}/c/kernel": lj.Axes((), (1,), (0,)) for i in range(2)}
     adapted = lj.lorafy(arrays(ours), 2, axes=axes)
-    assert lj.find_names(adapted, t) == {"*/c/kernel": "h.{}.attn.c_attn"}
+    found = lj.find_names(adapted, t, prefix="")
+    assert found == {"*/c/kernel": "h.{}.attn.c_attn"}
+    # Whether PyTorch's modules have these names depends on the class.
+    with pytest.raises(ValueError, match=r"'h.0.attn.c_attn.weight'.*prefix="):
+        lj.find_names(adapted, t)
+    found = lj.find_names(adapted, t, prefix="transformer")
+    assert found == {"*/c/kernel": "transformer.h.{}.attn.c_attn"}
+
+
+def folder_of(path, tensors, **config):
+    safetensors.numpy.save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "stem"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "transformer.h"),
+        ({"architectures": ["GPT2Model"], "model_type": "gpt2"}, "h"),
+        (
+            {"architectures": ["BloomForCausalLM"], "model_type": "bloom"},
+            "transformer.h",
+        ),
+        ({"architectures": ["MyForCausalLM"], "model_type": "mine"}, "h"),
+    ],
+)
+def test_find_names_has_the_modules_of_the_class(tmp_path, config, stem):
+    t = {"h.0.mlp.c_fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    params = arrays({"fc": {"kernel": t["h.0.mlp.c_fc.weight"].T}})
+    found = lj.find_names(params, folder_of(tmp_path, t, **config))
+    assert found == {"fc/kernel": f"{stem}.0.mlp.c_fc"}
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_find_names_has_the_names_that_transformers_gives(tmp_path, kind):
+    """The checkpoints of these models have other names than their modules."""
+    name = "language_model.model.layers.0.q_proj.weight"
+    t = {name: np.arange(6, dtype=np.float32).reshape(2, 3)}
+    config = {"architectures": ["ForConditionalGeneration"], "model_type": kind}
+    params = arrays({"q": {"kernel": t[name].T}})
+    found = lj.find_names(params, folder_of(tmp_path, t, **config))
+    assert found == {"q/kernel": "model.language_model.layers.0.q_proj"}
+    like = {"q": {"kernel": jax.ShapeDtypeStruct((3, 2), np.float32)}}
+    for names in (found, {"q": name.removesuffix(".weight")}):
+        got = lj.import_weights(tmp_path, like, names)
+        np.testing.assert_array_equal(got["q"]["kernel"], t[name].T)
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"architectures": ["LlamaForCausalLM"]}, True),  # no head in the file
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, False),
+        ({"architectures": ["LlamaModel"], "tie_word_embeddings": True}, False),
+        ({}, False),
+    ],
+)
+def test_find_names_of_a_tied_table_names_the_head_too(tmp_path, config, tied):
+    t = {"model.embed_tokens.weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    params = arrays({"tokens": {"embedding": t["model.embed_tokens.weight"]}})
+    found = lj.find_names(params, folder_of(tmp_path, t, **config))
+    table = "model.embed_tokens"
+    assert found == {"tokens/embedding": (table, "lm_head") if tied else table}
 
 
 def test_find_names_of_tied_embeddings():
