@@ -65,5 +65,6 @@ from lora_jax._hub.export_peft import export_peft as export_peft
 from lora_jax._hub.import_peft import import_peft as import_peft
 from lora_jax._hub.find_names import find_names as find_names
 from lora_jax._hub.import_weights import import_weights as import_weights
+from lora_jax._hub.export_weights import export_weights as export_weights
 
 __version__ = "0.2.0"

@@ -30,7 +30,7 @@ def sample(w: Any) -> np.ndarray | None:
     size = math.prod(w.shape)
     if not size:
         return np.zeros(0, jnp.bfloat16)
-    values = _values(w, np.unravel_index(_spread(size), w.shape)).astype(jnp.bfloat16)
+    values = values_at(w, np.unravel_index(_spread(size), w.shape)).astype(jnp.bfloat16)
     # Zero where not finite, so that a weight that is not finite equals itself.
     return np.where(np.isfinite(values.astype(np.float32)), values, jnp.bfloat16(0))
 
@@ -55,7 +55,7 @@ def _spread(size: int) -> list[int]:
     return [(i * golden % 2**64) * size >> 64 for i in range(1, COUNT + 1)]
 
 
-def _values(w: Any, indices: tuple[np.ndarray, ...]) -> np.ndarray:
+def values_at(w: Any, indices: tuple[np.ndarray, ...]) -> np.ndarray:
     """Returns the values at indices, read from the shards that hold them.
 
     The weight is never gathered: only the values, where it spans processes.
@@ -63,7 +63,7 @@ def _values(w: Any, indices: tuple[np.ndarray, ...]) -> np.ndarray:
     if is_quantized(w):
         counts = zip(indices, w.shape, w.scale.shape, strict=True)
         blocks = tuple(i * m // n for i, n, m in counts)
-        parts = _values(w.values, indices), _values(w.scale, blocks)
+        parts = values_at(w.values, indices), values_at(w.scale, blocks)
         values, scale = map(jnp.asarray, parts)
         return np.asarray(dequantize(Quantized(values, scale, w.dtypes, w.format)))
     if not isinstance(w, jax.Array):

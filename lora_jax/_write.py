@@ -77,7 +77,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):  # some file systems have no locks
-                _lock(file)
+                lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -98,7 +98,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
             os.close(handle)
 
 
-def _lock(file: Any, *, wait: bool = True) -> None:
+def lock(file: Any, *, wait: bool = True) -> None:
     """Locks a file until it is closed; without `wait`, raises if it is locked."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -116,7 +116,7 @@ def _remove_abandoned(folder: str, name: str) -> None:
             continue
         found = os.path.join(folder, entry)
         with contextlib.suppress(OSError), open(found, "rb") as file:
-            _lock(file, wait=False)
+            lock(file, wait=False)
             # A save in progress locks its file before the first byte: an empty file
             # may be one that is not locked yet.
             if os.path.getsize(found):

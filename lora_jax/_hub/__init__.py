@@ -2,8 +2,9 @@
 
 `export_peft` writes a tree with adapters as a folder that PEFT and vLLM load, and
 `import_peft` reads such a folder into a plain tree. `import_weights` reads a checkpoint
-into a tree. All take a map, which names the PyTorch modules that each leaf of the tree
-is; `transformers_names` and `find_names` make it. The files work on trees, names and
+into a tree, and `export_weights` writes it again with the updates in its weights. All
+take a map, which names the PyTorch modules that each leaf of the tree is;
+`transformers_names` and `find_names` make it. The files work on trees, names and
 arrays, and not on jaxprs.
 
 In reading order:
@@ -34,4 +35,7 @@ In reading order:
   leaf_layout.py      the layers of a leaf: what to read, and how to join it
   fill_leaf.py        one leaf, filled layer by layer on its devices
   import_weights.py   `import_weights`
+  safetensors_writer.py  safetensors files, written tensor by tensor
+  merge_tensors.py    a tensor with the update of its module
+  export_weights.py   `export_weights`
 """

@@ -177,7 +177,7 @@ def _export_plan(
 ) -> ModulePlan:
     """Returns the plan of all adapted and copied leaves, which must have names."""
     check_names(names, leaves)
-    named = {path: _required_names(names, path) for path in adapters}
+    named = {path: required_names(names, path) for path in adapters}
     given = axes_by_path(axes, leaves)
     known = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
     for path, dims in known.items():  # raises if the two do not fit
@@ -192,7 +192,7 @@ def _export_plan(
     )
 
 
-def _required_names(names: Names, path: Path) -> ModuleNames:
+def required_names(names: Names, path: Path) -> ModuleNames:
     named = module_names(names, path)
     if named is None:
         patterns = similar_names(path_name(path), () if callable(names) else names)
