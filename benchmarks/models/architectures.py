@@ -83,6 +83,28 @@ ARCHITECTURES = {
 }
 
 
+def llama_names(arch: Architecture, *, scanned: bool = True) -> dict[str, Any]:
+    """Returns the PyTorch module of each leaf of a Llama, for all of lora_jax's files.
+
+    It is the map of `import_weights`, `export_weights`, `export_peft` and
+    `import_peft`.
+    """
+    ours, theirs = ("blocks", "{layer}") if scanned else ("blocks_*", "{}")
+    attention = dict(query="q_proj", key="k_proj", value="v_proj", out="o_proj")
+    parts = {f"attention/{a}": f"self_attn.{b}" for a, b in attention.items()}
+    parts |= {f"mlp/{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    parts |= {"attention_norm": "input_layernorm"}
+    parts |= {"mlp_norm": "post_attention_layernorm"}
+    names: dict[str, Any] = {
+        f"{ours}/{a}": f"model.layers.{theirs}.{b}" for a, b in parts.items()
+    }
+    if arch.tied:
+        names |= {"tokens": ("model.embed_tokens", "lm_head")}
+    else:
+        names |= {"tokens": "model.embed_tokens", "head": "lm_head"}
+    return names | {"params/norm": "model.norm"}
+
+
 class Model(nn.Module):
     """Maps tokens (batch, time), or images (batch, y, x, 3), to logits in float32."""
 

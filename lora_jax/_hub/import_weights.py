@@ -108,7 +108,7 @@ def import_weights(
         sources = find_sources(leaves, _names_of(leaves, names), given, kinds, tensors)
         _check_used(sources, tensors, ignore)
         fillings = {path: as_filling(source) for path, source in sources.items()}
-        targets = _targets(like, leaves, fillings, how, axes, dtype)
+        targets = _targets(like, leaves, fillings, how, dtype)
         same["leaves"] = {path_name(p): outline(unbox(leaves[p])) for p in sources}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors.each]
     new = {}
@@ -169,10 +169,12 @@ def _targets(
     leaves: dict[Path, Any],
     sources: Mapping[Path, Filling],
     how: str | Mapping[str, str] | None,
-    axes: Mapping[str, Axes] | None,
     dtype: DTypeLike | None,
 ) -> dict[Path, Any]:
-    """Returns what each leaf becomes, abstract, with shardings."""
+    """Returns what each leaf becomes, abstract, with shardings.
+
+    The tensors have shown the inputs and outputs of every weight, stacked or not.
+    """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating, found {jnp.dtype(dtype).name}.")
     plain = {path: _abstract(leaves[path], dtype) for path in sources}
@@ -180,6 +182,11 @@ def _targets(
     if how is not None:
         boxed = {path: rebox(leaves[path], x) for path, x in plain.items()}
         tree = unflatten(like, leaves | boxed)
+        axes = {
+            path_name(path): source.leaf.axes
+            for path, source in sources.items()
+            if source.leaf.axes.inputs
+        }
         found = flatten(quantize(tree, how, axes=axes))
         targets = {path: unbox(found[path]) for path in sources}
     for path, source in sources.items():

@@ -51,7 +51,8 @@ class MappedLeaf(NamedTuple):
 
     @property
     def has_conv1d_name(self) -> bool:
-        return any(name.split(".")[-1] in CONV1D_NAMES for name in self.modules)
+        last = (name.removesuffix(".weight").split(".")[-1] for name in self.modules)
+        return any(name in CONV1D_NAMES for name in last)
 
 
 def map_weight(
