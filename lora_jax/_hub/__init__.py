@@ -30,6 +30,7 @@ In reading order:
   model_class.py      the class of a checkpoint's model, and the names of its modules
   quantized_tensors.py  tensors that are stored in 4 bits, or refused
   find_names.py       `find_names`
+  gguf_file.py        a GGUF file as the checkpoint that it was converted from
   model_tensors.py    the tensors of a model, under the names of its modules
   tensor_sources.py   the tensors that each leaf is, by the map and by shapes
   leaf_layout.py      the layers of a leaf: what to read, and how to join it

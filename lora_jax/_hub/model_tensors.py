@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax._hub.checkpoint import CheckpointTensor, open_checkpoint
+from lora_jax._hub.gguf_file import open_gguf
 from lora_jax._hub.model_class import ModelClass, model_class
 from lora_jax._hub.names import similar_names
 from lora_jax._hub.quantized_tensors import logical_tensors
@@ -71,6 +72,11 @@ def open_model(
       ValueError: If a file is truncated, or a tensor is quantized in a format that is
         not supported.
     """
+    if not isinstance(checkpoint, Mapping) and os.fspath(checkpoint).endswith(".gguf"):
+        each, names = open_gguf(os.fspath(checkpoint))
+        held = {tensor.name: tensor for tensor in each}
+        by_name = {alias: held[name] for alias, name in names.items()} | held
+        return ModelTensors(each, by_name, ModelClass(tied="output.weight" not in held))
     about = model_class(checkpoint)
     each = logical_tensors(open_checkpoint(checkpoint))
     # Names in the file are good enough where the class is not known.

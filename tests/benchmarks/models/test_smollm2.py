@@ -317,3 +317,47 @@ def test_load_gives_the_logits_and_tokens_of_transformers(tiny, path):
     text = "the naïve café, then the end"
     found = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert found == smollm2.tokenizer(tiny.fields).encode(text).ids
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "F16"])
+@pytest.mark.parametrize("scanned", [True, False])
+def test_import_weights_of_a_gguf(tiny, tmp_path, kind, scanned):
+    """The same tree as the converter here makes; blocks of the first two are kept."""
+    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kind)
+    want = smollm2.load(path, scanned=scanned).params
+    arch = smollm2.measure(tiny.fields)
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, want))
+    names = architectures.llama_names(arch, scanned=scanned)
+    names["norm"] = names.pop("params/norm")
+    got = lj.import_weights(path, like, names)
+    stored = [x for x in jax.tree.leaves(got, is_leaf=is_quantized) if is_quantized(x)]
+    if kind in ("Q8_0", "Q4_0"):
+        assert len(stored) == (8 if scanned else 15)
+        got = lj.dequantize(got)
+    else:
+        assert not stored
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(x, y)
+    if kind == "Q4_1":  # dequantized, and quantized by `how`
+        got = lj.import_weights(path, like, names, how="int8")
+        layer = got["blocks" if scanned else "blocks_0"]
+        assert layer["mlp"]["up"]["kernel"].format == "int8"
+
+
+def is_quantized(x):
+    return isinstance(x, lj.Quantized)
+
+
+def test_import_weights_refuses_a_gguf_that_is_not_known(tiny, tmp_path):
+    read = lambda path: lj.import_weights(path, {"a": jnp.ones(2)}, {"a": "a"})
+    path = write(tmp_path / "tiny.gguf", tiny, lambda name: "Q8_0")
+    half = tmp_path / "half.gguf"
+    half.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half.gguf is no complete GGUF"):
+        read(half)
+    tiny.fields["general.architecture"] = "mamba"
+    tiny.fields["mamba.block_count"] = 2
+    path = write(tmp_path / "mamba.gguf", tiny, lambda name: "Q8_0")
+    with pytest.raises(ValueError, match=r"holds a mamba.*llama"):
+        read(path)
