@@ -309,11 +309,12 @@ def _add(run: Run, f: Any, g: Any, **_: Any) -> list[Any] | None:
         # The array may be nearly +-(W + A B). Then little is left of the sum, and more
         # of W, whose digits the cast would remove.
         return None
+    operands = f, g  # as the equation has them, where they are materialized
     if is_factors(g) and minus:
         g = dataclasses.replace(g, scale=-g.scale)
     if not both:
         return [dataclasses.replace(g if is_factors(g) else f, w=w)]
-    return _unless_grown(run, joins.add(f, g, w), (f, g))
+    return _unless_grown(run, joins.add(f, g, w), operands)
 
 
 def _scale(run: Run, *operands: Any, **_: Any) -> list[Any] | None:

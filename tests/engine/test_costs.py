@@ -169,6 +169,19 @@ def test_lora_of_a_product_costs_no_more_than_the_merged_weight(product):
     assert (ratios(*PRODUCTS[product], axes=axes) <= 1.25).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("r", [2, 12, 40])
+def test_lora_of_a_sum_of_two_weights(randomized, close, sign, r):
+    """It stays factored, is cheaper as an array, or has more elements in factors."""
+    draw = np.random.default_rng(0).standard_normal
+    w = {n: jnp.asarray(draw((96, 96)) / 10, jnp.float32) for n in "uv"}
+    params, x = randomized(lj.lorafy(w, r, targets="*")), jnp.ones((4, 96))
+    combine = jnp.add if sign > 0 else jnp.subtract
+    fn = lambda params, x: x @ combine(params["u"], params["v"])
+    lora = jax.jit(lj.lora(fn, materialize="allow"))
+    close(lora(params, x), fn(lj.merge(params), x), atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
 def test_lora_keeps_an_update_that_the_weight_would_round_away(dtype):
     """W + scale * A B is cheaper here, but in low precision it rounds to W."""

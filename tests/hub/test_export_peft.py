@@ -260,7 +260,7 @@ def test_export_peft_refuses_a_rank_that_vllm_does_not_load(tmp_path):
         ({"hed": "score"}, {}, "No leaf matches 'hed' of names"),
         ({}, {"modules": ["model.tokens", "lm_head"]}, "which is not in modules"),
         ({}, {"kinds": {"hed": "conv"}}, "No weight matches 'hed' of kinds"),
-        ({}, {"kinds": {"head": "dense"}}, "one of linear, conv, embedding"),
+        ({}, {"kinds": {"head": "dense"}}, "one of linear, conv1d, conv, embedding"),
         ({}, {"axes": {"head/kernel": ((), (1,), ())}}, "must name each of its 2"),
         ({}, {"axes": {"conv/kernel": ((0,), (1, 2), (3,))}}, "and axes has"),
         ({}, {"dtype": jnp.int8}, "dtype is one of float32, bfloat16, float16"),
