@@ -27,21 +27,18 @@ def base(seed=0):
         tree[module] = {
             leaf: jax.device_put(np.asarray(rng.standard_normal(shape), np.float32))
         }
-    return tree | {"b": {"bias": jnp.ones(3)}}
+    return tree | {"b": {"bias": jax.device_put(np.ones(3, np.float32))}}
 
 
-def adapted(plain, seed, rank=2, alpha=3.0, names=SHAPES, **options):
-    """Returns a tree with random factors for the weights above."""
+def adapted(plain, seed, rank=2, names=SHAPES, also=()):
+    """Returns a tree with random factors and scales for the weights above."""
     axes = {name: SHAPES[name][1] for name in names}
-    params = lj.lorafy(plain, rank, alpha=alpha, targets=[*names], axes=axes, **options)
-    adapters, rest = lj.split(params)
-    leaves, treedef = jax.tree.flatten(adapters)
+    options = {"targets": [*names], "axes": axes, "also": also}
+    # Only the shapes: each array that `lorafy` makes would be a program to compile.
+    start = lambda plain: lj.detach(lj.lorafy(plain, rank, **options))
     rng = np.random.default_rng(seed)
-    drawn = [
-        jax.device_put(np.asarray(rng.standard_normal(x.shape), x.dtype))
-        for x in leaves
-    ]
-    return lj.combine(treedef.unflatten(drawn), rest)
+    draw = lambda x: jax.device_put(np.asarray(rng.standard_normal(x.shape), x.dtype))
+    return lj.attach(jax.tree.map(draw, jax.eval_shape(start, plain)), plain)
 
 
 def update(params, name):
@@ -69,9 +66,14 @@ def weight(tree, name):
 
 def test_add_is_the_sum_of_the_updates():
     plain, weights = base(), [0.5, -2, 1.5]
-    trees = [adapted(plain, i, rank=1 + i, alpha=2.0 + i) for i in range(3)]
-    got = lj.add(*trees, weights=weights)
-    merged = jax.jit(lj.merge)(got)
+    trees = [adapted(plain, i, rank=1 + i) for i in range(3)]
+
+    @jax.jit  # one program for all kinds of weights; the tests below call `add` eagerly
+    def both(*trees):
+        got = lj.add(*trees, weights=weights)
+        return got, lj.merge(got)
+
+    got, merged = both(*trees)
     for name in SHAPES:
         total = sum(c * update(t, name) for c, t in zip(weights, trees, strict=True))
         np.testing.assert_allclose(update(got, name), total, atol=1e-5, err_msg=name)
@@ -80,14 +82,15 @@ def test_add_is_the_sum_of_the_updates():
 
 
 def test_add_differs_from_the_mean_of_factors():
-    plain = base()
-    one, two = adapted(plain, 1), adapted(plain, 2)
+    plain, names = base(), ["m/kernel", "f/kernel"]
+    one, two = (adapted(plain, i, names=names) for i in (1, 2))
     mean = lj.add(one, two, weights=[0.5, 0.5])
-    wrong = jax.tree.map(lambda x, y: (x + y) / 2, one, two)
-    name = "m/kernel"
-    want = (update(one, name) + update(two, name)) / 2
-    np.testing.assert_allclose(update(mean, name), want, atol=1e-5)
-    assert np.abs(update(wrong, name) - want).max() > 0.1
+    average = lambda x, y: (np.asarray(x) + np.asarray(y)) / 2
+    wrong = jax.tree.map(average, one, two)
+    for name in names:
+        want = (update(one, name) + update(two, name)) / 2
+        np.testing.assert_allclose(update(mean, name), want, atol=1e-5)
+        assert np.abs(update(wrong, name) - want).max() > 0.1
 
 
 def test_add_of_different_targets_shares_their_factors():

@@ -1,5 +1,7 @@
 """Tests that the layers equal Flax's own with the adapters in their parameters."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,12 +80,6 @@ LAYERS = {
 }
 
 
-@pytest.fixture(params=LAYERS)
-def layer(request):
-    name, options, x, factored = LAYERS[request.param]
-    return getattr(lj, name), getattr(nn, name), options, x, factored
-
-
 def quietly(layer, factored, *args, **kwargs):
     """Applies a layer; one that must materialize W + AB has to warn."""
     if factored:
@@ -92,42 +88,75 @@ def quietly(layer, factored, *args, **kwargs):
         return layer.apply(*args, **kwargs)
 
 
-def test_layers_without_rank_are_those_of_flax(layer, close):
-    ours, plain, options, x, _ = layer
-    key, (ours, plain) = jax.random.key(0), (make(**options) for make in (ours, plain))
-    variables = jax.jit(ours.init)(key, x)
-    close(variables, jax.jit(plain.init)(key, x), atol=0)
-    close(jax.jit(ours.apply)(variables, x), jax.jit(plain.apply)(variables, x), 0)
+def initialized(layer, x):
+    """Initializes a layer in one program, not in one for each operation."""
+    return jax.jit(layer.init)(jax.random.key(0), x)
 
 
-def test_layers_init_adds_an_adapter_without_effect(layer, close):
-    ours, plain, options, x, factored = layer
-    made = ours(**options, rank=2, alpha=6)
-    y, variables = jax.jit(made.init_with_output)(jax.random.key(0), x)
-    base = jax.jit(plain(**options).init)(jax.random.key(0), x)
+def layers(name):
+    """Returns a layer with an adapter, without one, and Flax's own."""
+    kind, options, _, _ = LAYERS[name]
+    ours, flaxs = getattr(lj, kind), getattr(nn, kind)
+    return ours(**options, rank=2, alpha=6), ours(**options), flaxs(**options)
+
+
+@functools.cache
+def started(name):
+    """Returns variables and outputs of the three layers, from one program."""
+    made, bare, plain = layers(name)
+    _, _, x, factored = LAYERS[name]
+
+    @jax.jit
+    def start(key):
+        y, adapted = made.init_with_output(key, x)
+        again = quietly(made, factored, adapted, x)
+        ours, flaxs = bare.init(key, x), plain.init(key, x)
+        pairs = (ours, bare.apply(ours, x)), (flaxs, plain.apply(flaxs, x))
+        return (adapted, y, again), *pairs
+
+    return start(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_without_rank_are_those_of_flax(name, close):
+    _, (variables, y), (plain, want) = started(name)
+    close(variables, plain, atol=0)
+    close(y, want, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_init_adds_an_adapter_without_effect(name, close):
+    (variables, y, again), _, (base, want) = started(name)
     close(lj.strip(variables), base, atol=0)
-    close(y, plain(**options).apply(base, x), atol=0)
-    close(quietly(made, factored, variables, x), y, atol=0)
-    params = variables["params"]
-    assert not params["lora_b"].any() and params["lora_a"].any()
-    assert (params["lora_scale"] == 3).all()
-    assert (
-        lj.count(variables).trainable == params["lora_a"].size + params["lora_b"].size
+    close(y, want, atol=0)
+    close(again, y, atol=0)
+    a, b, scale = (
+        np.asarray(variables["params"][f"lora_{part}"]) for part in ("a", "b", "scale")
     )
+    assert not b.any() and a.any() and (scale == 3).all()
+    assert lj.count(variables).trainable == a.size + b.size
 
 
-def test_layers_equal_the_merged_layers_of_flax(layer, close, randomized):
-    ours, plain, options, x, factored = layer
-    made = ours(**options, rank=2, alpha=6)
-    variables = randomized(jax.jit(made.init)(jax.random.key(0), x))
-    merged = jax.jit(lj.merge)(variables)
-    want = plain(**options).apply(merged, x)
-    close(quietly(made, factored, variables, x), want)
-    close(quietly(ours(**options), factored, variables, x), want)
-    # The same model under `lora`, and on the merged parameters.
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_equal_the_merged_layers_of_flax(name, close, randomized):
+    made, bare, plain = layers(name)
+    _, _, x, factored = LAYERS[name]
     allowed = lj.lora(made.apply, materialize="error" if factored else "allow")
-    close(allowed(variables, x), want)
-    close(made.apply(merged, x), want)
+
+    @jax.jit
+    def results(variables):
+        merged = lj.merge(variables)
+        return plain.apply(merged, x), (
+            quietly(made, factored, variables, x),
+            quietly(bare, factored, variables, x),
+            # The same model under `lora`, and on the merged parameters.
+            allowed(variables, x),
+            made.apply(merged, x),
+        )
+
+    want, results_of_ours = results(randomized(started(name)[0][0]))
+    for got in results_of_ours:
+        close(got, want)
 
 
 def test_dense_and_embed_equal_numpy(randomized):
@@ -136,7 +165,7 @@ def test_dense_and_embed_equal_numpy(randomized):
         (lj.Dense(3, rank=2, alpha=5), X),
         (lj.Embed(7, 4, rank=2, alpha=5), IDS),
     ):
-        variables = randomized(module.init(jax.random.key(0), x))
+        variables = randomized(initialized(module, x))
         p = {name: np.asarray(v, np.float64) for name, v in variables["params"].items()}
         update = 5 / 2 * p["lora_a"] @ p["lora_b"]
         if "embedding" in p:
@@ -149,21 +178,19 @@ def test_dense_and_embed_equal_numpy(randomized):
 
 def test_embed_attend(close, randomized):
     layer = lj.Embed(7, 4, rank=2)
-    variables = randomized(layer.init(jax.random.key(0), IDS))
+    variables = randomized(initialized(layer, IDS))
     got = layer.apply(variables, X, method="attend")
     close(got, nn.Embed(7, 4).apply(lj.merge(variables), X, method="attend"))
 
 
 def test_dense_rslora_scale():
-    params = lj.Dense(4, rank=4, alpha=6, rslora=True).init(jax.random.key(0), X)[
-        "params"
-    ]
-    assert params["lora_scale"] == 3
+    layer = lj.Dense(4, rank=4, alpha=6, rslora=True)
+    assert initialized(layer, X)["params"]["lora_scale"] == 3
 
 
 def test_dense_uses_trained_copies(randomized):
     layer = lj.Dense(3)
-    variables = layer.init(jax.random.key(0), X)
+    variables = initialized(layer, X)
     for options in ({"also": "bias"}, {"also": ["kernel", "bias"]}):
         options |= {"targets": "other"}
         base = variables | {"other": jnp.ones((2, 2))}
@@ -178,7 +205,7 @@ def test_dense_uses_trained_copies(randomized):
 def test_dense_with_a_narrow_kernel_has_float32_factors(randomized):
     layer = lj.Dense(3, rank=2, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     x = jnp.asarray(X, jnp.bfloat16)
-    variables = randomized(layer.init(jax.random.key(0), x))
+    variables = randomized(initialized(layer, x))
     assert variables["params"]["lora_a"].dtype == jnp.float32
     y = layer.apply(variables, x)
     assert y.dtype == jnp.bfloat16
@@ -217,7 +244,7 @@ class Model(nn.Module):
 
 
 def test_layers_under_scan_and_remat(close, randomized):
-    variables = jax.jit(Model().init)(jax.random.key(0), IDS)
+    variables = initialized(Model(), IDS)
     scanned = variables["params"]["layers"]["dense"]
     assert scanned["lora_a"].value.shape == (3, 4, 2)
     assert scanned["lora_a"].names == ("layers", "in", None)
@@ -225,15 +252,21 @@ def test_layers_under_scan_and_remat(close, randomized):
     assert scanned["lora_scale"].value.shape == (3,)
     a = np.asarray(scanned["lora_a"].value)
     assert not np.allclose(a[0], a[1])
-    variables = randomized(variables)
     merged = lambda v, ids: Model().apply(lj.merge(v), ids)
-    want = jax.jit(merged)(variables, IDS)
-    close(jax.jit(Model().apply)(variables, IDS), want)
-    close(lj.lora(Model().apply, materialize="error")(variables, IDS), want)
+    strict = lj.lora(Model().apply, materialize="error")
 
-    def gradient(fn):
+    @jax.jit
+    def gradients(variables):
         adapters, base = lj.split(variables)
-        total = lambda a: jnp.sin(fn(lj.combine(a, base), IDS)).sum()
-        return jax.jit(jax.grad(total))(adapters)
 
-    close(gradient(Model().apply), gradient(merged), atol=1e-4)
+        def total(adapters, fn):
+            y = fn(lj.combine(adapters, base), IDS)
+            return jnp.sin(y).sum(), y
+
+        grad = jax.grad(total, has_aux=True)
+        return [grad(adapters, fn) for fn in (merged, Model().apply, strict)]
+
+    (want, y), *results = gradients(randomized(variables))
+    for got, y_got in results:
+        close(y_got, y)
+        close(got, want, atol=1e-4)

@@ -1,5 +1,7 @@
 """Tests DoRA against m (W + s A B) / |W + s A B| in NumPy."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -22,39 +24,40 @@ SHAPES = {
 AXES = {name: axes for name, (_, axes) in SHAPES.items()}
 
 
-def adapted(how=None, seed=0, **options):
+@functools.cache
+def adapted(how=None):
     """Returns random weights and trained adapters, over a quantized base or not."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
+    draw = lambda x: jax.device_put(np.asarray(rng.standard_normal(x.shape), x.dtype))
     base = {}
     for name, (shape, _) in SHAPES.items():
         module, leaf = name.split("/")
-        base[module] = {
-            leaf: jax.device_put(np.asarray(rng.standard_normal(shape), np.float32))
-        }
-    if how:
-        base = lj.quantize(base, how, targets="*", axes=AXES, block=2)
-    options = {"targets": "*", "axes": AXES, "alpha": 3.0, "dora": True} | options
-    params = lj.lorafy(base, 2, **options)
-    adapters, rest = lj.split(params)
-    leaves, treedef = jax.tree.flatten(adapters)
-    moved = [
-        jax.device_put(x + np.asarray(rng.standard_normal(x.shape) / 2, x.dtype))
-        for x in map(np.asarray, leaves)
-    ]
-    return lj.combine(treedef.unflatten(moved), rest)
+        base[module] = {leaf: draw(jax.ShapeDtypeStruct(shape, np.float32))}
+    options = {"targets": "*", "axes": AXES}
+    if how:  # in one program, not in one for each weight
+        base = jax.jit(lambda base: lj.quantize(base, how, block=2, **options))(base)
+    start = lambda base: lj.detach(lj.lorafy(base, 2, alpha=3.0, dora=True, **options))
+    return lj.attach(jax.tree.map(draw, jax.eval_shape(start, base)), base)
 
 
-def written_out(params, name, m=None):
-    """Returns the weight in float64, and |W + s A B|."""
+@functools.cache
+def dequantized(how):
+    """Returns the weights of `adapted(how)` as floats, from one program."""
+    base = lj.strip(adapted(how))
+    return jax.jit(lj.dequantize)(base) if how else base
+
+
+def written_out(how, name):
+    """Returns a weight of `adapted(how)` in float64, and |W + s A B|."""
     shape, axes = SHAPES[name]
     module, leaf = name.split("/")
-    leaves = params[module]
-    w = leaves[leaf]
-    if isinstance(w, lj.Quantized):
-        w = lj.dequantize({"w": w})["w"]
+    leaves = adapted(how)[module]
     w, a, b, scale = (
         np.asarray(x, np.float64)
-        for x in (w, *(leaves[n] for n in ("lora_a", "lora_b", "lora_scale")))
+        for x in (
+            dequantized(how)[module][leaf],
+            *(leaves[n] for n in ("lora_a", "lora_b", "lora_scale")),
+        )
     )
     letters = "abcd"[: len(shape)]
     pick = lambda *groups: "".join(letters[d] for g in groups for d in g)
@@ -68,8 +71,8 @@ def written_out(params, name, m=None):
         delta = np.einsum(f"{left},{pick(axes.batch)}->{letters}", a, b, scale)
     total = w + delta
     norm = np.sqrt(np.sum(total**2, axis=axes.inputs, keepdims=True))
-    m = leaves["lora_magnitude"] if m is None else m
-    return np.asarray(m, np.float64).reshape(norm.shape) * total / norm, norm
+    m = np.asarray(leaves["lora_magnitude"], np.float64)
+    return m.reshape(norm.shape) * total / norm, norm
 
 
 @pytest.mark.parametrize("how", [None, "int8", "nf4"])
@@ -78,13 +81,13 @@ def test_merge_of_dora_equals_the_formula(how):
     merged = lj.merge(params) if how is None else jax.jit(lj.merge)(params)
     for name in SHAPES:
         module, leaf = name.split("/")
-        got, (want, _) = merged[module][leaf], written_out(params, name)
+        got, (want, _) = merged[module][leaf], written_out(how, name)
         np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("how", [None, "nf4"])
 def test_lorafy_dora_keeps_what_the_model_computes(how):
-    base = {"m": {"kernel": jax.random.normal(jax.random.key(0), (6, 5))}}
+    base = {"m": lj.strip(adapted())["m"]}
     base = lj.quantize(base, how, block=2) if how else base
     params = lj.lorafy(base, 2, dora=True)
     assert params["m"]["lora_magnitude"].shape == (5,)
@@ -128,7 +131,7 @@ def formula(params, constants):
 @pytest.mark.parametrize("how", [None, "int8"])
 def test_lora_of_dora_equals_the_formula_with_gradients(how):
     params, x = adapted(how), jnp.asarray([[1.0] * 6, [0.5] * 6])
-    norms = {name: written_out(params, name)[1] for name in SHAPES}
+    norms = {name: written_out(how, name)[1] for name in SHAPES}
     adapters, base = lj.split(params)
     chex.clear_trace_counter()
     fn = chex.assert_max_traces(lj.lora(model, materialize="error"), n=1)
@@ -157,7 +160,7 @@ def one_output(params, ids):
 
 @pytest.mark.parametrize("fn", [fill, one_output])
 def test_lora_of_dora_applies_the_gain_in_every_product(fn):
-    params, ids = adapted(), jnp.array([2, 9, 6])
+    params, ids = adapted(), np.array([2, 9, 6])
     adapters, base = lj.split(params)
     lora = lj.lora(fn, unused="ignore", materialize="allow")
     run = lambda a: lora(lj.combine(a, base), ids)
@@ -168,12 +171,12 @@ def test_lora_of_dora_applies_the_gain_in_every_product(fn):
 
 
 def test_lora_of_dora_materializes_with_a_warning():
-    params, x = adapted(), jnp.ones((2, 6))
+    params, x = adapted(), np.ones((2, 6), np.float32)
     fn = lambda params, x: x @ (params["m"]["kernel"] + 1)
     own = {"m": params["m"]}
     with pytest.warns(UserWarning, match="'m/kernel' meets 'add'"):
-        got = lj.lora(fn)(own, x)
-    want = x @ (lj.merge(own)["m"]["kernel"] + 1)
+        got = jax.jit(lj.lora(fn))(own, x)
+    want = x @ (written_out(None, "m/kernel")[0] + 1)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -193,7 +196,6 @@ def test_layers_with_dora(layer, x):
         name: np.asarray(params[name]) + np.float32(0.3)
         for name in ("lora_a", "lora_b", "lora_magnitude")
     }
-    got = jax.jit(layer.apply)({"params": params}, x)
     kinds = {lj.Dense: nn.Dense, lj.DenseGeneral: nn.DenseGeneral, lj.Embed: nn.Embed}
     plain = kinds | {lj.Conv: nn.Conv, lj.Einsum: nn.Einsum}
     own = {
@@ -202,12 +204,17 @@ def test_layers_with_dora(layer, x):
         if hasattr(layer, f)
     }
     apply = plain[type(layer)](**own).apply
-    want = jax.jit(lambda p, x: apply({"params": lj.merge(p)}, x))(params, x)
+
+    @jax.jit
+    def both(p, x):
+        return layer.apply({"params": p}, x), apply({"params": lj.merge(p)}, x)
+
+    got, want = both(params, x)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_lorafy_dora_warns_of_zero_outputs_and_keeps_them_zero():
-    w = jnp.ones((4, 3)).at[:, 1].set(0)
+    w = jax.device_put(np.tile(np.float32([1, 0, 1]), (4, 1)))
     with pytest.warns(
         UserWarning, match="1 outputs of 'kernel' have only zero weights"
     ):
@@ -215,7 +222,7 @@ def test_lorafy_dora_warns_of_zero_outputs_and_keeps_them_zero():
     adapters, base = lj.split(params)
     fn = lj.lora(lambda params, x: x @ params["kernel"])
     loss = lambda a: jnp.sum(fn(lj.combine(a, base), jnp.ones((2, 4))) ** 2)
-    grads = jax.grad(loss)(adapters)
+    grads = jax.jit(jax.grad(loss))(adapters)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
     assert not lj.merge(params)["kernel"][:, 1].any()
 
@@ -241,7 +248,7 @@ def test_lorafy_dora_works_with_every_verb(tmp_path):
 def test_lorafy_dora_shards_magnitudes_like_the_outputs():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
-    w = jax.device_put(jnp.ones((4, 6)), place)
+    w = jax.device_put(np.ones((4, 6), np.float32), place)
     params = lj.lorafy({"kernel": w}, 2, dora=True)
     assert params["lora_magnitude"].sharding.spec == jax.sharding.PartitionSpec("x")
 
@@ -252,16 +259,14 @@ def test_lora_of_dora_on_a_mesh_of_explicit_axes(spec):
     at = lambda *spec: jax.sharding.NamedSharding(
         mesh, jax.sharding.PartitionSpec(*spec)
     )
-    w = jax.random.normal(jax.random.key(0), (8, 6))
+    w = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
     params = lj.lorafy({"kernel": jax.device_put(w, at(*spec))}, 2, dora=True)
     params |= {name: params[name] + 1 for name in ("lora_b", "lora_magnitude")}
-    x = jax.device_put(jnp.ones((4, 8)), at(None, None))
+    x = jax.device_put(np.ones((4, 8), np.float32), at(None, None))
     fn = lambda p, x: jnp.matmul(x, p["kernel"], out_sharding=at(None, spec[1]))
     got = jax.jit(lj.lora(fn))(params, x)
-    alone = jax.tree.map(np.asarray, params)
-    want = np.ones((4, 8)) @ np.asarray(
-        lj.merge(jax.tree.map(jnp.asarray, alone))["kernel"]
-    )
+    alone = jax.device_put(jax.device_get(params))
+    want = np.ones((4, 8)) @ np.asarray(lj.merge(alone)["kernel"])
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -270,21 +275,17 @@ def test_add_and_rescale_refuse_dora_and_resize_does_not():
     for call in (lambda: lj.add(params, params), lambda: lj.rescale(params, 2)):
         with pytest.raises(ValueError, match=r"cannot be exact for 'm/kernel'.*DoRA"):
             call()
-    got = lj.resize(params, 3)
-    want, _ = written_out(params, "m/kernel")
-    np.testing.assert_allclose(lj.merge(got)["m"]["kernel"], want, atol=1e-5)
-    start = lj.principal(
-        lj.lorafy(
-            lj.strip(params),
-            2,
-            targets="*",
-            axes={"m/kernel": AXES["m/kernel"]},
-            dora=True,
-        )
-    )
-    np.testing.assert_allclose(
-        lj.merge(start)["m"]["kernel"], params["m"]["kernel"], atol=1e-5
-    )
+    want, _ = written_out(None, "m/kernel")
+    options = {"targets": "*", "axes": {"m/kernel": AXES["m/kernel"]}, "dora": True}
+
+    @jax.jit
+    def merged(params):
+        start = lj.principal(lj.lorafy(lj.strip(params), 2, **options))
+        return lj.merge(lj.resize(params, 3)), lj.merge(start)
+
+    resized, start = merged(params)
+    np.testing.assert_allclose(resized["m"]["kernel"], want, atol=1e-5)
+    np.testing.assert_allclose(start["m"]["kernel"], params["m"]["kernel"], atol=1e-5)
 
 
 def test_kept_of_dora_includes_magnitudes():

@@ -30,7 +30,8 @@ def test_readme_training_steps_copy_no_frozen_weight(
 
     exec(compile(CODE[0], "README.md", "exec"), names)
     step, params, state = (names[name] for name in ("step", "params", "state"))
-    memory = step.lower(params, state).compile().memory_analysis()
+    step = step.lower(params, state).compile()
+    memory = step.memory_analysis()
     # XLA counts a pointer for each result.
     assert memory.output_size_in_bytes > 1_700_000 and new(memory) < 200
     before, buffer = first(params), first(params).unsafe_buffer_pointer()

@@ -300,7 +300,8 @@ def test_lora_equals_the_merged_model(name, how, third_party, close):
     params = adapted(name, dora=how == "dora")
     fill = lambda seed: filled(params, seed)
     if how == "nf4":
-        fill = lambda seed: quantized(axes, filled(params, seed))
+        store = jax.jit(functools.partial(quantized, axes))
+        fill = lambda seed: store(filled(params, seed))
 
     @chex.assert_max_traces(n=1)
     def once(*args):
