@@ -200,7 +200,7 @@ def _places(
     draw = lambda n: rng.integers(n, size=SAMPLES)
     each = [draw(n) for n in (*inner, n_in, stop - start)]
     *experts, i, o = each
-    index = [np.empty(0)] * len(leaf.shape)
+    index: list[Any] = [None] * len(leaf.shape)
     at = [*(np.full(SAMPLES, k) for k in part.stack_index), *experts]
     for d, k in zip(leaf.axes.batch, at, strict=True):
         index[d] = k
