@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._processes import gathered
-from lora_jax._tree import Path, is_abstract, is_traced, path_name, unbox
+from lora_jax._tree import Path, is_abstract, is_traced, listed, path_name, unbox
 
 try:
     import fcntl
@@ -61,6 +61,29 @@ def check_target(path: str | os.PathLike[str]) -> None:
     if os.path.lexists(path) and not stat.S_ISREG(os.stat(path).st_mode):
         what = "a folder" if os.path.isdir(path) else "not a regular file"
         raise ValueError(f"{path} is {what}. Pass the name of a file.")
+
+
+def free_folder(folder: str | os.PathLike[str], replaceable: Iterable[str] = ()) -> str:
+    """Returns the full path of a folder that is new, or holds only replaceable files.
+
+    Raises:
+      ValueError: If it holds anything else, is a file, or is the current folder.
+      FileNotFoundError: If its parent is missing.
+    """
+    path = os.path.realpath(folder)
+    if not os.path.isdir(os.path.dirname(path)):
+        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
+    if path == os.path.realpath(os.curdir):
+        raise ValueError(f"{path} is the current folder. Give the name of one in it.")
+    if os.path.lexists(path):
+        if not os.path.isdir(path):
+            raise ValueError(f"{path} is a file. Give the name of a folder.")
+        if others := sorted({*os.listdir(path)} - {*replaceable}):
+            other = "other " if replaceable else ""
+            raise ValueError(
+                f"{path} holds {other}files: {listed(others)}. Export to a new folder."
+            )
+    return path
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -88,6 +88,12 @@ def third_party():
 
 
 @pytest.fixture
+def one_thread():
+    """Limits PyTorch to one thread: each worker of the tests has one core."""
+    pytest.importorskip("torch").set_num_threads(1)
+
+
+@pytest.fixture
 def uncached():
     """Disables JAX's cache, which cannot load programs for an absent chip."""
 

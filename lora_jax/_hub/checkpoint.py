@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.typing import DTypeLike
 
 from lora_jax._tree import listed
 
@@ -19,6 +21,8 @@ DTYPES = {
     **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
     "BOOL": "bool",
 }
+
+CHUNK = 1 << 24  # elements that are computed with at a time
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -72,6 +76,12 @@ class CheckpointTensor(NamedTuple):
         """The module that has the tensor, or the name of a bare parameter."""
         stem, _, leaf = self.name.rpartition(".")
         return stem if stem and leaf in ("weight", "bias") else self.name
+
+
+def check_floating(dtype: DTypeLike | None) -> None:
+    """Checks the dtype that floating tensors are cast to, if there is one."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating, found {jnp.dtype(dtype).name}.")
 
 
 def open_checkpoint(checkpoint: Checkpoint) -> list[CheckpointTensor]:

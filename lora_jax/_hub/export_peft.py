@@ -17,27 +17,23 @@ from lora_jax._adapters import (
     of_rank,
 )
 from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
-from lora_jax._hub.module_adapters import is_reversed, split_adapter
+from lora_jax._hub.module_adapters import split_adapter
 from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import (
     ModulePlan,
     axes_by_path,
     check_inputs,
     plan_modules,
+    trained_axes,
+    trained_names,
 )
 from lora_jax._hub.modules import leaf_to_torch
-from lora_jax._hub.names import (
-    ModuleNames,
-    Names,
-    check_names,
-    module_names,
-    similar_names,
-)
+from lora_jax._hub.names import Names
 from lora_jax._hub.peft_config import new_config
 from lora_jax._hub.peft_folder import (
+    FILES,
     TORCH_DTYPES,
     as_dtype,
-    free_folder,
     write_folder,
 )
 from lora_jax._hub.tensor_keys import (
@@ -48,7 +44,7 @@ from lora_jax._hub.tensor_keys import (
 )
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
-from lora_jax._write import check_finite, check_savable, in_memory
+from lora_jax._write import check_finite, check_savable, free_folder, in_memory
 
 
 def export_peft(
@@ -122,7 +118,7 @@ def export_peft(
       ['adapter_config.json', 'adapter_model.safetensors']
     """
     with agreed("export_peft") as same:
-        target = free_folder(folder) if is_first() else os.fspath(folder)
+        target = free_folder(folder, FILES) if is_first() else os.fspath(folder)
         if dtype is not None and jnp.dtype(dtype).name not in TORCH_DTYPES:
             raise ValueError(
                 f"dtype is one of {', '.join(TORCH_DTYPES)}, found {dtype}."
@@ -176,31 +172,10 @@ def _export_plan(
     kinds: Mapping[str, str] | None,
 ) -> ModulePlan:
     """Returns the plan of all adapted and copied leaves, which must have names."""
-    check_names(names, leaves)
-    named = {path: required_names(names, path) for path in adapters}
-    given = axes_by_path(axes, leaves)
-    known = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
-    for path, dims in known.items():  # raises if the two do not fit
-        is_reversed(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
-    return plan_modules(
-        leaves,
-        named,
-        known,
-        of_copies(adapters),
-        known | given,
-        kinds,
-    )
-
-
-def required_names(names: Names, path: Path) -> ModuleNames:
-    named = module_names(names, path)
-    if named is None:
-        patterns = similar_names(path_name(path), () if callable(names) else names)
-        raise ValueError(
-            f"names has no name for {path_name(path)!r}. Its patterns that come close: "
-            f"{patterns}. Write names={{{path_name(path)!r}: 'module.of.torch'}}."
-        )
-    return named
+    named = trained_names(leaves, adapters, names)
+    weights = of_rank(adapters)
+    known = trained_axes(leaves, adapters, axes)
+    return plan_modules(leaves, named, weights, of_copies(adapters), known, kinds)
 
 
 def _pad_ranks(modules: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:

@@ -23,16 +23,15 @@ from lora_jax._adapters import (
     of_rank,
 )
 from lora_jax._engine.source import warn_user
-from lora_jax._hub.checkpoint import CheckpointTensor
-from lora_jax._hub.export_peft import required_names
+from lora_jax._hub.checkpoint import CheckpointTensor, check_floating
 from lora_jax._hub.merge_tensors import merged
 from lora_jax._hub.model_class import CONFIG_FILE
 from lora_jax._hub.model_tensors import open_model
-from lora_jax._hub.module_adapters import is_reversed, split_adapter
+from lora_jax._hub.module_adapters import split_adapter
 from lora_jax._hub.module_kinds import Linear, ModuleAdapter
-from lora_jax._hub.module_plan import axes_by_path
+from lora_jax._hub.module_plan import trained_axes, trained_names
 from lora_jax._hub.modules import MappedLeaf, ModuleSlice, leaf_to_torch
-from lora_jax._hub.names import Names, check_names
+from lora_jax._hub.names import Names
 from lora_jax._hub.progress import progress
 from lora_jax._hub.safetensors_writer import (
     Entry,
@@ -44,9 +43,15 @@ from lora_jax._hub.safetensors_writer import (
 from lora_jax._hub.tensor_sources import Source, find_sources
 from lora_jax._merge import MOST
 from lora_jax._processes import agreed, is_first, outline
-from lora_jax._sample import differ, values_at
+from lora_jax._sample import COUNT, differ, values_at
 from lora_jax._tree import Path, PyTree, flatten, is_abstract, listed, path_name, unbox
-from lora_jax._write import check_finite, check_savable, in_memory, lock
+from lora_jax._write import (
+    check_finite,
+    check_savable,
+    free_folder,
+    in_memory,
+    lock,
+)
 
 # The files of a checkpoint besides its weights: configs, tokenizers, code, licences.
 COPIED = (
@@ -55,7 +60,6 @@ COPIED = (
     "chat_template.* *.jinja *.py LICENSE* NOTICE*"
 ).split()
 LOCK = ".lock"  # in a folder that is being written
-SAMPLES = 32  # values of each weight that are compared with the tree's
 
 
 def export_weights(
@@ -114,17 +118,17 @@ def export_weights(
       ['model.safetensors']
     """
     with agreed("export_weights") as same:
-        target = _free_folder(folder)
-        floats = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-        if not floats:
-            raise ValueError(f"dtype must be floating, found {jnp.dtype(dtype).name}.")
+        target = free_folder(folder)
+        check_floating(dtype)
         leaves = flatten(params)
         adapters = find_adapters(leaves)
         parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
         tensors = open_model(checkpoint)
-        sources = _sources(leaves, adapters, names, axes, kinds, tensors)
+        named = trained_names(leaves, adapters, names)
+        known_axes = trained_axes(leaves, adapters, axes)
+        sources = find_sources(leaves, named, known_axes, kinds, tensors)
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors.each]
     leaves |= in_memory(leaves, parts)
@@ -141,24 +145,6 @@ def export_weights(
                     f"Rounding loses most of the updates of {listed(lost)}. To keep "
                     "them, write export_weights(..., dtype=jnp.float32)."
                 )
-
-
-def _sources(
-    leaves: dict[Path, Any],
-    adapters: Adapters,
-    names: Names,
-    axes: Mapping[str, Axes] | None,
-    kinds: Mapping[str, str] | None,
-    tensors: Any,
-) -> dict[Path, Source]:
-    """Returns the tensors of the leaves that are trained."""
-    check_names(names, leaves)
-    named = {path: required_names(names, path) for path in adapters}
-    given = axes_by_path(axes, leaves)
-    known = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
-    for path, dims in known.items():  # raises if the two do not fit
-        is_reversed(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
-    return find_sources(leaves, named, known | given, kinds, tensors)
 
 
 class Change(NamedTuple):
@@ -197,11 +183,11 @@ def _places(
     start, stop, _ = part.outputs.indices(n_out)
     inner = batch[len(part.stack_index) :]
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.integers(n, size=SAMPLES)
+    draw = lambda n: rng.integers(n, size=COUNT)
     each = [draw(n) for n in (*inner, n_in, stop - start)]
     *experts, i, o = each
     index: list[Any] = [None] * len(leaf.shape)
-    at = [*(np.full(SAMPLES, k) for k in part.stack_index), *experts]
+    at = [*(np.full(COUNT, k) for k in part.stack_index), *experts]
     for d, k in zip(leaf.axes.batch, at, strict=True):
         index[d] = k
     for dims, k in ((leaf.axes.inputs, i), (leaf.axes.outputs, o + start)):
@@ -257,15 +243,12 @@ def _write(
 ) -> list[str]:
     """Writes the folder, and returns the names of tensors that lost their update."""
     lost: list[str] = []
-    is_float = lambda t: jnp.issubdtype(t.dtype, jnp.floating)
-    entries = {
-        t.name: Entry(t.name, t.shape, (dtype or jnp.dtype(t.dtype)).name)
-        if is_float(t)
-        else Entry(t.name, t.shape, t.dtype)
-        for t in tensors
-    }
+    cast = lambda t: dtype is not None and jnp.issubdtype(t.dtype, jnp.floating)
     by_name = {t.name: t for t in tensors}
-    each = shards(entries.values(), shard_bytes)
+    entries = [
+        Entry(t.name, t.shape, dtype.name if cast(t) else t.dtype) for t in tensors
+    ]
+    each = shards(entries, shard_bytes)
     files = dict(zip(file_names(len(each)), each, strict=True))
 
     def arrays(part: list[Entry], tick: Callable[[], None]) -> Iterator[np.ndarray]:
@@ -339,20 +322,6 @@ def _copy_files(folder: str, checkpoint: Any, dtype: Any, quantized: bool) -> No
         fields[key] = dtype.name
     with open(config, "w", encoding="utf-8") as file:
         file.write(json.dumps(fields, indent=2) + "\n")
-
-
-def _free_folder(folder: str | os.PathLike[str]) -> str:
-    """Returns the full path of a folder that is new or empty."""
-    path = os.path.realpath(folder)
-    if not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise ValueError(f"{path} is a file. Give the name of a folder.")
-    if os.path.isdir(path) and (held := sorted(os.listdir(path))):
-        raise ValueError(
-            f"{path} holds files: {listed(held)}. Export to a new folder, or remove it."
-        )
-    return path
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax._engine.quantized import Quantized, is_quantized, quantize_array
-from lora_jax._hub.checkpoint import BlockFormat, CheckpointTensor
+from lora_jax._hub.checkpoint import CHUNK, BlockFormat, CheckpointTensor
 from lora_jax._hub.leaf_layout import (
     Layout,
     Region,
@@ -85,31 +85,33 @@ def as_filling(source: Source) -> Filling:
     return Filling(leaf, source.stacked, tensors, form, equal)
 
 
-def fill_leaf(source: Filling, target: Any, tick: Callable[[], None]) -> Any:
+def fill_leaf(filling: Filling, target: Any, tick: Callable[[], None]) -> Any:
     """Returns the value of a leaf.
 
     Args:
-      source: Its tensors, whose shapes fit.
+      filling: Its tensors, whose shapes fit.
       target: An abstract array or `Quantized`, with shardings or without.
       tick: Called for each tensor that was read.
 
     Raises:
       ValueError: If a value is not finite after the cast, or tied tensors differ.
     """
-    for one, other in source.equal:
-        _check_equal(source.leaf, one, other)
-    filled = [_Filled(x, source.leaf, source.stacked) for x in jax.tree.leaves(target)]
-    fill = _floats if source.form is None else _blocks
+    for one, other in filling.equal:
+        _check_equal(filling.leaf, one, other)
+    filled = [
+        _Filled(x, filling.leaf, filling.stacked) for x in jax.tree.leaves(target)
+    ]
+    fill = _floats if filling.form is None else _blocks
     finite: list[jax.Array] = []
-    for layer in source.layers:
-        finite += fill(source, target, filled, layer)
+    for layer in filling.layers:
+        finite += fill(filling, target, filled, layer)
         for array in filled:
             array.wait()  # or the tensors of all layers would be in memory at once
-        for _ in source.modules(layer):
+        for _ in filling.modules(layer):
             tick()
     if not all(map(bool, finite)):
         raise ValueError(
-            f"{path_name(source.leaf.path)!r} is not finite as {target.dtype}: its "
+            f"{path_name(filling.leaf.path)!r} is not finite as {target.dtype}: its "
             "tensor is not, or has values that are too large. Write "
             "dtype=jnp.bfloat16, which has the range of float32, or correct the file."
         )
@@ -179,15 +181,17 @@ def _updated(x: jax.Array, part: jax.Array, dims: Any, starts: Any) -> jax.Array
 
 
 def _floats(
-    source: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
+    filling: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
     """Fills a layer from plain tensors; returns whether the values are finite."""
-    leaf, stacked = source.leaf, source.stacked
+    leaf, stacked = filling.leaf, filling.stacked
     values, *scale = filled
     how = target.format if is_quantized(target) else None
     dtype = jnp.dtype(target.dtypes[0] if is_quantized(target) else target.dtype)
     counts = (scale or filled)[0].abstract.shape
     blocks = [leaf.shape[d] // counts[d] for d in values.dims]
+    # Devices with the same region share what is read for it.
+    read_once = functools.cache(lambda r: filling.tensors[r.module].read(r.part))
     finite = []
     for device in values.bounds:
         region = values.region(device, layer)
@@ -199,10 +203,7 @@ def _floats(
             for (low, high), n in zip(region, blocks, strict=True)
         )
         reads, layout = read_plan(leaf, stacked, layer, wide)
-        tensors = [
-            jax.device_put(source.tensors[read.module].read(read.part), device)
-            for read in reads
-        ]
+        tensors = [jax.device_put(read_once(read), device) for read in reads]
         cuts = [
             tuple(
                 ((low - start) // n, -(-(high - start) // n))
@@ -248,12 +249,12 @@ def _made(
 
 
 def _blocks(
-    source: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
+    filling: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
     """Fills a layer from tensors that are stored in blocks, without a change."""
-    leaf, form = source.leaf, source.form
+    leaf, form = filling.leaf, filling.form
     assert form is not None
-    read = {name: source.tensors[name].blocks for name in source.modules(layer)}
+    read = {name: filling.tensors[name].blocks for name in filling.modules(layer)}
     blocks = {name: get() for name, get in read.items() if get is not None}
     for i, array in enumerate(filled):
         part = block_leaf(leaf, form.size) if i else leaf
@@ -262,7 +263,7 @@ def _blocks(
             region = array.region(device, layer)
             if region is None:
                 continue
-            reads, layout = read_plan(part, source.stacked, layer, region)
+            reads, layout = read_plan(part, filling.stacked, layer, region)
             tensors = [
                 jax.device_put(blocks[read.module][i][read.part], device)
                 for read in reads
@@ -281,7 +282,7 @@ def _check_equal(
     leaf: MappedLeaf, one: CheckpointTensor, other: CheckpointTensor
 ) -> None:
     """Checks that two tensors of one leaf are equal, some rows at a time."""
-    step = max(1, 2**24 // max(1, int(np.prod(one.shape[1:]))))
+    step = max(1, CHUNK // max(1, int(np.prod(one.shape[1:]))))
     for low in range(0, one.shape[0], step):
         if not np.array_equal(one.rows(low, low + step), other.rows(low, low + step)):
             raise ValueError(

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from lora_jax._adapters import Axes, is_adapter
 from lora_jax._engine.quantized import Quantized, quantize_array
 from lora_jax._flax_names import is_floating
-from lora_jax._hub.checkpoint import BlockFormat
+from lora_jax._hub.checkpoint import BlockFormat, check_floating
 from lora_jax._hub.fill_leaf import Filling, as_filling, fill_leaf
 from lora_jax._hub.leaf_layout import block_leaf
 from lora_jax._hub.model_tensors import ModelTensors, open_model
@@ -21,7 +21,7 @@ from lora_jax._hub.names import (
     Names,
     check_names,
     module_names,
-    similar_names,
+    required_names,
 )
 from lora_jax._hub.progress import progress
 from lora_jax._hub.tensor_sources import Source, find_sources
@@ -139,17 +139,13 @@ def _check_like(leaves: Mapping[Path, Any]) -> None:
 def _names_of(leaves: dict[Path, Any], names: Names) -> dict[Path, ModuleNames]:
     """Returns the names of each leaf; a leaf without one must keep its value."""
     check_names(names, leaves)
-    named = {path: module_names(names, path) for path in leaves}
-    for path, found in named.items():
-        w = unbox(leaves[path])
-        if found is None and (is_abstract(w) or is_floating(path, leaves[path])):
-            patterns = similar_names(path_name(path), () if callable(names) else names)
-            raise ValueError(
-                f"names has no name for {path_name(path)!r}. Its patterns that come "
-                f"close: {patterns}. Write names={{{path_name(path)!r}: "
-                "'module.of.torch'}."
-            )
-    return {path: found for path, found in named.items() if found is not None}
+    named = {}
+    for path, leaf in leaves.items():
+        if is_abstract(unbox(leaf)) or is_floating(path, leaf):
+            named[path] = required_names(names, path)
+        elif found := module_names(names, path):
+            named[path] = found
+    return named
 
 
 def _check_used(
@@ -167,7 +163,7 @@ def _check_used(
 def _targets(
     like: PyTree,
     leaves: dict[Path, Any],
-    sources: Mapping[Path, Filling],
+    fillings: Mapping[Path, Filling],
     how: str | Mapping[str, str] | None,
     dtype: DTypeLike | None,
 ) -> dict[Path, Any]:
@@ -175,24 +171,23 @@ def _targets(
 
     The tensors have shown the inputs and outputs of every weight, stacked or not.
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating, found {jnp.dtype(dtype).name}.")
-    plain = {path: _abstract(leaves[path], dtype) for path in sources}
+    check_floating(dtype)
+    plain = {path: _abstract(leaves[path], dtype) for path in fillings}
     targets: dict[Path, Any] = dict(plain)
     if how is not None:
         boxed = {path: rebox(leaves[path], x) for path, x in plain.items()}
         tree = unflatten(like, leaves | boxed)
         axes = {
-            path_name(path): source.leaf.axes
-            for path, source in sources.items()
-            if source.leaf.axes.inputs
+            path_name(path): filling.leaf.axes
+            for path, filling in fillings.items()
+            if filling.leaf.axes.inputs
         }
         found = flatten(quantize(tree, how, axes=axes))
-        targets = {path: unbox(found[path]) for path in sources}
-    for path, source in sources.items():
-        if source.form is not None:
-            targets[path] = _kept_blocks(source, source.form, plain[path])
-        _check_castable(source, targets[path])
+        targets = {path: unbox(found[path]) for path in fillings}
+    for path, filling in fillings.items():
+        if filling.form is not None:
+            targets[path] = _kept_blocks(filling, filling.form, plain[path])
+        _check_castable(filling, targets[path])
     return targets
 
 
@@ -207,10 +202,10 @@ def _abstract(leaf: Any, dtype: DTypeLike | None) -> jax.ShapeDtypeStruct:
 
 
 def _kept_blocks(
-    source: Filling, form: BlockFormat, plain: jax.ShapeDtypeStruct
+    filling: Filling, form: BlockFormat, plain: jax.ShapeDtypeStruct
 ) -> Quantized:
     """Returns the abstract `Quantized` of a leaf whose tensors are kept as they are."""
-    scales = block_leaf(source.leaf, form.size)
+    scales = block_leaf(filling.leaf, form.size)
     assert scales is not None
     placed = quantize_array(plain, form.name, scales.shape)
     scale = placed.scale.update(dtype=form.scale_dtype)
@@ -218,13 +213,13 @@ def _kept_blocks(
     return Quantized(placed.values, scale, tuple(dtypes), form.name)
 
 
-def _check_castable(source: Filling, target: Any) -> None:
+def _check_castable(filling: Filling, target: Any) -> None:
     """Checks that floats stay floats, and that other numbers keep their values."""
-    for tensor in source.tensors.values():
+    for tensor in filling.tensors.values():
         old, new = jnp.dtype(tensor.dtype), jnp.dtype(target.dtype)
         floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new)]
         if floats[0] != floats[1] or not (floats[0] or jnp.can_cast(old, new)):
             raise ValueError(
-                f"{path_name(source.leaf.path)!r} is {new}, and the tensor "
+                f"{path_name(filling.leaf.path)!r} is {new}, and the tensor "
                 f"{tensor.name!r} is {old}: one is not cast to the other."
             )

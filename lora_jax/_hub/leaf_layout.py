@@ -42,25 +42,17 @@ class Read(NamedTuple):
     """A part of a tensor of one module."""
 
     module: str
-    part: tuple[slice, ...]
+    bounds: Region  # of rows and columns; all of the tensor if it is empty
+
+    @property
+    def part(self) -> tuple[slice, ...]:
+        return tuple(slice(*each) for each in self.bounds)
 
 
 def layer_dims(leaf: MappedLeaf, stacked: int) -> tuple[int, ...]:
     """Returns the dimensions of a layer, in the order of the leaf."""
     counted = {*leaf.axes.batch[:stacked]}
     return tuple(d for d in range(len(leaf.shape)) if d not in counted)
-
-
-def layer_index(
-    leaf: MappedLeaf, stacked: int, at: tuple[int, ...], region: Region
-) -> tuple[slice, ...]:
-    """Returns the place in the leaf of a region of one layer."""
-    index = [slice(None)] * len(leaf.shape)
-    for d, i in zip(leaf.axes.batch[:stacked], at, strict=True):
-        index[d] = slice(i, i + 1)
-    for d, (start, stop) in zip(layer_dims(leaf, stacked), region, strict=True):
-        index[d] = slice(start, stop)
-    return tuple(index)
 
 
 def read_plan(
@@ -91,11 +83,11 @@ def read_plan(
         start, stop = max(low, columns.start), min(end, columns.stop)
         if start >= stop:
             continue
-        index: tuple[slice, ...] = ()
+        each: Region = ()
         if by_range:
-            index = rows, slice(start - low, stop - low)
-            index = index[::-1] if kind is LINEAR else index
-        reads.append(Read(name, index))
+            each = (rows.start, rows.stop), (start - low, stop - low)
+            each = each[::-1] if kind.inputs_last else each
+        reads.append(Read(name, each))
         kinds.append(kind)
     read = {d: (0, leaf.shape[d]) for d in batch} | read_in | read_out
     order = (*batch, *inputs, *outputs)
@@ -156,7 +148,7 @@ def block_leaf(leaf: MappedLeaf, block: int) -> MappedLeaf | None:
       block: The elements of a block.
     """
     kinds = {part.kind for part in leaf.modules.values()}
-    on_inputs = {kind.blocks_on_inputs for kind in kinds}
+    on_inputs = {kind.inputs_last for kind in kinds}
     if len(on_inputs) > 1 or not kinds <= {*MATRICES}:
         return None
     dims = leaf.axes.inputs if on_inputs.pop() else leaf.axes.outputs

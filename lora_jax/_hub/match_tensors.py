@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._engine.quantized import dequantize
-from lora_jax._hub.checkpoint import CheckpointTensor
+from lora_jax._hub.checkpoint import CHUNK, CheckpointTensor
 from lora_jax._processes import gathered
 from lora_jax._tree import is_quantized
 
-CHUNK = 1 << 24  # elements that are compared at a time
 # The largest relative error of a quantized weight: NF4 has about 0.1, and the distance
 # to any other tensor is about 1.4.
 QUANTIZED_ERROR = 0.35

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax._hub.checkpoint import CHUNK
 from lora_jax._hub.module_kinds import Linear, ModuleAdapter
-
-CHUNK = 1 << 24  # elements that are summed at a time
 
 
 class Merged(NamedTuple):

@@ -29,10 +29,6 @@ class ModelTensors(NamedTuple):
     def names(self) -> list[str]:
         return [*self.by_name]
 
-    def find(self, name: str) -> CheckpointTensor | None:
-        """Returns the tensor of this name, in the file or in PyTorch."""
-        return self.by_name.get(name)
-
     def unused(self, used: Iterable[str], ignore: Iterable[str]) -> list[str]:
         """Returns the names of the tensors that are neither used nor ignored.
 

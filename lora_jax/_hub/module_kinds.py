@@ -36,7 +36,7 @@ class Linear:
     name = "linear"  # as in `kinds=` of the public functions
     suffixes = (".lora_A.weight", ".lora_B.weight")  # of the keys of A and B
     has_dora = True  # whether PEFT has the norm of its update that DoRA has here
-    blocks_on_inputs = True  # whether the tensor's last dimension is one of inputs
+    inputs_last = True  # whether the last dimension of the tensor is the inputs'
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         """Returns the module's weight; `inputs` are the sizes of its input dims."""
@@ -88,7 +88,7 @@ class Conv1D(Linear):
     """A matrix stored as (inputs, outputs), by GPT-2's modules of that name."""
 
     name = "conv1d"
-    blocks_on_inputs = False
+    inputs_last = False
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         return w
@@ -131,7 +131,7 @@ class Experts(Linear):
 
     name = "experts"
     has_dora = False
-    blocks_on_inputs = False
+    inputs_last = False
 
     def weight_to_torch(self, w: Array, inputs: Shape) -> Array:
         return w

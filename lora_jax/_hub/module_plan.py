@@ -7,11 +7,12 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import Axes
+from lora_jax._adapters import Adapters, Axes, of_rank
 from lora_jax._flax_names import check_axes, is_adaptable, own_names
+from lora_jax._hub.module_adapters import is_reversed
 from lora_jax._hub.module_kinds import EXPERTS, KINDS, VECTOR, Linear
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight
-from lora_jax._hub.names import ModuleNames
+from lora_jax._hub.names import ModuleNames, Names, check_names, required_names
 from lora_jax._patterns import match_each, matches
 from lora_jax._tree import Path, is_array, leaf_name, path_name, sibling, unbox
 
@@ -76,6 +77,29 @@ def plan_modules(
             copies[path] = map_weight(path, leaves, named[path], given, kind_of[path])
         _check_layout(copies[path], named[path], stack_first, kinds or {})
     return ModulePlan(weights, copies, named)
+
+
+def trained_names(
+    leaves: dict[Path, Any], adapters: Adapters, names: Names
+) -> dict[Path, ModuleNames]:
+    """Returns the names of all leaves that are trained, which must have one."""
+    check_names(names, leaves)
+    return {path: required_names(names, path) for path in adapters}
+
+
+def trained_axes(
+    leaves: dict[Path, Any], adapters: Adapters, axes: Mapping[str, Axes] | None
+) -> dict[Path, Axes]:
+    """Returns the axes that the caller gave, or else those of the adapters.
+
+    Raises:
+      ValueError: If the two do not fit.
+    """
+    given = axes_by_path(axes, leaves)
+    known = {path: adapter.axes for path, adapter in of_rank(adapters).items()}
+    for path, dims in known.items():
+        is_reversed(path, unbox(leaves[path]).shape, dims, given.get(path, dims))
+    return known | given
 
 
 def module_kinds(

@@ -153,6 +153,18 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
     return ModuleNames(filled, sizes, len(counted.pop()), order)
 
 
+def required_names(names: Names, path: Path) -> ModuleNames:
+    """Returns the modules that the map gives a leaf, which must have a name."""
+    named = module_names(names, path)
+    if named is None:
+        patterns = similar_names(path_name(path), () if callable(names) else names)
+        raise ValueError(
+            f"names has no name for {path_name(path)!r}. Its patterns that come close: "
+            f"{patterns}. Write names={{{path_name(path)!r}: 'module.of.torch'}}."
+        )
+    return named
+
+
 def each_index(
     path: Path, named: ModuleNames, sizes: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:

@@ -12,7 +12,6 @@ import safetensors
 import safetensors.numpy
 
 from lora_jax._hub.peft_config import read_config
-from lora_jax._tree import listed
 from lora_jax._write import check_finite, write
 
 CONFIG_FILE, TENSORS_FILE = FILES = "adapter_config.json", "adapter_model.safetensors"
@@ -25,28 +24,6 @@ class PeftFolder(NamedTuple):
     path: str
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
-
-
-def free_folder(folder: str | os.PathLike[str]) -> str:
-    """Returns the full path of a folder that holds nothing, or an old export.
-
-    Raises:
-      ValueError: If it holds anything else, or is a file.
-      FileNotFoundError: If its parent is missing.
-    """
-    path = os.path.realpath(folder)
-    if not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
-    if path == os.path.realpath(os.curdir):
-        raise ValueError(f"{path} is the current folder. Give the name of one in it.")
-    if os.path.lexists(path):
-        if not os.path.isdir(path):
-            raise ValueError(f"{path} is a file. Give the name of a folder.")
-        if others := sorted(set(os.listdir(path)) - set(FILES)):
-            raise ValueError(
-                f"{path} holds other files: {listed(others)}. Export to a new folder."
-            )
-    return path
 
 
 def write_folder(

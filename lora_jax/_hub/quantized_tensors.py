@@ -108,7 +108,7 @@ def _bitsandbytes(
             "that it was quantized from."
         )
     codes = parts[""].shape
-    if np.prod(codes, dtype=int) * 2 != rows * columns:
+    if codes != (rows * columns // 2, 1):
         raise ValueError(f"{where}, of shape {shape}, has codes of shape {codes}.")
     nested = about if "nested_offset" in about else {}
     found = _State(name, parts, (rows, columns), nested)
@@ -116,30 +116,38 @@ def _bitsandbytes(
     dtypes = tuple(dict.fromkeys(("float32", dtype)))
     form = BlockFormat("nf4", size, "float32", dtypes)
     blocks = functools.partial(_read_blocks, found, size)
-    read = lambda index: dequantized(blocks(), form)[index]
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        rows, *columns = index or (slice(None),)
+        return dequantized(blocks(rows), form)[(slice(None), *columns)]
+
     file = parts[""].file
     return CheckpointTensor(name, found.shape, dtype, read, file, form, blocks)
 
 
-def _read_blocks(state: _State, size: int) -> Blocks:
-    read = lambda part: state.parts[part].read(())
+def _read_blocks(state: _State, size: int, rows: slice = slice(None)) -> Blocks:
+    """Returns the blocks of some rows."""
+    read = lambda part, index=(): state.parts[part].read(index)
     codes = np.asarray(CODEBOOKS["nf4"], np.float32)
     if not np.allclose(read(".quant_map"), codes, atol=1e-6):
         raise ValueError(
             f"{state.name!r} has other values than those of NF4 in its quant_map."
         )
-    packed = read("").reshape(-1)
+    n, columns = state.shape
+    low, high, _ = rows.indices(n)
+    # The codes and the scales are flat; codes are (bytes, 1).
+    packed = read("", (slice(low * columns // 2, high * columns // 2),)).reshape(-1)
     pairs = np.empty((packed.size, 2), np.int8)
     pairs[:, 0], pairs[:, 1] = packed >> 4, packed & 15
     pairs -= 8
-    scale = read(".absmax").reshape(-1)
+    first, last = low * columns // size, high * columns // size
+    scale = read(".absmax", (slice(first, last),))
     if state.nested:
-        nested, of_block = read(".nested_quant_map"), state.nested["nested_blocksize"]
-        per_block = np.repeat(read(".nested_absmax"), of_block)[: scale.size]
-        scale = nested.astype(np.float32)[scale] * per_block.astype(np.float32)
+        nested = read(".nested_quant_map").astype(np.float32)
+        of_block = np.arange(first, last) // state.nested["nested_blocksize"]
+        scale = nested[scale] * read(".nested_absmax").astype(np.float32)[of_block]
         scale += np.float32(state.nested["nested_offset"])
-    rows, columns = state.shape
     return Blocks(
-        pairs.reshape(rows, columns),
-        scale.astype(np.float32).reshape(rows, columns // size),
+        pairs.reshape(high - low, columns),
+        scale.astype(np.float32).reshape(high - low, columns // size),
     )

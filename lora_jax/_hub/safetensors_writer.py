@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._hub.checkpoint import DTYPES, INDEX_FILE
@@ -28,7 +29,7 @@ class Entry(NamedTuple):
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) * _itemsize(self.dtype)
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 def shards(entries: Iterable[Entry], limit: float) -> list[list[Entry]]:
@@ -91,7 +92,3 @@ def write_index(folder: str, files: dict[str, list[Entry]]) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": where}
     with open(os.path.join(folder, INDEX_FILE), "x", encoding="utf-8") as file:
         file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

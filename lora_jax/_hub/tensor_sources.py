@@ -171,8 +171,8 @@ def _candidates(path: Path, module: str) -> list[str]:
 def _tensor_of(
     path: Path, module: str, tensors: ModelTensors
 ) -> CheckpointTensor | None:
-    found = map(tensors.find, _candidates(path, module))
-    return next((tensor for tensor in found if tensor is not None), None)
+    names = (name for name in _candidates(path, module) if name in tensors.by_name)
+    return next(map(tensors.by_name.__getitem__, names), None)
 
 
 def _with_conv1d(sources: dict[Path, Source]) -> dict[Path, Source]:

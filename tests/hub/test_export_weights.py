@@ -134,7 +134,7 @@ def test_export_weights_adds_to_the_checkpoint_not_to_a_quantized_base(
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32])
 def test_export_weights_rounds_once_to_the_dtype(tmp_path, randomized, dtype):
-    """In bfloat16 the sum is formed in float32 and rounded once."""
+    """In bfloat16 the sum is computed in float32 and rounded once."""
     tensors = checkpoint(ml_dtypes.bfloat16)
     params = randomized(adapted(imported(tensors, jnp.bfloat16), targets="gpt"))
     lj.export_weights(tmp_path / "out", params, NAMES, tensors, dtype=dtype, **EXPORT)

@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("third_party")
+pytestmark = pytest.mark.usefixtures("third_party", "one_thread")
 IDS = np.array([[3, 7, 1, 2, 9], [4, 4, 8, 0, 5]])
 SIZES = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
 # Flax makes a mask of all positions: with Mistral's own number it has 17 GB.
@@ -30,11 +30,6 @@ LLAMA = SIZES | dict(
     intermediate_size=24, num_key_value_heads=2, max_position_embeddings=16
 )
 QWEN = LLAMA | dict(head_dim=4)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def saved(name, config, folder):

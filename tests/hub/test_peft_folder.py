@@ -9,7 +9,8 @@ import pytest
 import safetensors.numpy
 
 from lora_jax._hub import peft_folder
-from lora_jax._hub.peft_folder import as_dtype, free_folder, read_tensors, write_folder
+from lora_jax._hub.peft_folder import FILES, as_dtype, read_tensors, write_folder
+from lora_jax._write import free_folder
 
 TENSORS = {"a": np.ones((2, 3), np.float32), "b": np.ones(2, ml_dtypes.bfloat16)}
 
@@ -19,7 +20,7 @@ def contents(folder):
 
 
 def test_write_folder_twice(tmp_path):
-    path = free_folder(tmp_path / "out")
+    path = free_folder(tmp_path / "out", FILES)
     write_folder(path, {"r": 1}, TENSORS)
     assert (tmp_path / "out/adapter_config.json").read_text() == '{\n  "r": 1\n}\n'
     read = read_tensors(path)
@@ -28,7 +29,7 @@ def test_write_folder_twice(tmp_path):
     }
     with safetensors.safe_open(path + "/adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
-    write_folder(free_folder(path), {"r": 2}, {"a": TENSORS["a"]})
+    write_folder(free_folder(path, FILES), {"r": 2}, {"a": TENSORS["a"]})
     assert list(read_tensors(path)) == ["a"]
     assert os.listdir(tmp_path) == ["out"]
 
@@ -36,7 +37,7 @@ def test_write_folder_twice(tmp_path):
 def test_write_folder_through_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    write_folder(free_folder(tmp_path / "link"), {}, TENSORS)
+    write_folder(free_folder(tmp_path / "link", FILES), {}, TENSORS)
     assert (tmp_path / "link").is_symlink()
     assert sorted(contents(tmp_path / "real")) == sorted(peft_folder.FILES)
 
@@ -46,18 +47,18 @@ def test_free_folder_refuses_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"holds other files: 'notes.txt'.*new folder"):
-        free_folder(tmp_path)
+        free_folder(tmp_path, FILES)
     assert contents(tmp_path) == before
     with pytest.raises(ValueError, match="is a file"):
-        free_folder(tmp_path / "notes.txt")
+        free_folder(tmp_path / "notes.txt", FILES)
     with pytest.raises(FileNotFoundError, match="There is no folder"):
-        free_folder(tmp_path / "not" / "there")
+        free_folder(tmp_path / "not" / "there", FILES)
 
 
 @pytest.mark.parametrize("call", ["write", "rename"])
 @pytest.mark.parametrize("old", [False, True])
 def test_write_folder_that_fails_leaves_the_old_one(tmp_path, monkeypatch, call, old):
-    path = free_folder(tmp_path / "out")
+    path = free_folder(tmp_path / "out", FILES)
     if old:
         write_folder(path, {"r": 1}, TENSORS)
     before = contents(path) if old else {}

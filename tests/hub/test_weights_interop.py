@@ -19,7 +19,7 @@ import lora_jax as lj
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.usefixtures("third_party")
+pytestmark = pytest.mark.usefixtures("third_party", "one_thread")
 
 SIZES = dict(
     vocab_size=96,
@@ -50,11 +50,6 @@ MODELS = {
     "gpt-2": ("GPT2", dict(vocab_size=96, n_embd=64, n_layer=2, n_head=4)),
     "bert": ("Bert", SIZES),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def torch_model(kind, dtype=None):
