@@ -26,7 +26,7 @@ from lora_jax._engine.source import warn_user
 from lora_jax._hub.checkpoint import CheckpointTensor, check_floating
 from lora_jax._hub.merge_tensors import merged
 from lora_jax._hub.model_class import CONFIG_FILE
-from lora_jax._hub.model_tensors import open_model
+from lora_jax._hub.model_tensors import is_gguf, open_model
 from lora_jax._hub.module_adapters import split_adapter
 from lora_jax._hub.module_kinds import Linear, ModuleAdapter
 from lora_jax._hub.module_plan import trained_axes, trained_names
@@ -90,8 +90,9 @@ def export_weights(
       params: A tree from `lorafy`, of concrete arrays.
       names: The modules of the PyTorch model that the weights are, as in `export_peft`
         and `import_weights`: one map serves all of them.
-      checkpoint: The checkpoint of the base: a folder, a `.safetensors` or a `.gguf`
-        file, or `{name: array}`. Tensors in 4 bits are written as floats.
+      checkpoint: The checkpoint of the base: a folder, a `.safetensors` file, or
+        `{name: array}`. Tensors in 4 bits are written as floats. Not a `.gguf` file,
+        whose names nothing loads from a folder.
       axes: `{path: Axes}`, as in `import_weights`, unless `lorafy` was given them.
       kinds: `{pattern: kind}`, as in `import_weights`.
       dtype: Of all floating tensors. Default: each tensor's own.
@@ -125,6 +126,12 @@ def export_weights(
         parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
+        if not isinstance(checkpoint, Mapping) and is_gguf(checkpoint):
+            raise ValueError(
+                f"{os.fspath(checkpoint)} is a GGUF, whose tensors have other names "
+                "than a folder for PyTorch. Pass the checkpoint that it was converted "
+                "from."
+            )
         tensors = open_model(checkpoint)
         named = trained_names(leaves, adapters, names)
         known_axes = trained_axes(leaves, adapters, axes)

@@ -58,6 +58,10 @@ class ModelTensors(NamedTuple):
         return ""
 
 
+def is_gguf(checkpoint: str | os.PathLike[str]) -> bool:
+    return os.fspath(checkpoint).endswith(".gguf")
+
+
 def open_model(
     checkpoint: str | os.PathLike[str] | Mapping[str, Any],
 ) -> ModelTensors:
@@ -68,7 +72,7 @@ def open_model(
       ValueError: If a file is truncated, or a tensor is quantized in a format that is
         not supported.
     """
-    if not isinstance(checkpoint, Mapping) and os.fspath(checkpoint).endswith(".gguf"):
+    if not isinstance(checkpoint, Mapping) and is_gguf(checkpoint):
         each, names = open_gguf(os.fspath(checkpoint))
         held = {tensor.name: tensor for tensor in each}
         by_name = {alias: held[name] for alias, name in names.items()} | held

@@ -230,6 +230,7 @@ def test_export_weights_refuses_what_does_not_fit(tmp_path, randomized):
         r"'gpt/kernel'.*needs the tensor": {"source": wide},
         r"no values to save": {"params": abstract},
         r"'gpt/lora_a' is not finite": {"params": broken},
+        r"base.gguf is a GGUF": {"source": "base.gguf"},
         r"dtype must be floating": {"dtype": jnp.int8},
         r"not finite in float16": {"dtype": jnp.float16, "params": huge(params)},
     }.items():

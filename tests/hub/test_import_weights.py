@@ -177,8 +177,14 @@ def test_import_weights_reads_only_what_its_devices_hold(torch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_in_memory", in_memory)
         got = lj.import_weights(tensors, up, {"layers/up": NAMES["layers/up"]})
-    assert_equal(got, {"layers": {"up": want["layers"]["up"]}})
-    assert set(read) == {((MLP, WIDTH), (MLP // 2, WIDTH))}
+        assert_equal(got, {"layers": {"up": want["layers"]["up"]}})
+        assert set(read) == {((MLP, WIDTH), (MLP // 2, WIDTH))}
+        # Devices with equal parts share what is read.
+        read.clear()
+        replicated = lambda path, shape: NamedSharding(mesh, P())
+        up = {"layers": {"up": like(place=replicated)["layers"]["up"]}}
+        lj.import_weights(tensors, up, {"layers/up": NAMES["layers/up"]})
+        assert read == [((MLP, WIDTH), (MLP, WIDTH))] * LAYERS
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, None])

@@ -237,6 +237,7 @@ def test_import_weights_keeps_the_bits_of_bitsandbytes(tmp_path, double, dtype):
     assert "quantization_config" in json.loads(
         (tmp_path / "nf4" / "config.json").read_text()
     )
+    assert lj.find_names(got, tmp_path / "nf4") == {"q/kernel": name}
     # Merged, it is written as floats.
     axes = {"q/kernel": lj.Axes((0,), (1,), (2, 3))}
     params = lj.lorafy(got, 2, axes=axes)
