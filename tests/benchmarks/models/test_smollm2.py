@@ -1,4 +1,4 @@
-"""A GGUF converts exactly to the published Llama; the converter is strict."""
+"""A GGUF becomes exactly the published Llama; wrong files are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -10,90 +10,147 @@ import lora_jax as lj
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
+# Modules of a block: the name here, and that after `blk.0.` in a GGUF.
+LINEAR = {
+    "attention/query": "attn_q",
+    "attention/key": "attn_k",
+    "attention/value": "attn_v",
+    "attention/out": "attn_output",
+    "mlp/gate": "ffn_gate",
+    "mlp/up": "ffn_up",
+    "mlp/down": "ffn_down",
+}
+NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
+
 
 @pytest.fixture
 def tiny(tiny_smollm2):
     return tiny_smollm2
 
 
-def models(file):
-    """Yields the function and the parameters of the model, scanned and unrolled."""
-    arch = smollm2.measure(file.fields)
-    for scanned in (True, False):
-        model = smollm2.build(arch, scanned)
-        params = smollm2.convert(file.tensors, arch, scanned=scanned)
-        yield lambda p, x, model=model: model.apply({"params": p}, x), params
+@pytest.fixture
+def path(tiny, tmp_path):
+    """Returns the tiny model as a GGUF, its kernels quantized like SmolLM2's."""
+    return tiny.write(tmp_path / "tiny.gguf")
+
+
+def expected(tiny, kind, scanned):
+    """Returns the parameters of a GGUF whose matrices are stored in this type.
+
+    gguf itself quantizes and dequantizes. In a GGUF the two rows of a rotated pair are
+    adjacent; here they are half a head apart.
+    """
+    import gguf
+
+    def stored(name):
+        x = tiny.tensors[f"{name}.weight"]
+        if x.ndim == 1 or kind is None:
+            return x
+        as_kind = gguf.GGMLQuantizationType[kind]
+        return gguf.quants.dequantize(gguf.quants.quantize(x, as_kind), as_kind)
+
+    def kernel(name):
+        x = stored(name)
+        if name.endswith(("attn_q", "attn_k")):
+            rows = np.arange(len(x)).reshape(-1, 8)  # heads of 8
+            x = x[np.concatenate([rows[:, ::2], rows[:, 1::2]], 1).ravel()]
+        return x.T
+
+    def block(i):
+        found = {n: {"scale": stored(f"blk.{i}.{there}")} for n, there in NORMS.items()}
+        for here, there in LINEAR.items():
+            part, module = here.split("/")
+            weight = {"kernel": kernel(f"blk.{i}.{there}")}
+            found.setdefault(part, {})[module] = weight
+        return found
+
+    params = {"tokens": {"embedding": stored("token_embd")}}
+    params |= {"norm": {"scale": stored("output_norm")}}
+    blocks = [block(i) for i in range(2)]
+    if scanned:
+        return params | {"blocks": jax.tree.map(lambda *xs: np.stack(xs), *blocks)}
+    return params | {f"blocks_{i}": block for i, block in enumerate(blocks)}
+
+
+def assert_same_bits(got, want):
+    """Compares bytes, which distinguish zeros of different sign."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 # The parameters.
 
 
-def test_convert_gives_the_parameters_of_the_module(tiny):
-    arch, ids = smollm2.measure(tiny.fields), jnp.ones((1, 4), jnp.int32)
-    assert (arch.layers, arch.rope, arch.epsilon) == (2, 100.0, 1e-5)
+@pytest.mark.parametrize("scanned", [True, False])
+def test_load_gives_the_parameters_of_the_module(tiny, tmp_path, scanned):
+    path = tiny.write(tmp_path / "tiny.gguf", lambda name: None)
+    model, params, _ = smollm2.load(path, scanned=scanned)
+    assert (model.arch.layers, model.arch.rope, model.arch.epsilon) == (2, 100.0, 1e-5)
+    ids = jnp.ones((1, 4), jnp.int32)
+    made = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-    for scanned in (True, False):
-        made = jax.eval_shape(
-            smollm2.build(arch, scanned).init, jax.random.key(0), ids
-        )["params"]
-        params = smollm2.convert(tiny.tensors, arch, scanned=scanned)
-        assert describe(params) == describe(made)
-        layer = params["blocks"] if scanned else params["blocks_1"]
-        down = layer["mlp"]["down"]["kernel"]
-        down = down[1] if scanned else down
-        np.testing.assert_array_equal(down, tiny.tensors["blk.1.ffn_down.weight"].T)
+    assert describe(params) == describe(made)
+    assert_same_bits(params, expected(tiny, None, scanned))
 
 
-def test_convert_gives_the_same_function_scanned_and_unrolled(tiny):
+def test_load_gives_the_same_function_scanned_and_unrolled(path):
     ids = np.random.default_rng(1).integers(0, 200, (2, 9))
-    scanned, unrolled = (jax.jit(fn)(params, ids) for fn, params in models(tiny))
+    loaded = [smollm2.load(path, scanned=scanned) for scanned in (True, False)]
+    scanned, unrolled = (logits(model, params, ids) for model, params, _ in loaded)
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
-def test_split_pairs_keeps_rotated_products():
+def logits(model, params, ids):
+    return jax.jit(model.apply)({"params": params}, ids)
+
+
+def test_load_keeps_rotated_products(tiny, tmp_path):
     """A GGUF rotates adjacent rows; with `rotate` the products must be the same."""
-    heads, size, time, wavelength = 3, 8, 5, 50.0
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(time, 16)).astype(np.float32)
+    path = tiny.write(tmp_path / "tiny.gguf", lambda name: None)
+    attention = smollm2.load(path, scanned=False).params["blocks_0"]["attention"]
+    size, time, wavelength = 8, 5, 50.0
+    x = np.random.default_rng(0).normal(size=(time, 32)).astype(np.float32)
     speed = wavelength ** (-np.arange(size // 2) / (size // 2))
     turn = np.exp(1j * np.arange(time)[:, None] * speed)[:, None]  # (time, 1, pair)
 
-    def adjacent(w):
-        pairs = (x @ w.T).reshape(time, heads, -1, 2)
+    def adjacent(name):
+        w = tiny.tensors[f"blk.0.attn_{name[0]}.weight"]
+        pairs = (x @ w.T).reshape(time, -1, size // 2, 2)
         turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
-        return np.stack([turned.real, turned.imag], -1).reshape(time, heads, size)
+        return np.stack([turned.real, turned.imag], -1).reshape(time, -1, size)
 
-    def split(w):
-        y = (x @ smollm2.split_pairs(w, heads).T).reshape(1, time, heads, size)
+    def split(name):
+        y = (x @ attention[name]["kernel"]).reshape(1, time, -1, size)
         return np.asarray(architectures.rotate(jnp.asarray(y), wavelength))[0]
 
-    q, k = (rng.normal(size=(heads * size, 16)).astype(np.float32) for _ in "qk")
-    products = lambda rotate: np.einsum("thd,shd->hts", rotate(q), rotate(k))
+    def products(rotated):  # of each query with the key of its group
+        q, k = rotated("query"), np.repeat(rotated("key"), 2, 1)
+        return np.einsum("thd,shd->hts", q, k)
+
     np.testing.assert_allclose(products(split), products(adjacent), atol=1e-3)
 
 
 DOWN = "blk.1.ffn_down.weight"
-KERNELS = list(smollm2.LINEAR)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (DOWN, None, r"lack blk\.1\.ffn_down\.weight: exactly"),
-        ("output.weight", np.zeros(1, "f4"), r"also hold output\.weight: .* tied head"),
-        ("blk.2.attn_q.weight", np.zeros(1, "f4"), r"also hold blk\.2\.attn_q\.weight"),
-        ("blk.0.attn_q.bias", np.zeros(1, "f4"), r"also hold blk\.0\.attn_q\.bias"),
-        (DOWN, np.zeros((64, 32), "f4"), r"is float32 \(64, 32\): .* \(32, 64\)"),
-        (DOWN, np.zeros((32, 64), "f2"), r"is float16 \(32, 64\): .* float32"),
+        (DOWN, None, r"no tensor.*model\.layers\.1\.mlp\.down_proj\.weight"),
+        ("output.weight", np.zeros((263, 32), "f4"), r"output\.weight.*differ"),
+        ("blk.0.attn_q.bias", np.zeros(32, "f4"), r"takes 1 .*blk\.0\.attn_q\.bias"),
+        (DOWN, np.zeros((64, 32), "f4"), r"\(64, 32\)\. It is the transpose"),
     ],
 )
-def test_convert_refuses_other_tensors(tiny, name, value, message):
-    arch = smollm2.measure(tiny.fields)
+def test_load_refuses_other_tensors(tiny, tmp_path, name, value, message):
     tiny.tensors.pop(name, None)
     if value is not None:
         tiny.tensors[name] = value
+    path = tiny.write(tmp_path / "other.gguf", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        smollm2.convert(tiny.tensors, arch)
+        smollm2.load(path)
 
 
 @pytest.mark.parametrize(
@@ -119,30 +176,13 @@ def test_measure_refuses_other_architectures(tiny, name, value, message):
         smollm2.measure(tiny.fields)
 
 
-def test_load_refuses_another_model_in_the_package(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(smollm2, "packaged_file", lambda: tmp_path)
-    monkeypatch.setattr(smollm2, "read", lambda path, **_: tiny)
+def test_load_refuses_another_model_in_the_package(path, monkeypatch):
+    monkeypatch.setattr(smollm2, "packaged_file", lambda: path)
     with pytest.raises(ValueError, match=r"has Architecture\(layers=2, .* is needed"):
         smollm2.load()
-    loaded = smollm2.load(tmp_path, scanned=False, remat=True)
+    loaded = smollm2.load(path, scanned=False, remat=True)
     assert (loaded.model.scanned, loaded.model.remat) == (False, True)
     assert loaded.tokenizer.get_vocab_size() == loaded.model.arch.vocab
-
-
-@pytest.mark.parametrize("scanned", [True, False])
-def test_names_match_every_kernel(tiny, scanned):
-    arch = smollm2.measure(tiny.fields)
-    params = smollm2.convert(tiny.tensors, arch, scanned=scanned)
-    shapes = jax.eval_shape(lambda: params)
-    names = smollm2.names(scanned=scanned)
-    stacks = {f"blocks/{part}/kernel": lj.Axes((0,), (1,), (2,)) for part in KERNELS}
-    adapted = lj.lorafy(
-        shapes, 2, targets=[*names], axes=stacks if scanned else None
-    )  # raises for a pattern that matches nothing
-    kernels = 7 if scanned else 7 * arch.layers
-    assert len(jax.tree.leaves(lj.split(adapted)[0])) == 2 * (kernels + 1)
-    assert names["tokens/embedding"] == ("model.embed_tokens", "lm_head")
-    assert len(set(names.values())) == 8
 
 
 # The text.
@@ -187,8 +227,9 @@ def test_generate_appends_the_most_likely_tokens():
     assert made.tolist() == [[1, 1, 2, 3, 5, 8], [2, 5, 7, 12, 19, 31]]
 
 
-def test_generate_agrees_with_the_logits_of_the_result(tiny):
-    fn, params = next(models(tiny))
+def test_generate_agrees_with_the_logits_of_the_result(path):
+    model, params, _ = smollm2.load(path)
+    fn = lambda params, ids: model.apply({"params": params}, ids)
     ids = jnp.array([[5, 9, 14], [70, 7, 7]], jnp.int32)
     made = smollm2.generate(fn, params, ids, 5)
     # No token attends to a later one, so the final text gives the logits of each step.
@@ -199,101 +240,72 @@ def test_generate_agrees_with_the_logits_of_the_result(tiny):
 # The file, and other readers of it.
 
 
-@pytest.fixture
-def path(tiny, tmp_path):
-    """Returns the tiny model as a GGUF, its kernels quantized like SmolLM2's."""
-    return write(tmp_path / "tiny.gguf", tiny, lambda name: "Q4_1")
+def test_read_fields_returns_those_of_the_file(tiny, path):
+    fields = smollm2.read_fields(path)
+    assert {name: fields[name] for name in tiny.fields} == tiny.fields
 
 
-def write(path, tiny, kind_of):
-    """Writes a GGUF; `kind_of` returns the type of a matrix, or None for float32."""
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, tiny.fields["general.architecture"])
-    for name, value in tiny.fields.items():
-        if name == "general.architecture":
-            continue  # already written
-        if isinstance(value, list):
-            writer.add_array(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, float):
-            writer.add_float32(name, value)
-        else:
-            writer.add_uint32(name, value)
-    for name, x in tiny.tensors.items():
-        kind = kind_of(name) if x.ndim == 2 else None
-        written = x
-        if kind is not None:
-            kind = gguf.GGMLQuantizationType[kind]
-            written = gguf.quants.quantize(x, kind)
-        writer.add_tensor(name, written, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+def is_quantized(x):
+    return isinstance(x, lj.Quantized)
 
 
-def test_read_dequantizes_a_file(tiny, path):
-    file = smollm2.read(path)
-    assert {name: file.fields[name] for name in tiny.fields} == tiny.fields
-    assert set(file.tensors) == set(tiny.tensors)
-    for name, x in tiny.tensors.items():
-        blocks, found = (y.reshape(-1, 32) for y in (x, file.tensors[name]))
-        assert file.tensors[name].dtype == np.float32
-        # Sixteen levels between the least and the largest element of a block
-        step = np.ptp(blocks, axis=1, keepdims=True) / np.float32(15)
-        assert np.all(abs(found - blocks) <= 0.6 * step if x.ndim == 2 else found == x)
-    smollm2.load(path)
-
-
-def bits(tree):
-    """Returns the bytes of each array, to distinguish zeros of different sign."""
-    return jax.tree.map(lambda x: (x.shape, np.asarray(x).tobytes()), tree)
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "F16"])
 @pytest.mark.parametrize("scanned", [True, False])
-def test_load_keeps_quantized_blocks(tiny, tmp_path, kind, scanned):
-    """Codes and scales are those of the file, so both dequantize to the same bits."""
-    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kind)
+def test_load_keeps_the_values_of_the_file(tiny, tmp_path, kind, scanned):
+    """Codes and scales of the first two are kept; all dequantize to the file's bits."""
+    path = tiny.write(tmp_path / "tiny.gguf", lambda name: kind)
     model, params, _ = smollm2.load(path, scanned=scanned, quantized=True)
-    plain = smollm2.load(path, scanned=scanned).params
+    stored = [x for x in jax.tree.leaves(params, is_leaf=is_quantized)]
+    stored = [x for x in stored if is_quantized(x)]
+    plain = lj.dequantize(params) if stored else params
+    assert_same_bits(plain, expected(tiny, kind, scanned))
+    assert_same_bits(smollm2.load(path, scanned=scanned).params, plain)
+    if kind not in ("Q8_0", "Q4_0"):
+        assert not stored
+        return
+    assert len(stored) == (8 if scanned else 15)
     down = params["blocks" if scanned else "blocks_1"]["mlp"]["down"]["kernel"]
     assert down.values.dtype == {"Q8_0": jnp.int8, "Q4_0": jnp.int4}[kind]
     assert down.scale.dtype == np.float16
     assert down.scale.shape == ((2, 2, 32) if scanned else (2, 32))  # of 64 inputs
-    kernels = 7 if scanned else 7 * model.arch.layers
-    stored = lambda x: isinstance(x, lj.Quantized)
-    assert sum(map(stored, jax.tree.leaves(params, is_leaf=stored))) == kernels + 1
-    assert bits(lj.dequantize(params)) == bits(plain)
-
-    fn = lambda params, ids: model.apply({"params": params}, ids)
     ids = np.random.default_rng(1).integers(0, 200, (2, 9))
-    want = jax.jit(fn)(plain, ids)
-    np.testing.assert_allclose(jax.jit(lj.lora(fn))(params, ids), want, atol=1e-5)
+    fn = lambda params, ids: model.apply({"params": params}, ids)
+    got = jax.jit(lj.lora(fn))(params, ids)
+    np.testing.assert_allclose(got, logits(model, plain, ids), atol=1e-5)
 
 
 def test_load_dequantizes_types_that_are_not_supported(tiny, tmp_path):
     """Types with an offset for each block, and layers of different types in a stack."""
     kinds = {"token_embd.weight": "Q8_0", DOWN: "Q8_0", "blk.0.attn_q.weight": "Q4_0"}
-    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kinds.get(name, "Q4_1"))
+    path = tiny.write(tmp_path / "tiny.gguf", lambda name: kinds.get(name, "Q4_1"))
     for scanned, count in ((True, 1), (False, 3)):
         params = smollm2.load(path, scanned=scanned, quantized=True).params
-        stored = lambda x: isinstance(x, lj.Quantized)
-        assert sum(map(stored, jax.tree.leaves(params, is_leaf=stored))) == count
-        assert isinstance(params["tokens"]["embedding"], lj.Quantized)
+        leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+        assert sum(map(is_quantized, leaves)) == count
+        assert is_quantized(params["tokens"]["embedding"])
         plain = smollm2.load(path, scanned=scanned).params
-        assert bits(lj.dequantize(params)) == bits(plain)
+        assert_same_bits(lj.dequantize(params), plain)
+
+
+def test_import_weights_quantizes_what_a_gguf_has_in_other_types(path):
+    model, want, _ = smollm2.load(path)
+    like = jax.eval_shape(lambda: want)
+    names = architectures.llama_names(model.arch)
+    got = lj.import_weights(path, like, names, how="int8")
+    w = got["blocks"]["mlp"]["up"]["kernel"]
+    assert w.format == "int8"
+    axes = {"blocks/mlp/up/kernel": lj.Axes((0,), (1,), (2,))}
+    quantized = lj.quantize(want, {"up": "int8"}, axes=axes)
+    assert_same_bits(w, quantized["blocks"]["mlp"]["up"]["kernel"])
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing of the kind", 5000, -64])
-def test_read_refuses_other_files(path, data):
+def test_load_refuses_other_files(path, data):
     path.write_bytes(data if isinstance(data, bytes) else path.read_bytes()[:data])
     with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
-        smollm2.read(path)
+        smollm2.load(path)
     with pytest.raises(FileNotFoundError):
-        smollm2.read(path.with_name("missing"))
+        smollm2.load(path.with_name("missing"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -305,59 +317,24 @@ def test_load_gives_the_logits_and_tokens_of_transformers(tiny, path):
     ids = np.random.default_rng(1).integers(0, 200, (2, 40))
     with torch.no_grad():
         want = theirs(torch.tensor(ids)).logits.numpy()
-    for fn, params in models(smollm2.read(path)):
-        np.testing.assert_allclose(jax.jit(fn)(params, ids), want, atol=1e-4)
-    for pattern, names in smollm2.names().items():
-        part = smollm2.LINEAR.get(pattern.removeprefix("blocks/"))
-        tensor = "token_embd.weight" if part is None else f"blk.1.{part[0]}.weight"
-        for name in (names,) if isinstance(names, str) else names:
-            weight = theirs.get_submodule(name.format(layer=1)).weight
-            assert weight.shape == tiny.tensors[tensor].shape
+    for scanned in (True, False):
+        model, params, _ = smollm2.load(path, scanned=scanned)
+        np.testing.assert_allclose(logits(model, params, ids), want, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = "the naïve café, then the end"
     found = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert found == smollm2.tokenizer(tiny.fields).encode(text).ids
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "F16"])
-@pytest.mark.parametrize("scanned", [True, False])
-def test_import_weights_of_a_gguf(tiny, tmp_path, kind, scanned):
-    """The same tree as the converter here makes; blocks of the first two are kept."""
-    path = write(tmp_path / "tiny.gguf", tiny, lambda name: kind)
-    want = smollm2.load(path, scanned=scanned).params
-    arch = smollm2.measure(tiny.fields)
-    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, want))
-    names = architectures.llama_names(arch, scanned=scanned)
-    names["norm"] = names.pop("params/norm")
-    got = lj.import_weights(path, like, names)
-    stored = [x for x in jax.tree.leaves(got, is_leaf=is_quantized) if is_quantized(x)]
-    if kind in ("Q8_0", "Q4_0"):
-        assert len(stored) == (8 if scanned else 15)
-        got = lj.dequantize(got)
-    else:
-        assert not stored
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(x, y)
-    if kind == "Q4_1":  # dequantized, and quantized by `how`
-        got = lj.import_weights(path, like, names, how="int8")
-        layer = got["blocks" if scanned else "blocks_0"]
-        assert layer["mlp"]["up"]["kernel"].format == "int8"
-
-
-def is_quantized(x):
-    return isinstance(x, lj.Quantized)
-
-
 def test_import_weights_refuses_a_gguf_that_is_not_known(tiny, tmp_path):
     read = lambda path: lj.import_weights(path, {"a": jnp.ones(2)}, {"a": "a"})
-    path = write(tmp_path / "tiny.gguf", tiny, lambda name: "Q8_0")
+    path = tiny.write(tmp_path / "tiny.gguf", lambda name: "Q8_0")
     half = tmp_path / "half.gguf"
     half.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"half.gguf is no complete GGUF"):
         read(half)
     tiny.fields["general.architecture"] = "mamba"
     tiny.fields["mamba.block_count"] = 2
-    path = write(tmp_path / "mamba.gguf", tiny, lambda name: "Q8_0")
+    path = tiny.write(tmp_path / "mamba.gguf", lambda name: "Q8_0")
     with pytest.raises(ValueError, match=r"holds a mamba.*llama"):
         read(path)
