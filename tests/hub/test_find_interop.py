@@ -215,18 +215,30 @@ def test_find_names_refuses_parts_of_one_module(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # from transformers
-def test_find_names_of_smollm2_in_stacked_layers(tmp_path):
-    """SmolLM2-135M from its GGUF, against the folder that transformers makes of it."""
-    smollm2.torch_model(None).save_pretrained(tmp_path, safe_serialization=True)
-    loaded = smollm2.load()
-    kernels = lj.find_names(loaded.params, tmp_path, targets="blocks")
-    want = llama_names(loaded.model.arch)
-    for pattern, name in kernels.items():
-        here = pattern.removesuffix("/kernel")
-        assert want[here] == name
-    assert len(kernels) == 7
-    table = lj.find_names(loaded.params, tmp_path, targets="tokens")
-    assert table in (
-        {"tokens/embedding": "model.embed_tokens"},
-        {"tokens/embedding": ("model.embed_tokens", "lm_head")},
-    )
+def test_smollm2_in_its_gguf_and_in_the_folder_made_of_it(tmp_path, randomized):
+    """The folder is written by transformers from the same GGUF."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    smollm2.torch_model(None).save_pretrained(base, safe_serialization=True)
+    model, params, _ = smollm2.load()
+    names = llama_names(model.arch)
+    got = lj.import_weights(base, jax.eval_shape(lambda: params), names)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    found = lj.find_names(params, base, targets=["blocks", "tokens"])
+    for pattern, name in found.items():
+        assert names[pattern.rpartition("/")[0]] == name
+    assert len(found) == 8
+
+    fn = lambda params, ids: model.apply({"params": params}, ids)
+    ids = np.random.default_rng(0).integers(0, model.arch.vocab, (1, 12))
+    axes = lj.find_axes(fn, params, ids)
+    targets = ["blocks/attention", "tokens"]
+    params = randomized(lj.lorafy(params, 4, targets=targets, axes=axes))
+    got = jax.jit(lj.lora(fn))(params, ids)
+    lj.export_weights(out, params, names, base, axes=axes)
+    new = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        want = new(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(got, want, atol=1e-4 * abs(want).max())
+    assert abs(got - jax.jit(fn)(lj.strip(params), ids)).max() > 0.1
