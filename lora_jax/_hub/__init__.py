@@ -20,6 +20,7 @@ In reading order:
   export_checks.py    the checks that PEFT, or vLLM, loads an export as it was meant
   export_peft.py      `export_peft`
   sort_tensors.py     the tensors of a folder, sorted to the leaves of a tree
+  trained_leaves.py   the leaves that a folder trains in full, and their new values
   import_peft.py      `import_peft`
   checkpoint.py       a PyTorch checkpoint, read tensor by tensor
   match_tensors.py    the tensors that a weight is, compared in every value

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, is_adapter
 from lora_jax._flax_names import is_floating
-from lora_jax._hub.module_kinds import EXPERTS
+from lora_jax._hub.module_kinds import EXPERTS, HEAD
 from lora_jax._hub.module_plan import ModulePlan
 from lora_jax._hub.modules import MappedLeaf
 from lora_jax._hub.names import Names, module_names, similar_names
@@ -56,7 +56,7 @@ def check_loads(
 
 def check_portable(plan: ModulePlan, leaves: dict[Path, Any], dtype: Any) -> None:
     """Checks that every program with PEFT's format, vLLM included, loads the plan."""
-    for path in plan.copied:
+    for path in (*plan.copied, *plan.biases):
         raise ValueError(
             f"{path_name(path)!r} cannot be portable: vLLM loads no modules_to_save. "
             "Leave it out of also= in lorafy, or write portable=False."
@@ -103,7 +103,8 @@ def _check_names(plan: ModulePlan, modules: Iterable[str] | None) -> None:
     known, parameters = {*(modules or ())}, plan.parameter_orders
     known |= {name.rpartition(".")[0] for name in known}
     owner: dict[str, Path] = {}
-    for path, leaf in (*plan.adapted.items(), *plan.copied.items()):
+    copied = plan.copied | plan.biases
+    for path, leaf in (*plan.adapted.items(), *copied.items()):
         for name in leaf.modules:
             holder = name.rpartition(".")[0] if name in parameters else name
             if modules is not None and holder not in known:
@@ -164,7 +165,7 @@ def _check_own_modules(plan: ModulePlan) -> None:
     for path, leaf in plan.copied.items():
         templates = plan.named[path].templates
         kinds = {part.kind for part in leaf.modules.values()}
-        if len(templates) > 1 or EXPERTS in kinds:
+        if (len(templates) > 1 and HEAD not in kinds) or EXPERTS in kinds:
             raise ValueError(
                 f"{path_name(path)!r} is trained in full, and is no module of its "
                 f"own: {listed(templates)}. Leave it out of also= in lorafy."
@@ -177,7 +178,11 @@ def _check_same_module(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
         for other, leaf in leaves.items():
             if components(other)[:-1] != components(path)[:-1] or is_adapter(other):
                 continue
-            if other in plan.copied or not is_array(unbox(leaf)):
+            if (
+                other in plan.copied
+                or other in plan.biases
+                or not is_array(unbox(leaf))
+            ):
                 continue
             advice = f"add {path_name(other)!r} to also= in lorafy"
             if not is_floating(other, leaf):

@@ -1,7 +1,7 @@
 """`export_peft`: adapters to a folder that Hugging Face PEFT and vLLM load."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
 from lora_jax._hub.module_adapters import split_adapter
-from lora_jax._hub.module_kinds import ModuleAdapter
+from lora_jax._hub.module_kinds import HEAD, Embedding, ModuleAdapter
 from lora_jax._hub.module_plan import (
     ModulePlan,
     axes_by_path,
@@ -26,8 +26,9 @@ from lora_jax._hub.module_plan import (
     plan_modules,
     trained_axes,
     trained_names,
+    with_biases_apart,
 )
-from lora_jax._hub.modules import leaf_to_torch
+from lora_jax._hub.modules import MappedLeaf, leaf_to_torch
 from lora_jax._hub.names import Names
 from lora_jax._hub.peft_config import new_config
 from lora_jax._hub.peft_folder import (
@@ -37,13 +38,24 @@ from lora_jax._hub.peft_folder import (
     write_folder,
 )
 from lora_jax._hub.tensor_keys import (
+    BASE_BIAS_SUFFIX,
     MAGNITUDE_SUFFIX,
     PREFIX,
+    ROWS_SUFFIX,
     parameter_stems,
     tensor_name,
 )
-from lora_jax._processes import agreed, is_first, outline
-from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
+from lora_jax._processes import agreed, gathered, is_first, outline
+from lora_jax._tree import (
+    Path,
+    PyTree,
+    flatten,
+    is_abstract,
+    is_array,
+    is_quantized,
+    path_name,
+    unbox,
+)
 from lora_jax._write import check_finite, check_savable, free_folder, in_memory
 
 
@@ -73,7 +85,9 @@ def export_peft(
       folder: The folder to write. An old export is replaced; a folder with other files
         is refused.
       params: A tree from `lorafy`, trained or not, of concrete arrays. Its trained
-        copies, `also=` in `lorafy`, become PEFT's `modules_to_save`.
+        copies, `also=` in `lorafy`, become PEFT's `modules_to_save`; biases without
+        their modules become its `bias`, and a table of which at most half of the rows
+        changed its `trainable_token_indices`.
       names: The modules of the PyTorch model that the weights are: `{pattern: name}` or
         a function of a path. A pattern is as in `lorafy`, with `*` as the only special
         character and without a leading `params/`; the first that matches wins, and each
@@ -148,18 +162,31 @@ def export_peft(
         if portable:
             found = _pad_ranks(found)
         tensors = _factor_tensors(plan, arrays, found, dtype)
-        tensors |= _copy_tensors(plan, leaves, dtype)
+        rows = _changed_rows(plan, leaves)
+        tensors |= _row_tensors(plan, leaves, rows, dtype)
+        copied = {path: leaf for path, leaf in plan.copied.items() if path not in rows}
+        tensors |= _copy_tensors(copied | plan.biases, leaves, found, dtype)
         ranks = {name: module.a.shape[-1] for name, module in found.items()}
         config = new_config(
             ranks,
             {name: _alpha(module.scale, ranks[name]) for name, module in found.items()},
             plan.parameter_orders.keys() & found.keys(),
             base_model_name_or_path=base_model and str(base_model),
+            bias=_bias(plan, found),
             fan_in_fan_out=fan_in_fan_out,
-            modules_to_save=sorted(plan.copied_modules) or None,
+            modules_to_save=sorted(_own_modules(copied)) or None,
             task_type=task_type,
             use_dora=any(module.magnitude is not None for module in found.values()),
         )
+        # Fields that older versions of PEFT do not have.
+        if rows:
+            tables = {_table(plan.copied[path]): i for path, i in rows.items()}
+            config["trainable_token_indices"] = tables
+        adapted = [
+            leaf for leaf in plan.adapted.values() if leaf.modules.keys() & found
+        ]
+        if any(map(_is_tied, (*adapted, *copied.values()))):
+            config["ensure_weight_tying"] = True
         if is_first():
             write_folder(target, config, tensors)
 
@@ -175,7 +202,8 @@ def _export_plan(
     named = trained_names(leaves, adapters, names)
     weights = of_rank(adapters)
     known = trained_axes(leaves, adapters, axes)
-    return plan_modules(leaves, named, weights, of_copies(adapters), known, kinds)
+    plan = plan_modules(leaves, named, weights, of_copies(adapters), known, kinds)
+    return with_biases_apart(plan)
 
 
 def _pad_ranks(modules: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:
@@ -219,15 +247,78 @@ def _factor_tensors(
 
 
 def _copy_tensors(
-    plan: ModulePlan, leaves: dict[Path, Any], dtype: Any
+    copied: Mapping[Path, MappedLeaf],
+    leaves: dict[Path, Any],
+    adapted: Container[str],
+    dtype: Any,
 ) -> dict[str, np.ndarray]:
     """Returns the tensors of the leaves that are trained in full."""
     tensors = {}
-    for path, leaf in plan.copied.items():
+    for path, leaf in copied.items():
         for name, x in leaf_to_torch(leaf, leaves[copy_of(path).w]).items():
             key = PREFIX + tensor_name(name, path)
+            if name in adapted:  # the module is wrapped, and its bias stays inside
+                key = PREFIX + name + BASE_BIAS_SUFFIX
             tensors[key] = as_dtype(key, x, dtype)
     return tensors
+
+
+def _changed_rows(plan: ModulePlan, leaves: dict[Path, Any]) -> dict[Path, list[int]]:
+    """Returns the rows of each table that differ from the base, if half do at most."""
+    changed = {}
+    for path, leaf in plan.copied.items():
+        w = unbox(leaves[path])
+        is_table = all(isinstance(p.kind, Embedding) for p in leaf.modules.values())
+        if leaf.axes.batch or len(leaf.shape) != 2 or not is_table or not is_array(w):
+            continue
+        if is_abstract(w) or is_quantized(w):
+            continue
+        x = leaves[copy_of(path).w]
+        old = np.asarray(gathered(w)).astype(x.dtype)
+        rows = np.flatnonzero((old != x).any(1)).tolist()
+        if 0 < len(rows) <= len(x) // 2:
+            changed[path] = rows
+    return changed
+
+
+def _row_tensors(
+    plan: ModulePlan,
+    leaves: dict[Path, Any],
+    rows: Mapping[Path, list[int]],
+    dtype: Any,
+) -> dict[str, np.ndarray]:
+    """Returns the rows of tables that are trained; PEFT ties a head to its table."""
+    tensors = {}
+    for path, changed in rows.items():
+        key = PREFIX + _table(plan.copied[path]) + ROWS_SUFFIX
+        tensors[key] = as_dtype(key, leaves[copy_of(path).w][changed], dtype)
+    return tensors
+
+
+def _table(leaf: MappedLeaf) -> str:
+    return next(iter(_own_modules({leaf.path: leaf})))
+
+
+def _own_modules(copied: Mapping[Path, MappedLeaf]) -> set[str]:
+    """Returns the modules of leaves, without heads that are tied to their tables."""
+    return {
+        name
+        for leaf in copied.values()
+        for name, part in leaf.modules.items()
+        if part.kind is not HEAD
+    }
+
+
+def _is_tied(leaf: MappedLeaf) -> bool:
+    return any(part.kind is HEAD for part in leaf.modules.values())
+
+
+def _bias(plan: ModulePlan, adapted: Container[str]) -> str:
+    """Returns PEFT's word for the biases that are trained without their modules."""
+    names = [name for leaf in plan.biases.values() for name in leaf.modules]
+    if not names:
+        return "none"
+    return "lora_only" if all(name in adapted for name in names) else "all"
 
 
 def _alpha(scale: float, r: int) -> float:

@@ -12,19 +12,15 @@ from lora_jax._detach import attached
 from lora_jax._engine.dtypes import wider
 from lora_jax._flax_names import is_floating
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
-from lora_jax._hub.module_kinds import ModuleAdapter
+from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
 from lora_jax._hub.modules import MappedLeaf, leaf_from_torch, tensor_shapes
 from lora_jax._hub.names import Names
 from lora_jax._hub.peft_config import rank_and_scale
 from lora_jax._hub.peft_folder import PeftFolder, read_folder
-from lora_jax._hub.sort_tensors import (
-    check_base_weights,
-    check_complete,
-    index_leaves,
-    sort_tensors,
-)
+from lora_jax._hub.sort_tensors import check_complete, index_leaves, sort_tensors
 from lora_jax._hub.tensor_keys import MAGNITUDE_SUFFIX, tensor_name
+from lora_jax._hub.trained_leaves import check_base_weights, trained_tensors
 from lora_jax._leaves import adapter_leaves, trained_copy
 from lora_jax._processes import agreed, outline
 from lora_jax._tree import Path, PyTree, flatten, listed, path_name, unbox
@@ -58,15 +54,17 @@ def import_peft(
       dtype: Of A and B. Default: float32 for a narrower weight, else the weight's.
 
     Returns:
-      A new tree that shares every leaf of `base`, with the adapters next to them, and
-      with the folder's `modules_to_save` as trained copies, in float32 for a narrower
-      leaf: as `also=` in `lorafy` would have made and trained them.
+      A new tree that shares every leaf of `base`, with the adapters next to them. What
+      the folder trains in full becomes trained copies, in float32 for a narrower leaf,
+      as `also=` in `lorafy` would have made and trained them: its `modules_to_save`,
+      biases (`bias`, `lora_bias`), and tables of which it trains some rows
+      (`trainable_token_indices`). Tables that it stores untrained are left out.
 
     Raises:
       FileNotFoundError: If a file is missing.
-      ValueError: If the folder is no LoRA or DoRA (aLoRA, biases and other methods are
-        refused), is truncated, or does not fit `base` and `names` exactly; or another
-        process has another folder, base or names.
+      ValueError: If the folder is no LoRA or DoRA (aLoRA, multi-head attention in one
+        module and other methods are refused), is truncated, or does not fit `base` and
+        `names` exactly; or another process has another folder, base or names.
       RuntimeError: If the import failed in another process, whose error it quotes.
 
     Example:
@@ -82,15 +80,16 @@ def import_peft(
         source = read_folder(folder)
         leaves = _plain_leaves(base, dtype)
         given = axes_by_path(axes, leaves)
-        index = index_leaves(names, leaves, given)
+        index = index_leaves(names, leaves, given, kinds)
         named = {path_name(p): named_weight for p, named_weight in index.named.items()}
         same["folder"] = [source.config, source.tensors]
         same["names"] = [named, axes and dict(axes), kinds and dict(kinds), str(dtype)]
         same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.named}
-    tensors = sort_tensors(source, index, leaves)
+    tensors = sort_tensors(source, index)
+    whole = trained_tensors(source, index, tensors, leaves, given, kinds)
     used = {index.modules[name] for name in tensors.factors}
     adapted = [path for path in leaves if path in used]
-    plan = plan_modules(leaves, index.named, adapted, tensors.copies, given, kinds)
+    plan = plan_modules(leaves, index.named, adapted, whole, given, kinds)
     check_inputs(plan, leaves, given, bool(source.config.get("fan_in_fan_out")))
     check_base_weights(source, tensors, plan, leaves)
     adapters: dict[Path, dict[str, ModuleAdapter]] = {}
@@ -102,10 +101,10 @@ def import_peft(
             if name in tensors.factors
         }
     copies = {
-        path: _copied_values(source, leaf, leaves[path], tensors.copies[path])
+        path: _copied_values(source, leaf, leaves[path], whole[path])
         for path, leaf in plan.copied.items()
     }
-    check_complete(source, index, tensors)
+    check_complete(source, index, tensors, whole)
     new = {copy_of(p).w: trained_copy(leaves[p], x) for p, x in copies.items()}
     for path, modules in adapters.items():
         joined = join_adapters(plan.adapted[path], modules)
@@ -180,7 +179,14 @@ def _copied_values(
             f"{folder.path} holds {path!r}, which is {unbox(old).dtype} in base, and "
             "only floating leaves can be trained. Cast it in base."
         )
+    is_tied = any(part.kind is HEAD for part in leaf.modules.values())
     for name, shape in tensor_shapes(leaf).items():
+        if name not in tensors and is_tied:
+            raise ValueError(
+                f"{folder.path} trains {listed(sorted(tensors))} in full, and not "
+                f"{name!r}: {path_name(leaf.path)!r} of base is both. Train the two as "
+                "one, with ensure_weight_tying in PEFT, or give base a head of its own."
+            )
         if name not in tensors:
             raise ValueError(
                 f"{folder.path}: {path!r} of base is a stack. The folder has "
@@ -190,8 +196,16 @@ def _copied_values(
             raise ValueError(
                 f"{folder.path}: {tensor_name(name, leaf.path)!r}, of shape "
                 f"{tensors[name].shape}, must be {shape} for {path!r} of base, "
-                f"{leaf.shape}."
+                f"{leaf.shape}. If its vocabulary was resized, pass the parameters of "
+                "the model that was trained."
             )
+    first, *others = tensors.values()
+    if is_tied and not all(np.array_equal(x, first) for x in others):
+        raise ValueError(
+            f"{folder.path} has different {listed(sorted(tensors))}, and "
+            f"{path_name(leaf.path)!r} of base is all of them. Give base a head of its "
+            "own, with a copy of the embedding."
+        )
     return leaf_from_torch(leaf, tensors)
 
 

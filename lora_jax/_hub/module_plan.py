@@ -22,6 +22,7 @@ class ModulePlan(NamedTuple):
 
     adapted: dict[Path, MappedLeaf]  # weights with a low-rank adapter
     copied: dict[Path, MappedLeaf]  # leaves that are trained in full
+    biases: dict[Path, MappedLeaf]  # those of them whose module is not, in an export
     named: Mapping[Path, ModuleNames]
 
     @property
@@ -68,15 +69,44 @@ def plan_modules(
     )
     copies = {}
     for path in copied:
-        shape = unbox(leaves[path]).shape
-        is_vector = len(shape) - named[path].stacked < 2
-        if is_vector or not is_adaptable(path, leaves[path]):
-            copies[path] = map_vector(path, shape, named[path])
-        else:
-            given = axes.get(path)
-            copies[path] = map_weight(path, leaves, named[path], given, kind_of[path])
+        given = axes.get(path)
+        copies[path] = map_leaf(path, leaves, named[path], given, kind_of[path])
         _check_layout(copies[path], named[path], stack_first, kinds or {})
-    return ModulePlan(weights, copies, named)
+    return ModulePlan(weights, copies, {}, named)
+
+
+def with_biases_apart(plan: ModulePlan) -> ModulePlan:
+    """Returns the plan with the biases that are trained without their modules apart.
+
+    PEFT saves whole modules, and biases by themselves.
+    """
+    others = {
+        name
+        for path, leaf in plan.copied.items()
+        if leaf_name(path) != "bias"
+        for name in leaf.modules
+    }
+    biases = {
+        path: leaf
+        for path, leaf in plan.copied.items()
+        if leaf_name(path) == "bias" and others.isdisjoint(leaf.modules)
+    }
+    copied = {path: leaf for path, leaf in plan.copied.items() if path not in biases}
+    return plan._replace(copied=copied, biases=biases)
+
+
+def map_leaf(
+    path: Path,
+    leaves: dict[Path, Any],
+    named: ModuleNames,
+    axes: Axes | None,
+    kind: Linear,
+) -> MappedLeaf:
+    """Returns the modules of any leaf: a weight, or what PyTorch keeps as a vector."""
+    shape = unbox(leaves[path]).shape
+    if len(shape) - named.stacked < 2 or not is_adaptable(path, leaves[path]):
+        return map_vector(path, shape, named)
+    return map_weight(path, leaves, named, axes, kind)
 
 
 def trained_names(

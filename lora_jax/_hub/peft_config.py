@@ -16,13 +16,15 @@ IGNORED = {
     *"auto_mapping base_model_name_or_path inference_mode lora_dropout".split(),
     *"megatron_core peft_version qalora_group_size revision task_type".split(),
     *"loftq_config eva_config corda_config lora_ga_config".split(),  # initial values
-    *"ensure_weight_tying runtime_config fan_in_fan_out".split(),
+    *"runtime_config fan_in_fan_out velora_config".split(),  # velora: the backward pass
 }
 UNDERSTOOD = {
     *"peft_type r lora_alpha use_rslora rank_pattern alpha_pattern use_dora".split(),
     *"target_modules target_parameters exclude_modules modules_to_save bias".split(),
-    *"layers_to_transform layers_pattern init_lora_weights".split(),
+    *"layers_to_transform layers_pattern init_lora_weights lora_bias".split(),
+    *"ensure_weight_tying trainable_token_indices".split(),
 }
+BIASES = ("none", "lora_only", "all")  # those that are trained in full
 # The types of fields: a test of the value, and its description.
 _whole = lambda n: type(n) is int and 0 < n < 2**31
 _real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32
@@ -39,13 +41,18 @@ FIELDS = {
     "target_parameters": (_list(str), "a list of parameters"),
     "modules_to_save": (_list(str), "a list of modules"),
     "layers_pattern": (_names, "a list of names"),
+    "trainable_token_indices": (
+        lambda x: _list(int)(x) or _values(_list(int))(x),
+        "a list of numbers, or {module: list of numbers}",
+    ),
+    "bias": (lambda x: x in BIASES, f"one of {', '.join(BIASES)}"),
     "layers_to_transform": (
         lambda x: type(x) is int or _list(int)(x),
         "a list of numbers",
     ),
 }
 # Ways to initialize an adapter that leave the base weights as they are.
-INITIALIZERS = (True, False, None, "gaussian", "eva", "orthogonal")
+INITIALIZERS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def new_config(
@@ -117,13 +124,6 @@ def _problem(config: Any) -> str | None:
         if not fits(value) and (value is not None or field in ("r", "lora_alpha")):
             advice = "Save the adapter again with PEFT."
             return f"has {field} {value!r}: {what} is needed. {advice}"
-    if config.get("target_modules") == "all-linear":
-        return (
-            "has target_modules 'all-linear', which only the PyTorch model can resolve."
-            " Save the adapter with PEFT, which writes the names."
-        )
-    if (bias := config.get("bias", "none")) != "none":
-        return f"has bias {bias!r}. Only 'none' can be imported."
     if (start := config.get("init_lora_weights", True)) not in INITIALIZERS:
         return (
             f"has init_lora_weights {start!r}, which also changes the base weights. "
@@ -180,14 +180,48 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     if not patterns:
         patterns, lead = [r"[^.]*"], r".*?\."
     for pattern in patterns:
-        found = re.match(rf"{lead}{pattern}\.(\d+)\.", module)
+        found = re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", module)
         if found:
-            return int(found[1]) in ([layers] if type(layers) is int else layers)
+            index = int(found["index"])
+            return index in ([layers] if type(layers) is int else layers)
     return False
 
 
+def has_all_linear(config: Mapping[str, Any]) -> bool:
+    """Whether the config targets all linear modules, which the tensors must tell."""
+    chosen = config.get("target_modules")
+    return isinstance(chosen, str) and chosen.lower() == "all-linear"
+
+
 def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
-    return _is_named(config.get("target_parameters"), name)
+    """Whether PEFT would adapt a parameter, or the `weight` of a module, of this name.
+
+    A matrix that is a bare parameter of its module, such as a router's, has the keys of
+    a linear module.
+    """
+    entries = config.get("target_parameters")
+    return any(_is_named(entries, each) for each in (name, f"{name}.weight"))
+
+
+def trained_rows(config: Mapping[str, Any], module: str) -> list[int] | None:
+    """Returns the rows of a table that are trained, if only some of them are."""
+    rows = config.get("trainable_token_indices") or {}
+    if isinstance(rows, list):  # those of the model's table of tokens
+        return rows
+    found = (rows[name] for name in rows if _is_named([name], module))
+    return next(found, None)
+
+
+def unmatched_rows(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Returns the entries of trainable_token_indices that are none of these modules."""
+    rows, modules = config.get("trainable_token_indices") or {}, list(modules)
+    if isinstance(rows, list):
+        return [] if modules else ["trainable_token_indices"]
+    return [
+        f"trainable_token_indices {name!r}"
+        for name in rows
+        if not any(_is_named([name], module) for module in modules)
+    ]
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
@@ -198,23 +232,6 @@ def is_saved(config: Mapping[str, Any], module: str) -> bool:
 def is_saved_by(entry: str, module: str) -> bool:
     """Whether PEFT trains a module in full for this entry of modules_to_save."""
     return re.match(rf"(^|.*\.){entry}($|\..*)", module) is not None
-
-
-def unmatched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Returns the entries of the config's targets that match none of these modules.
-
-    Entries of modules_to_save may do so: PEFT adds names of heads to them that few
-    models have.
-    """
-    modules = list(modules)
-    missing = []
-    for field in ("target_modules", "target_parameters"):
-        is_expression = isinstance(config.get(field), str)
-        for entry in _entries(config, field):
-            pattern = entry if is_expression else [entry]
-            if not any(_is_named(pattern, module) for module in modules):
-                missing.append(f"{field} {entry!r}")
-    return missing
 
 
 def _entries(config: Mapping[str, Any], field: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from lora_jax._write import check_finite, write
 
 CONFIG_FILE, TENSORS_FILE = FILES = "adapter_config.json", "adapter_model.safetensors"
 TORCH_DTYPES = ("float32", "bfloat16", "float16")  # in which PyTorch keeps adapters
+STORED_DTYPES = ("F32", "BF16", "F16")  # safetensors' names for them
 
 
 class PeftFolder(NamedTuple):
@@ -66,7 +68,30 @@ def read_folder(folder: str | os.PathLike[str]) -> PeftFolder:
       ValueError: If a file is truncated, or holds no adapter that can be imported.
     """
     path = os.fspath(folder)
+    if not os.path.isfile(os.path.join(path, CONFIG_FILE)):
+        raise FileNotFoundError(f"There is no {CONFIG_FILE} in {path}. {_advice(path)}")
     return PeftFolder(path, read_config(path), read_tensors(path))
+
+
+def _advice(path: str) -> str:
+    """Returns what to do about a path that is no PEFT folder."""
+    if os.path.isfile(path):
+        return "Pass the folder that PEFT's save_pretrained wrote, not a file in it."
+    if os.path.isdir(path):
+        below = sorted(
+            name
+            for name in os.listdir(path)
+            if os.path.isfile(os.path.join(path, name, CONFIG_FILE))
+        )
+        if below:
+            choice = os.path.join(path, below[0])
+            return f"It has the adapters {', '.join(below)}: pass {choice!r}."
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return (
+            "If it is the name of a repository on the Hugging Face hub, download it "
+            f"first: folder = huggingface_hub.snapshot_download({path!r})."
+        )
+    return "Pass the folder that PEFT's save_pretrained wrote."
 
 
 def read_tensors(folder: str) -> dict[str, np.ndarray]:
@@ -88,17 +113,19 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"There is no file {path}. {advice}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # NumPy lacks some dtypes
+                if (dtype := file.get_slice(name).get_dtype()) not in STORED_DTYPES:
+                    raise ValueError(
+                        f"{path}: tensor {name!r} is {dtype}. Only "
+                        f"{', '.join(TORCH_DTYPES)} can be imported: cast it in "
+                        "PyTorch, and save the adapter again."
+                    )
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (safetensors.SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no complete safetensors file: {error}. It may be truncated."
         ) from error
     for name, x in tensors.items():
-        if x.dtype.name not in TORCH_DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name!r} is {x.dtype}. Only {', '.join(TORCH_DTYPES)} "
-                "can be imported."
-            )
         check_finite(f"{path}: tensor {name!r}", x)
     return tensors
 

@@ -1,16 +1,14 @@
 """The tensors of a PEFT folder, each sorted to the leaf of the base that it is for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax._adapters import Axes
-from lora_jax._engine.quantized import dequantize
 from lora_jax._flax_names import is_adaptable
-from lora_jax._hub.module_kinds import KINDS
-from lora_jax._hub.module_plan import ModulePlan
-from lora_jax._hub.modules import leaf_to_torch
+from lora_jax._hub.module_kinds import KINDS, Embedding
+from lora_jax._hub.module_plan import module_kinds
 from lora_jax._hub.names import (
     ModuleNames,
     Names,
@@ -20,37 +18,31 @@ from lora_jax._hub.names import (
     similar_names,
 )
 from lora_jax._hub.peft_config import (
+    has_all_linear,
     is_saved,
     is_target,
     is_target_parameter,
-    unmatched_targets,
+    unmatched_rows,
 )
 from lora_jax._hub.peft_folder import PeftFolder
 from lora_jax._hub.tensor_keys import (
+    BASE_BIAS_SUFFIX,
+    BASE_SUFFIX,
+    LORA_BIAS_SUFFIX,
     MAGNITUDE_SUFFIX,
     PREFIX,
+    ROWS_SUFFIX,
     parameter_stems,
     tensor_name,
 )
-from lora_jax._processes import gathered
-from lora_jax._sample import differ, sample
-from lora_jax._tree import (
-    Path,
-    is_abstract,
-    is_array,
-    is_quantized,
-    leaf_name,
-    listed,
-    path_name,
-    unbox,
-)
+from lora_jax._tree import Path, is_array, listed, path_name, unbox
 
 SUFFIXES = (
     *KINDS["linear"].suffixes,
     *KINDS["embedding"].suffixes,
     MAGNITUDE_SUFFIX,
+    LORA_BIAS_SUFFIX,
 )
-BASE_SUFFIX = ".base_layer.weight"  # of the key of an adapted module's own weight
 
 
 class LeafIndex(NamedTuple):
@@ -59,6 +51,7 @@ class LeafIndex(NamedTuple):
     named: dict[Path, ModuleNames]
     modules: dict[str, Path]  # the weight that each module is, or is a part of
     tensors: dict[str, tuple[str, Path]]  # the module and the leaf of each tensor
+    tied: dict[str, str]  # a table's head by the table, and the table by the head
 
 
 class SortedTensors(NamedTuple):
@@ -66,11 +59,16 @@ class SortedTensors(NamedTuple):
 
     factors: dict[str, dict[str, np.ndarray]]  # of adapters: by module and suffix
     base_weights: dict[str, np.ndarray]  # of adapted modules: by module
-    copies: dict[Path, dict[str, np.ndarray]]  # trained in full: by leaf and module
+    whole: dict[Path, dict[str, np.ndarray]]  # of leaves: by leaf and module
+    rows: dict[str, np.ndarray]  # of tables: by module
+    lora_biases: dict[str, np.ndarray]  # which B adds to biases: by module
 
 
 def index_leaves(
-    names: Names, leaves: dict[Path, Any], axes: Mapping[Path, Axes]
+    names: Names,
+    leaves: dict[Path, Any],
+    axes: Mapping[Path, Axes],
+    kinds: Mapping[str, str] | None,
 ) -> LeafIndex:
     """Returns the index of all leaves that the map has names for.
 
@@ -78,19 +76,24 @@ def index_leaves(
       ValueError: If a pattern of the map matches nothing, or two weights have one name.
     """
     check_names(names, leaves)
-    index = LeafIndex({}, {}, {})
+    index = LeafIndex({}, {}, {}, {})
     for path, leaf in leaves.items():
-        named = module_names(names, path) if is_array(unbox(leaf)) else None
-        if named is None:
-            continue
-        index.named[path] = named
-        shape, counted = unbox(leaf).shape, named.stacked
+        if is_array(unbox(leaf)) and (named := module_names(names, path)):
+            index.named[path] = named
+    kind_of = module_kinds(kinds, index.named)
+    for path, named in index.named.items():
+        shape, counted = unbox(leaves[path]).shape, named.stacked
         if len(shape) < counted:
             continue
-        for _, (name, *others) in each_index(path, named, shape[:counted]):
-            if not others:
-                index.tensors[tensor_name(name, path)] = name, path
-        if not is_adaptable(path, leaf):
+        is_table = isinstance(kind_of[path], Embedding)
+        for _, modules in each_index(path, named, shape[:counted]):
+            if len(modules) == 1 or (is_table and len(modules) == 2):
+                kept = {tensor_name(name, path): (name, path) for name in modules}
+                index.tensors.update(kept)
+            if is_table and len(modules) == 2:
+                table, head = modules
+                index.tied.update({table: head, head: table})
+        if not is_adaptable(path, leaves[path]):
             continue
         stack = axes[path].batch[:counted] if path in axes else range(counted)
         for _, modules in each_index(path, named, [shape[d] for d in stack]):
@@ -105,15 +108,13 @@ def index_leaves(
     return index
 
 
-def sort_tensors(
-    folder: PeftFolder, index: LeafIndex, leaves: dict[Path, Any]
-) -> SortedTensors:
-    """Sorts the tensors of a folder, and leaves out embeddings that were not trained.
+def sort_tensors(folder: PeftFolder, index: LeafIndex) -> SortedTensors:
+    """Sorts the tensors of a folder.
 
     Raises:
       ValueError: If a tensor has no place in the tree, or none is of an adapter.
     """
-    found = SortedTensors({}, {}, {})
+    found = SortedTensors({}, {}, {}, {}, {})
     stems = _parameters_by_stem(folder, index)
     others = {}
     for key, x in folder.tensors.items():
@@ -124,7 +125,9 @@ def sort_tensors(
                 "PEFT would ignore it."
             )
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-        if suffix is not None:
+        if suffix == LORA_BIAS_SUFFIX:
+            found.lora_biases[name.removesuffix(suffix)] = x
+        elif suffix is not None:
             stem = name.removesuffix(suffix)
             found.factors.setdefault(stems.get(stem, stem), {})[suffix] = x
         elif ".lora_" in name.lower():
@@ -135,6 +138,13 @@ def sort_tensors(
         else:
             others[name] = x
     for name, parts in found.factors.items():
+        if ".base_layer.out_proj" in name:
+            raise ValueError(
+                f"{folder.path} has an adapter of {name.split('.base_layer.')[0]!r}, "
+                "an nn.MultiheadAttention, which PEFT stores as no other module: it "
+                "cannot be imported. Merge it in PyTorch, merge_and_unload(), and read "
+                "the weights with import_weights."
+            )
         if name not in index.modules:
             raise ValueError(
                 f"{folder.path}: the tensor {PREFIX + name + next(iter(parts))!r} is "
@@ -146,55 +156,61 @@ def sort_tensors(
     for name, x in others.items():
         if name.endswith(BASE_SUFFIX):
             found.base_weights[name.removesuffix(BASE_SUFFIX)] = x
-        elif copied := _copied_leaf(folder, index, leaves, name, x):
-            module, path = copied
-            found.copies.setdefault(path, {})[module] = x
+        elif name.endswith(ROWS_SUFFIX):
+            found.rows[name.removesuffix(ROWS_SUFFIX)] = x
+        else:
+            module, path = _leaf_of_tensor(folder, index, name)
+            found.whole.setdefault(path, {})[module] = x
     return found
 
 
-def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -> None:
-    """Checks that every adapter is of a target, and every target has its tensors."""
+def check_complete(
+    folder: PeftFolder,
+    index: LeafIndex,
+    found: SortedTensors,
+    copied: Mapping[Path, Mapping[str, np.ndarray]],
+) -> None:
+    """Checks that every adapter is of a target, and every target has its tensors.
+
+    The config may also name modules that the model does not have. With
+    `ensure_weight_tying` the head of a table is adapted and saved with it.
+    """
     config = folder.config
-    chosen = lambda name: is_target(config, name) or is_target_parameter(config, name)
+    tied = index.tied if config.get("ensure_weight_tying") else {}
+    any_linear = has_all_linear(config)
+
+    def chosen(name: str) -> bool:
+        names = [name, *([tied[name]] if name in tied else [])]
+        return any_linear or any(
+            is_target(config, each) or is_target_parameter(config, each)
+            for each in names
+        )
+
     if stray := [name for name in found.factors if not chosen(name)]:
         raise ValueError(
             f"{folder.path} has tensors of {listed(stray)}, which its config does not "
             "target: PEFT would ignore them."
         )
-    wanted = [name for name in index.modules if chosen(name)]
+    wanted = [name for name in index.modules if not any_linear and chosen(name)]
     missing = [name for name in wanted if name not in found.factors]
     missing += [
         key
         for key, (name, path) in index.tensors.items()
-        if is_saved(config, name) and name not in found.copies.get(path, {})
+        if is_saved(config, name) and name not in copied.get(path, {})
     ]
-    # An entry may match only modules that another entry excludes.
-    excluded = index.modules.keys() - {*wanted}
-    copied = {name for names in found.copies.values() for name in names}
-    missing += unmatched_targets(config, {*found.factors, *copied, *excluded})
+    missing += [
+        name + LORA_BIAS_SUFFIX
+        for name, parts in found.factors.items()
+        if config.get("lora_bias") and KINDS["linear"].suffixes[1] in parts
+        if name not in found.lora_biases
+    ]
+    tables = {*found.rows, *(index.tied.get(name, name) for name in found.rows)}
+    missing += unmatched_rows(config, tables)
     if missing:
         raise ValueError(
             f"{folder.path} lacks the tensors of {listed(missing)}, which its config "
             "targets. It may be truncated, or names may be the map of another model."
         )
-
-
-def check_base_weights(
-    folder: PeftFolder, found: SortedTensors, plan: ModulePlan, leaves: dict[Path, Any]
-) -> None:
-    """Checks that embeddings that PEFT saved with their adapters are the base's own."""
-    owner = {name: leaf for leaf in plan.adapted.values() for name in leaf.modules}
-    for name, x in found.base_weights.items():
-        same = False
-        if (leaf := owner.get(name)) is not None:
-            stored = lambda w, leaf=leaf, name=name: leaf_to_torch(leaf, w)[name]
-            same = _is_of_base(unbox(leaves[leaf.path]), x, stored)
-        if not same:
-            raise ValueError(
-                f"{folder.path}: the tensor {PREFIX + name + BASE_SUFFIX!r} is not the "
-                "weight of base. Its model was resized or trained: pass the parameters "
-                "of that one."
-            )
 
 
 def _parameters_by_stem(folder: PeftFolder, index: LeafIndex) -> dict[str, str]:
@@ -207,47 +223,14 @@ def _parameters_by_stem(folder: PeftFolder, index: LeafIndex) -> dict[str, str]:
     return {stem: name for name, stem in parameter_stems(orders).items()}
 
 
-def _copied_leaf(
-    folder: PeftFolder,
-    index: LeafIndex,
-    leaves: dict[Path, Any],
-    key: str,
-    x: np.ndarray,
-) -> tuple[str, Path] | None:
-    """Returns the module and the leaf of a tensor that was trained in full.
-
-    Or `None` for an embedding of the base: PEFT saves all embeddings, untrained, of a
-    model whose vocabulary seems to have grown.
-    """
-    if key not in index.tensors:
+def _leaf_of_tensor(folder: PeftFolder, index: LeafIndex, key: str) -> tuple[str, Path]:
+    """Returns the module and the leaf of a tensor of the model itself."""
+    name = key
+    if name.endswith(BASE_BIAS_SUFFIX):  # of an adapted module
+        name = name.removesuffix(BASE_BIAS_SUFFIX) + ".bias"
+    if name not in index.tensors:
         raise ValueError(
             f"{folder.path}: the tensor {PREFIX + key!r} has no leaf in base. Close: "
-            f"{similar_names(key, index.tensors)}. Add a name for it to names."
+            f"{similar_names(name, index.tensors)}. Add a name for it to names."
         )
-    name, path = index.tensors[key]
-    if is_saved(folder.config, name):
-        return name, path
-    is_embedding = leaf_name(path) == "embedding"
-    if is_embedding and _is_of_base(unbox(leaves[path]), x, lambda w: w):
-        return None
-    raise ValueError(
-        f"{folder.path}: the tensor {PREFIX + key!r} is of no module in the config's "
-        "modules_to_save."
-    )
-
-
-def _is_of_base(w: Any, x: np.ndarray, to_torch: Callable[..., np.ndarray]) -> bool:
-    """Whether a tensor has the values of a weight, or its shape if that is abstract.
-
-    The weight may have another dtype.
-    """
-    if is_abstract(w):
-        return to_torch(np.broadcast_to(np.int8(0), w.shape)).shape == x.shape
-    held = to_torch(np.asarray(gathered(dequantize(w))))
-    if held.shape != x.shape:
-        return False
-    if is_quantized(w):
-        ours, theirs = sample(held), sample(x)
-        return ours is not None and theirs is not None and not differ(ours, theirs)
-    same = np.array_equal(held.astype(x.dtype), x)
-    return same or np.array_equal(held, x.astype(held.dtype))
+    return index.tensors[name]

@@ -9,6 +9,10 @@ from lora_jax._tree import Path, leaf_name
 
 PREFIX = "base_model.model."
 MAGNITUDE_SUFFIX = ".lora_magnitude_vector"  # DoRA's, next to A and B
+LORA_BIAS_SUFFIX = ".lora_B.bias"  # times the scale, added to the module's own bias
+BASE_SUFFIX = ".base_layer.weight"  # an adapted module's own weight
+BASE_BIAS_SUFFIX = ".base_layer.bias"
+ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # new values of a table's rows
 # PyTorch's names for the leaves of Flax's layers; other leaves keep their names.
 TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 

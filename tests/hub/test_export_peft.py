@@ -148,11 +148,8 @@ def test_export_peft_keeps_scales_exactly(tmp_path):
 
 def test_export_peft_of_copies(tmp_path, randomized, close):
     rest = {"exclude": ["head", "conv"]}
-    params = adapted(randomized, also="head/bias", **rest)
-    with pytest.raises(ValueError, match="saves whole modules: add 'head/kernel' to"):
-        lj.export_peft(tmp_path / "out", params, NAMES)
-    params = adapted(randomized, also="blocks/out/bias", **rest)
-    with pytest.raises(ValueError, match=r"model.layers.0.out_proj'.* trained in full"):
+    params = adapted(randomized, also="head/kernel", **rest)
+    with pytest.raises(ValueError, match="saves whole modules: add 'head/bias' to"):
         lj.export_peft(tmp_path / "out", params, NAMES)
     params = adapted(randomized, also=["head", "conv"], **rest)
     lj.export_peft(tmp_path / "out", params, NAMES)
@@ -351,11 +348,7 @@ def test_export_peft_refuses_names_that_end_in_that_of_a_copy(tmp_path):
 
 
 def test_export_peft_refuses_copies_of_parts_of_modules(tmp_path):
-    """A tied embedding, and a stack of experts in one parameter."""
-    params = lj.lorafy(tree(), 1, targets="head", also="tokens", axes=AXES)
-    match = "no module of its own: 'model.tokens', 'lm_head'.*out of also= in lorafy"
-    with pytest.raises(ValueError, match=match):
-        lj.export_peft(tmp_path / "out", params, NAMES)
+    """Such as a stack of experts in one parameter."""
     params = lj.lorafy(tree(), 1, targets="head", also="blocks/qkv", axes=AXES)
     names = NAMES | {"blocks/qkv": "m.experts"}
     options = {"axes": AXES, "kinds": {"qkv": "experts"}}

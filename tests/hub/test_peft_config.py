@@ -10,7 +10,6 @@ from lora_jax._hub.peft_config import (
     new_config,
     rank_and_scale,
     read_config,
-    unmatched_targets,
 )
 
 SMALLEST = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q"]}
@@ -75,14 +74,6 @@ def test_is_target(more, chosen, not_chosen):
     assert [n for n in chosen + not_chosen if is_target(config, n)] == chosen
 
 
-def test_unmatched_targets():
-    config = SMALLEST | {"target_modules": ["q", "k"], "modules_to_save": ["s"]}
-    assert unmatched_targets(config, ["a.q", "b.s"]) == ["target_modules 'k'"]
-    assert unmatched_targets(SMALLEST | {"target_modules": "x.*"}, ["q"]) == [
-        "target_modules 'x.*'"
-    ]
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -91,6 +82,9 @@ def test_unmatched_targets():
         {"bias": "none", "peft_version": "0.21.2", "qalora_group_size": 16},
         {"init_lora_weights": "gaussian", "a_field_of_the_future": None},
         {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+        {"init_lora_weights": "mica", "velora_config": {"num_groups": 4}},
+        {"target_modules": "all-linear", "bias": "all", "lora_bias": True},
+        {"trainable_token_indices": [1], "ensure_weight_tying": True},
     ],
 )
 def test_read_config_of_a_plain_lora(tmp_path, more):
@@ -111,13 +105,12 @@ def test_read_config_of_a_plain_lora(tmp_path, more):
         ({"alpha_pattern": {"q": None}}, "alpha_pattern"),
         ({"target_modules": [1]}, r"target_modules \[1\]"),
         ({"target_modules": "("}, "target_modules that is no pattern"),
-        ({"target_modules": "all-linear"}, "which only the PyTorch model can resolve"),
         ({"layers_to_transform": "1"}, "layers_to_transform '1'"),
         ({"use_qalora": True}, "use_qalora True.*no plain LoRA"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens \[1\]"),
-        ({"bias": "all"}, "bias 'all'. Only 'none'"),
-        ({"lora_bias": True}, "lora_bias True"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"bias": "some"}, "bias 'some': one of none, lora_only, all is needed"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices '1': a list"),
+        ({"trainable_token_indices": {"e": 1}}, "trainable_token_indices .*a list"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"a_field_of_the_future": 1}, "a_field_of_the_future 1.*unknown here"),
         ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base"),
