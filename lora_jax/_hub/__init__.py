@@ -19,6 +19,7 @@ In reading order:
   peft_folder.py      PEFT's folder, written completely or not at all
   export_checks.py    the checks that PEFT, or vLLM, loads an export as it was meant
   export_peft.py      `export_peft`
+  fused_experts.py    adapters of experts that one parameter fuses, as separate ones
   sort_tensors.py     the tensors of a folder, sorted to the leaves of a tree
   trained_leaves.py   the leaves that a folder trains in full, and their new values
   import_peft.py      `import_peft`

@@ -11,6 +11,7 @@ from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.dtypes import wider
 from lora_jax._flax_names import is_floating
+from lora_jax._hub.fused_experts import with_separate_experts
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
 from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
@@ -83,6 +84,7 @@ def import_peft(
         index = index_leaves(names, leaves, given, kinds)
         named = {path_name(p): named_weight for p, named_weight in index.named.items()}
         same["folder"] = [source.config, source.tensors]
+        source = with_separate_experts(source, index.modules)
         same["names"] = [named, axes and dict(axes), kinds and dict(kinds), str(dtype)]
         same["base"] = {path_name(p): outline(unbox(leaves[p])) for p in index.named}
     tensors = sort_tensors(source, index)
