@@ -89,7 +89,10 @@ def lorafy(
         `{"params": ...}`; boxed leaves or not; arrays, tracers or `ShapeDtypeStruct`.
       rank: The rank r of the update, or `{pattern: rank}`, which is its own targets. A
         rank above the inputs or the outputs of a weight, as for a head of two classes,
-        is allowed but wasteful; `explain` lists such ranks.
+        is allowed but wasteful; `explain` lists such ranks. Where a token uses k of
+        many experts, a kth of the rank for them spends as much of it on a token:
+        `rank={"experts": 32 // k, "attention": 32}` (Schulman et al., "LoRA Without
+        Regret", 2025. https://thinkingmachines.ai/blog/lora/).
       alpha: The update is scaled by alpha / rank; `{pattern: alpha}` for some. A number
         above 0, or a JAX scalar, which may be traced. Default: the rank, for a scale
         of 1.
