@@ -47,15 +47,10 @@ class ModelTensors(NamedTuple):
             left -= {self.by_name[name].name for name in matched}
         return sorted(left)
 
-    def advice(self, name: str) -> str:
-        """Returns what to write if a tensor is missing for a known reason."""
+    def is_tied_head(self, names: Iterable[str]) -> bool:
+        """Whether one of these tensors is a head that the checkpoint does not store."""
         head = self.about.tied_head(self.names)
-        if head is not None and name == f"{head}.weight":
-            return (
-                "The model is tied: its head is the token embedding. Give this leaf "
-                "the name of that one. "
-            )
-        return ""
+        return head is not None and f"{head}.weight" in names
 
 
 def is_gguf(checkpoint: str | os.PathLike[str]) -> bool:

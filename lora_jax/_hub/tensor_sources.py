@@ -15,7 +15,7 @@ from lora_jax._adapters import Axes, Shape, is_adapter
 from lora_jax._flax_names import axes_by_name, is_adaptable, own_names
 from lora_jax._hub.checkpoint import CheckpointTensor
 from lora_jax._hub.model_tensors import ModelTensors
-from lora_jax._hub.module_kinds import CONV1D, EXPERTS, LINEAR, Linear
+from lora_jax._hub.module_kinds import CONV1D, EMBEDDING, EXPERTS, LINEAR, Linear
 from lora_jax._hub.module_plan import module_kinds
 from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight, tensor_shapes
 from lora_jax._hub.names import ModuleNames, each_index, similar_names
@@ -83,7 +83,7 @@ def _source(
             f"{path_name(path)!r} is of a transposed convolution, whose windows "
             "PyTorch flips: it cannot be imported. Convert it by hand."
         )
-    found = _tensors_of(path, named, shape, tensors)
+    found = _tensors_of(path, named, shape, kind, tensors)
     is_vector = len(shape) - named.stacked < 2 or not is_adaptable(path, leaves[path])
     if axes is None and not is_vector and kind is not EXPERTS:
         axes = _axes(path, leaves, named.stacked, [*found.values()])
@@ -138,7 +138,7 @@ def _with_sizes(
 
 
 def _tensors_of(
-    path: Path, named: ModuleNames, shape: Shape, tensors: ModelTensors
+    path: Path, named: ModuleNames, shape: Shape, kind: Linear, tensors: ModelTensors
 ) -> dict[str, CheckpointTensor]:
     """Returns the tensors of the modules of a leaf, by the names of the modules."""
     found: dict[str, CheckpointTensor] = {}
@@ -149,16 +149,29 @@ def _tensors_of(
                 found[module] = tensor
                 continue
             # A tied table has two names, and checkpoints store one of them.
-            tied = leaf_name(path) == "embedding" and len(modules) == 2
-            if not (tied and any(_tensor_of(path, m, tensors) for m in modules)):
-                wanted = _candidates(path, module)[0]
-                raise ValueError(
-                    f"The checkpoint has no tensor {wanted!r} for {path_name(path)!r}, "
-                    f"of shape {shape}. Close: {similar_names(wanted, tensors.names)}. "
-                    f"{tensors.advice(wanted)}Correct names, or pass the checkpoint of "
-                    "this model."
-                )
+            has_other = any(_tensor_of(path, m, tensors) for m in modules)
+            if not (kind is EMBEDDING and len(modules) == 2 and has_other):
+                raise ValueError(_missing(path, module, shape, has_other, tensors))
     return found
+
+
+def _missing(
+    path: Path, module: str, shape: Shape, has_other: bool, tensors: ModelTensors
+) -> str:
+    """Returns the message for a module of a leaf that has no tensor."""
+    name, (wanted, *others) = path_name(path), _candidates(path, module)
+    advice = ""
+    if tensors.is_tied_head([wanted, *others]):
+        advice = "The model is tied: its head is the token embedding. "
+        if has_other:
+            advice += f"If this leaf is both, write kinds={{{name!r}: 'embedding'}}. "
+        else:
+            advice += "Give this leaf the name of that one. "
+    return (
+        f"The checkpoint has no tensor {wanted!r} for {name!r}, of shape {shape}. "
+        f"Close: {similar_names(wanted, tensors.names)}. {advice}Correct names, or "
+        "pass the checkpoint of this model."
+    )
 
 
 def _candidates(path: Path, module: str) -> list[str]:

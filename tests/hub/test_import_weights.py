@@ -309,19 +309,38 @@ def test_import_weights_of_convolutions_experts_and_full_names():
     assert_equal(got, want)
 
 
-def test_import_weights_of_a_tied_table_takes_either_tensor(torch):
+@pytest.mark.parametrize("leaf", ["embedding", "input_embedding"])
+def test_import_weights_of_a_tied_table_takes_either_tensor(torch, leaf):
     tensors, _ = torch
     table = tensors["model.embed_tokens.weight"]
-    target = {"embed": like()["embed"]}
+    target = {"embed": {leaf: like()["embed"]["embedding"]}}
+    # Only Flax's own name shows that a leaf is a table.
+    kinds = None if leaf == "embedding" else {leaf: "embedding"}
     names = {"embed": NAMES["embed"]}
     both = {"model.embed_tokens.weight": table, "lm_head.weight": table}
     for keys in ([0], [1], [0, 1]):
         some = dict([*both.items()][i] for i in keys)
-        got = lj.import_weights(some, target, names)
-        np.testing.assert_array_equal(got["embed"]["embedding"], table)
+        got = lj.import_weights(some, target, names, kinds=kinds)
+        np.testing.assert_array_equal(got["embed"][leaf], table)
     both["lm_head.weight"] = table + 1
-    with pytest.raises(ValueError, match=r"'embed/embedding' is both .*they differ"):
-        lj.import_weights(both, target, names)
+    with pytest.raises(ValueError, match=rf"'embed/{leaf}' is both .*they differ"):
+        lj.import_weights(both, target, names, kinds=kinds)
+
+
+def test_import_weights_explains_a_tied_head_without_a_tensor(torch, tmp_path):
+    table = {"model.embed_tokens.weight": torch[0]["model.embed_tokens.weight"]}
+    config = dict(architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+    folder = written(tmp_path, table, **config)
+    one = like()["embed"]["embedding"]
+    # As in Tunix, where leaves are not named after PyTorch's tensors.
+    names = {"table/w": "model.embed_tokens", "head/w": "lm_head"}
+    kinds = {"table/w": "embedding"}
+    with pytest.raises(ValueError, match=r"The model is tied.*Give this leaf the name"):
+        head = jax.ShapeDtypeStruct(one.shape[::-1], one.dtype)
+        both = {"table": {"w": one}, "head": {"w": head}}
+        lj.import_weights(folder, both, names, kinds=kinds)
+    with pytest.raises(ValueError, match=r"write kinds=\{'table/w': 'embedding'\}"):
+        lj.import_weights(folder, {"table": {"w": one}}, {"table": NAMES["embed"]})
 
 
 def without(tensors, name):
