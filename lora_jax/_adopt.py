@@ -1,5 +1,6 @@
 """Makes adapters of other JAX libraries ours (`adopt`), and ours qwix's (`as_qwix`)."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -145,15 +146,7 @@ def adopt(
     adapters = {moved[adapter.weight]: adapter for adapter in found}
     readings = {p: reading(x, p, leaves, known) for p, x in adapters.items()}
     by_path = scales(adapters, given, leaves)
-    like = params
-    if is_live(params):
-        like = without_foreign(params, factors)
-        if flatten(like).keys() != base.keys():
-            raise ValueError(
-                f"{type(params).__name__} holds a class of its own that uses adapters, "
-                "such as a subclass of nnx.LoRALinear. Write adopt(nnx.state(model)), "
-                "for the tree of the plain model."
-            )
+    like = without_foreign(params, factors) if is_live(params) else params
     new: dict[Path, Any] = {}
     for path, adapter in adapters.items():
         a, b = unbox(leaves[adapter.a]), unbox(leaves[adapter.b])
@@ -232,9 +225,11 @@ def as_qwix(
     for path, adapter in adapters.items():
         w, values = unbox(leaves[path]), arrays_of(adapter, leaves)
         r = values.a.shape[-1]
-        convert = functools.partial(_for_qwix, w.shape, alphas.get(path, r) / r)
+        convert = functools.partial(
+            _for_qwix, w.shape, adapter, alphas.get(path, r) / r
+        )
         abstract = any(map(is_abstract, values))
-        a, b = jax.eval_shape(convert, values) if abstract else convert(values)
+        a, b = jax.eval_shape(convert, *values) if abstract else convert(*values)
         batch, inputs, outputs = split_dims(w.shape, values)
         for name, x, dims in (
             ("lora_a", a, (*batch, *inputs, RANK)),
@@ -245,14 +240,14 @@ def as_qwix(
 
 
 def _for_qwix(
-    w: Shape, scale: Number, adapter: LowRank[Any]
+    w: Shape, adapter: LowRank[Path], target: Number, a: Any, b: Any, scale: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns factors in qwix's order, whose product qwix multiplies by a scale."""
-    a, b = from_our_order(w, adapter)
-    known = not (is_traced(adapter.scale) or is_traced(scale))
-    if known and np.all(np.asarray(adapter.scale) == np.float32(scale)):
+    a, b = from_our_order(w, dataclasses.replace(adapter, a=a, b=b))
+    known = not (is_traced(scale) or is_traced(target))
+    if known and np.all(np.asarray(scale) == np.float32(target)):
         return a, b
-    factor = adapter.scale.astype(wider(b.dtype)) / scale
+    factor = scale.astype(wider(b.dtype)) / target
     factor = jnp.reshape(factor, factor.shape + (1,) * (b.ndim - factor.ndim))
     return a, (b.astype(factor.dtype) * factor).astype(b.dtype)
 

@@ -190,7 +190,11 @@ def without_foreign(model: nnx.Module, factors: Iterable[Path]) -> nnx.Module:
     Args:
       model: The model. Its arrays are shared with the copy.
       factors: The paths of the factors.
+
+    Raises:
+      ValueError: If a layer is of a subclass, whose methods may use the factors.
     """
+    name = type(model).__name__
     model = nnx.clone(model)
     for path in factors:
         parent = at(model, path[:-1])
@@ -214,6 +218,15 @@ def without_foreign(model: nnx.Module, factors: Iterable[Path]) -> nnx.Module:
         if type(layer) is nnx.LoRALinear:
             del layer.lora
             _set_class(layer, nnx.Linear)
+    kinds = nnx.LoRA, nnx.LoRALinear
+    left = [type(x) for _, x in nnx.iter_graph(model) if isinstance(x, kinds)]
+    if left:
+        own = next((kind for kind in left if kind not in kinds), left[0])
+        raise ValueError(
+            f"{name} has a layer of a class of its own, {own.__name__}, which may use "
+            "its factors in another way. Write adopt(nnx.state(model)) for the tree, if "
+            "it only adds x A B."
+        )
     return model
 
 
