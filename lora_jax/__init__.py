@@ -5,6 +5,7 @@ The files that define no public name, in reading order:
 
   _engine/        evaluates a function on weights and their adapters, in parts
   _tree.py        flattens trees, modules and boxes to `{path: leaf}`
+  _layouts.py     the names of adapters in other JAX libraries
   _adapters.py    which leaves are adapters, and of which weight
   _arguments.py   the arguments of a call that hold the parameters
   _patterns.py    patterns of paths, as `targets=` and mappings take them
@@ -16,6 +17,8 @@ The files that define no public name, in reading order:
   _live.py        methods of live modules as functions of a tree
   _checks.py      checks of trees that are combined
   _matrices.py    a weight and its factors as matrices, for decompositions
+  _factor_axes.py the axes of a weight, by factors in another library's order
+  _foreign.py     how to read adapters of other libraries
   _sample.py      a few values by which `load` recognizes an adapter's base
   _write.py       writes a file completely or not at all
   _hub/           adapters to and from Hugging Face
@@ -58,6 +61,8 @@ from lora_jax._svd import principal as principal
 from lora_jax._svd import resize as resize
 from lora_jax._detach import attach as attach
 from lora_jax._detach import detach as detach
+from lora_jax._adopt import adopt as adopt
+from lora_jax._adopt import as_qwix as as_qwix
 from lora_jax._save import load as load
 from lora_jax._save import save as save
 from lora_jax._hub.names import transformers_names as transformers_names

@@ -1,22 +1,20 @@
 """Finds and checks adapters in a tree, from names and shapes alone."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 
+from lora_jax._layouts import find_foreign
 from lora_jax._tree import (
     Path,
     check_restored,
-    components,
     is_array,
     leaf_name,
     listed,
     path_name,
     quantized_leaves,
-    sibling,
     unbox,
 )
 
@@ -24,8 +22,6 @@ FACTORS = ("lora_a", "lora_b", "lora_scale")
 MAGNITUDE = "lora_magnitude"
 COPY = "lora_w"
 FROZEN = "frozen"
-
-KERAS = re.compile(r"lora_(kernel|embeddings)_[ab]")
 
 # A dimension of a factor is a dimension of the weight, the rank, or of size 1.
 RANK, ABSENT = -1, -2
@@ -198,23 +194,34 @@ def check_own(leaves: Mapping[Path, Any]) -> None:
         whose keys were joined, or if a box or a quantized weight came back from a
         checkpoint as a dict.
     """
-    check_restored(leaves)
+    check_boxes(leaves)
+    for library, (adapter, *_) in find_foreign(leaves).items():
+        alpha = adapter.layout.alpha
+        call = "adopt(params)" if alpha is None else "adopt(params, alpha=...)"
+        hint = "" if alpha is None else f" with its {alpha}"
+        raise ValueError(
+            f"{path_name(adapter.a)!r} is an adapter of {library}. To make such "
+            f"adapters ours, write {call}{hint}. To start from the base, remove them."
+        )
     for path in leaves:
-        named = "lora" in path_name(path[-2:])
-        if named and (library := _library_of(path, leaves)):
-            raise ValueError(
-                f"{path_name(path)!r} is an adapter of {library}, which lora_jax does "
-                "not read. Before lorafy(params, rank), remove such leaves to start "
-                "from the base, or merge them first: add A @ B, times the scale they "
-                "were trained with, to each weight."
-            )
+        if "lora" not in str(path[-1]):
+            continue
         name = leaf_name(path)
-        if named and name != path[-1] and name in (*FACTORS, MAGNITUDE, COPY):
+        if name != path[-1] and name in (*FACTORS, MAGNITUDE, COPY):
             raise ValueError(
                 f"{path_name(path)!r} is an adapter in a nested tree; in one dict with "
                 "path-like keys it has another name. Nest the keys again, "
                 "flax.traverse_util.unflatten_dict(params, sep='/')."
             )
+
+
+def check_boxes(leaves: Mapping[Path, Any]) -> None:
+    """Raises ValueError if boxes or quantized weights came back as dicts.
+
+    That is what a checkpoint that is restored without a target contains.
+    """
+    check_restored(leaves)
+    for path in leaves:
         if path[-1] == "value" and len(path) > 1 and _was_in_box(path, leaves):
             raise ValueError(
                 f"{path_name(path[:-1])!r} is a dict of one 'value', as nnx.Param and "
@@ -222,27 +229,6 @@ def check_own(leaves: Mapping[Path, Any]) -> None:
                 "target. Restore it into a tree of the same structure, "
                 "checkpointer.restore(path, target) in Orbax."
             )
-
-
-def _library_of(path: Path, leaves: Mapping[Path, Any]) -> str | None:
-    """Returns the other library whose adapter a leaf is, or `None`."""
-    *parent, name = path
-    there = lambda *names: all((*parent, n) in leaves for n in names)
-    if KERAS.fullmatch(leaf_name(path)):
-        return "Keras (enable_lora)"
-    if components(path)[-2:] == ("lora", "a") and sibling(path, "b") in leaves:
-        return "gemma.peft"
-    if name in ("kernel_lora_a", "embedding_lora_a") and there(f"{name[:-1]}b"):
-        return "qwix, as tunix and MaxText use it"
-    if name != "lora_a" or not there("lora_b") or there("lora_scale"):
-        return None
-    if there("kernel") or there("embedding"):
-        return None
-    base = (*parent, "base_module")
-    module = str(parent[-1]).lower() if parent else ""
-    if "lora" in module or any(p[: len(base)] == base for p in leaves):
-        return "flax.nnx (nnx.LoRA, nnx.LoRALinear)"
-    return "openpi" if there("w") else None
 
 
 def _was_in_box(path: Path, leaves: Mapping[Path, Any]) -> bool:
@@ -305,12 +291,10 @@ def check_adapter(
     """
     for path in (weight, *adapter):
         if not is_array(unbox(leaves.get(path))):
-            no_scale = path == adapter_of(weight).scale
-            others = " qwix, tunix and openpi store no scale: merge or remove theirs."
             raise ValueError(
                 f"The adapter of {path_name(weight)!r} is broken: "
                 f"{path_name(path)!r} is missing, or no array. Pass the whole tree, or "
-                "combine(adapters, base) if it was split." + others * no_scale
+                "combine(adapters, base) if it was split."
             )
     w, *shapes = (unbox(leaves[path]).shape for path in (weight, *adapter))
     is_fit = fits if isinstance(adapter, LowRank) else lambda w, copy: w == copy

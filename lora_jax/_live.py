@@ -180,6 +180,71 @@ def fill(model: nnx.Module, leaves: dict[Path, Any]) -> nnx.Module:
     return model
 
 
+def without_foreign(model: nnx.Module, factors: Iterable[Path]) -> nnx.Module:
+    """Returns a copy of a model without the adapters of Flax or qwix.
+
+    Deleting the factors is not enough, because the layers would still use them:
+    an `nnx.LoRA` becomes the layer that it wraps, an `nnx.LoRALinear` an `nnx.Linear`,
+    and a model of qwix has the class that the model had before.
+
+    Args:
+      model: The model. Its arrays are shared with the copy.
+      factors: The paths of the factors.
+
+    Raises:
+      ValueError: If a layer is of a subclass, whose methods may use the factors.
+    """
+    name = type(model).__name__
+    model = nnx.clone(model)
+    for path in factors:
+        parent = at(model, path[:-1])
+        if isinstance(parent, dict):
+            del parent[path[-1]]
+        else:
+            delattr(parent, path[-1])
+    # qwix makes a subclass for each model, with this attribute (qwix/_src/model.py).
+    _set_class(model, vars(type(model)).get("_unquantized_type", type(model)))
+    while type(model) is nnx.LoRA and model.base_module is not None:
+        model = model.base_module
+    # A layer that two modules share is found at one path, and then at the other.
+    while wrapped := _first_wrapped(model):
+        path, layer = wrapped
+        parent = at(model, path[:-1])
+        if isinstance(parent, dict) or isinstance(path[-1], int):
+            parent[path[-1]] = layer.base_module
+        else:
+            setattr(parent, path[-1], layer.base_module)
+    for _, layer in nnx.iter_graph(model):
+        if type(layer) is nnx.LoRALinear:
+            del layer.lora
+            _set_class(layer, nnx.Linear)
+    kinds = nnx.LoRA, nnx.LoRALinear
+    left = [type(x) for _, x in nnx.iter_graph(model) if isinstance(x, kinds)]
+    if left:
+        own = next((kind for kind in left if kind not in kinds), left[0])
+        raise ValueError(
+            f"{name} has a layer of a class of its own, {own.__name__}, which may use "
+            "its factors in another way. Write adopt(nnx.state(model)) for the tree, if "
+            "it only adds x A B."
+        )
+    return model
+
+
+def _set_class(module: nnx.Module, kind: type) -> None:
+    """Makes a module one of a class that it inherits from."""
+    object.__setattr__(module, "__class__", kind)
+
+
+def _first_wrapped(model: nnx.Module) -> tuple[Path, nnx.LoRA] | None:
+    """Returns the path of an `nnx.LoRA` around a layer, and the `nnx.LoRA`."""
+    found = (
+        (path, x)
+        for path, x in nnx.iter_graph(model)
+        if type(x) is nnx.LoRA and x.base_module is not None
+    )
+    return next(found, None)
+
+
 def copied(leaf: Any) -> Any:
     """Returns a new variable with the value of the given one; another leaf as it is."""
     return leaf.replace(_raw(leaf)) if isinstance(leaf, nnx.Variable) else leaf

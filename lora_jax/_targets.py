@@ -71,7 +71,7 @@ def plan_adapters(
         weight are ambiguous, or there is nothing to adapt.
     """
     ranks = check_rank(rank)
-    alpha = None if alpha is None else check_each(alpha, _check_positive)
+    alpha = None if alpha is None else check_each(alpha, check_positive)
     check_own(leaves)
     quantized_leaves(leaves)  # raises if one is broken
     weights = [
@@ -309,7 +309,7 @@ def _check_integer(rank: Any) -> int:
     return r
 
 
-def _check_positive(alpha: Any) -> float | jax.Array:
+def check_positive(alpha: Any) -> float | jax.Array:
     """Returns a positive number, or a traced one, whose value is unknown."""
     kind = getattr(alpha, "dtype", None) or np.result_type(type(alpha))
     real = any(jnp.issubdtype(kind, k) for k in (jnp.integer, jnp.floating))
@@ -329,12 +329,6 @@ def _check_room(path: Path, leaves: dict[Path, Any]) -> None:
     """Raises ValueError if no adapter and no copy can be added next to a leaf."""
     adapter = adapter_of(path, magnitude=True)
     if any(part in leaves for part in (*adapter, *copy_of(path))):
-        if adapter.a in leaves and adapter.scale not in leaves:
-            raise ValueError(
-                f"{path_name(path)!r} already has an adapter without a scale, as qwix, "
-                "tunix and openpi store them. Remove it to start from the base, or "
-                "merge it first: add A @ B, times the scale it was trained with."
-            )
         raise ValueError(
             f"{path_name(path)!r} already has an adapter. Start from "
             "strip(params) or merge(params), or leave it out: exclude=[...]."

@@ -215,9 +215,9 @@ def flatten(tree: PyTree) -> dict[Path, Any]:
 def unflatten(like: PyTree, leaves: dict[Path, Any]) -> PyTree:
     """Rebuilds the containers of `like` around other leaves.
 
-    A mapping may gain and lose leaves. Leaves are shared and containers are new:
-    nothing is copied or mutated. For a live module the result is a module too, if the
-    leaves can make one, and its state otherwise.
+    A mapping may gain and lose leaves, and goes where it loses its last one. Leaves are
+    shared and containers are new: nothing is copied or mutated. For a live module the
+    result is a module too, if the leaves can make one, and its state otherwise.
 
     Raises:
       ValueError: If a container other than a mapping would gain or lose a leaf.
@@ -344,7 +344,10 @@ def _rebuild(node: Any, path: Path, by_parent: dict[Path, dict[Any, Any]]) -> An
     children = {}
     for key, child in _children(node) or ():
         if _children(child) is not None:
-            children[key] = _rebuild(child, (*path, key), by_parent)
+            rebuilt = _rebuild(child, (*path, key), by_parent)
+            emptied = isinstance(child, Mapping) and _children(child) and not rebuilt
+            if not (emptied and isinstance(node, Mapping)):
+                children[key] = rebuilt
         elif key in new:
             children[key] = new[key]
     if isinstance(node, Mapping):
