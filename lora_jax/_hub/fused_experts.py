@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator
 
 import numpy as np
 
-from lora_jax._hub.peft_config import is_target, is_target_parameter, rank_and_scale
+from lora_jax._hub.module_rules import module_rules
 from lora_jax._hub.peft_folder import PeftFolder
 from lora_jax._hub.tensor_keys import PREFIX
 
@@ -47,7 +47,7 @@ def with_separate_experts(folder: PeftFolder, modules: Iterable[str]) -> PeftFol
         if name in modules or parts is None:
             continue
         a, b = (tensors.pop(PREFIX + stem + suffix, None) for suffix in SUFFIXES)
-        r, scale = rank_and_scale(folder.config, name)
+        r, scale = folder.rules.rank_and_scale(name)
         if a is None or b is None or len(a) % r or b.ndim != 2 or b.shape[1] != len(a):
             raise ValueError(
                 f"{folder.path}: the tensors of {name!r} must be A (experts * {r}, "
@@ -68,7 +68,7 @@ def with_separate_experts(folder: PeftFolder, modules: Iterable[str]) -> PeftFol
         return folder
     chosen = config.get("target_modules")
     if isinstance(chosen, str):  # an expression
-        chosen = [name for name in modules if is_target(config, name)]
+        chosen = [name for name in modules if folder.rules.is_target(name)]
     config["target_modules"] = [*(chosen or ()), *new]
     for field, default, i in (
         ("rank_pattern", "r", 0),
@@ -76,7 +76,7 @@ def with_separate_experts(folder: PeftFolder, modules: Iterable[str]) -> PeftFol
     ):
         own = {name: x[i] for name, x in new.items() if x[i] != config[default]}
         config[field] = own | (config.get(field) or {})
-    return PeftFolder(folder.path, config, tensors)
+    return PeftFolder(folder.path, config, module_rules(config), tensors)
 
 
 def _fused_parameters(folder: PeftFolder) -> Iterator[tuple[str, str]]:
@@ -89,7 +89,7 @@ def _fused_parameters(folder: PeftFolder) -> Iterator[tuple[str, str]]:
     for module in {stem.removesuffix(".base_layer"): None for stem in stems}:
         if module == FUSED or module.endswith(f".{FUSED}"):
             names = [f"{module}.{parameter}" for parameter in PARTS]
-            names = [n for n in names if is_target_parameter(folder.config, n)]
+            names = [n for n in names if folder.rules.is_target_parameter(n)]
             for depth, name in enumerate(names):
                 yield module + depth * ".base_layer", name
 

@@ -9,20 +9,14 @@ from lora_jax._adapters import Axes
 from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.module_kinds import KINDS, Embedding
 from lora_jax._hub.module_plan import module_kinds
+from lora_jax._hub.module_rules import unmatched_rows
 from lora_jax._hub.names import (
     ModuleNames,
     Names,
     check_names,
     each_index,
-    module_names,
+    name_finder,
     similar_names,
-)
-from lora_jax._hub.peft_config import (
-    has_all_linear,
-    is_saved,
-    is_target,
-    is_target_parameter,
-    unmatched_rows,
 )
 from lora_jax._hub.peft_folder import PeftFolder
 from lora_jax._hub.tensor_keys import (
@@ -76,9 +70,9 @@ def index_leaves(
       ValueError: If a pattern of the map matches nothing, or two weights have one name.
     """
     check_names(names, leaves)
-    index = LeafIndex({}, {}, {}, {})
+    index, named_as = LeafIndex({}, {}, {}, {}), name_finder(names)
     for path, leaf in leaves.items():
-        if is_array(unbox(leaf)) and (named := module_names(names, path)):
+        if is_array(unbox(leaf)) and (named := named_as(path)):
             index.named[path] = named
     kind_of = module_kinds(kinds, index.named)
     for path, named in index.named.items():
@@ -175,15 +169,14 @@ def check_complete(
     The config may also name modules that the model does not have. With
     `ensure_weight_tying` the head of a table is adapted and saved with it.
     """
-    config = folder.config
+    config, rules = folder.config, folder.rules
     tied = index.tied if config.get("ensure_weight_tying") else {}
-    any_linear = has_all_linear(config)
+    any_linear = rules.has_all_linear
 
     def chosen(name: str) -> bool:
         names = [name, *([tied[name]] if name in tied else [])]
         return any_linear or any(
-            is_target(config, each) or is_target_parameter(config, each)
-            for each in names
+            rules.is_target(each) or rules.is_target_parameter(each) for each in names
         )
 
     if stray := [name for name in found.factors if not chosen(name)]:
@@ -196,7 +189,7 @@ def check_complete(
     missing += [
         key
         for key, (name, path) in index.tensors.items()
-        if is_saved(config, name) and name not in copied.get(path, {})
+        if rules.is_saved(name) and name not in copied.get(path, {})
     ]
     missing += [
         name + LORA_BIAS_SUFFIX
@@ -218,7 +211,7 @@ def _parameters_by_stem(folder: PeftFolder, index: LeafIndex) -> dict[str, str]:
     orders = {
         name: index.named[path].order
         for name, path in index.modules.items()
-        if is_target_parameter(folder.config, name)
+        if folder.rules.is_target_parameter(name)
     }
     return {stem: name for name, stem in parameter_stems(orders).items()}
 

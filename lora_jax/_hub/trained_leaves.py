@@ -15,7 +15,6 @@ from lora_jax._engine.quantized import dequantize
 from lora_jax._hub.module_kinds import Embedding
 from lora_jax._hub.module_plan import ModulePlan, map_leaf, module_kinds
 from lora_jax._hub.modules import MappedLeaf, leaf_to_torch, tensor_shapes
-from lora_jax._hub.peft_config import is_saved, rank_and_scale, trained_rows
 from lora_jax._hub.peft_folder import PeftFolder
 from lora_jax._hub.sort_tensors import LeafIndex, SortedTensors
 from lora_jax._hub.tensor_keys import (
@@ -97,7 +96,7 @@ def trained_tensors(
         old = new.get(path, {})
         if path not in new or module not in old:
             old = _base_tensors(folder, mapped(path), leaves[path]) | old
-        _, scale = rank_and_scale(folder.config, module)
+        _, scale = folder.rules.rank_and_scale(module)
         wide = np.result_type(x.dtype, np.float32)
         _check_shape(folder, module + LORA_BIAS_SUFFIX, x, old[module].shape)
         total = old[module].astype(wide) + np.asarray(scale, wide) * x.astype(wide)
@@ -151,7 +150,7 @@ def _is_trained(folder: PeftFolder, index: LeafIndex, module: str, path: Path) -
     if config.get("bias", "none") != "none" and leaf_name(path) == "bias":
         return True
     tied = index.tied.get(module) if config.get("ensure_weight_tying") else None
-    return any(is_saved(config, name) for name in (module, tied) if name)
+    return any(folder.rules.is_saved(name) for name in (module, tied) if name)
 
 
 def _leaf_of(
@@ -174,7 +173,7 @@ def _with_rows(
 
     PEFT also uses the rows in a head that is tied to the table.
     """
-    rows = trained_rows(folder.config, module)
+    rows = folder.rules.trained_rows(module)
     key = PREFIX + module + ROWS_SUFFIX
     if rows is None:
         raise ValueError(
