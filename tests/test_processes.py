@@ -1,4 +1,4 @@
-"""Tests that two processes compute, save, load and fail like one."""
+"""Tests that two processes compute, read, write and fail like one."""
 
 import json
 import os
@@ -10,11 +10,12 @@ import tempfile
 import textwrap
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 
@@ -338,6 +339,240 @@ def test_agreed_raises_in_both_processes_if_one_fails(tmp_path):
         assert "did not fail" not in text
     assert (tmp_path / "a.safetensors").is_file()
     assert not (tmp_path / "peft").exists()
+
+
+# A checkpoint, its map, and how to quantize it. Each process has some layers of q, some
+# outputs of o, some rows of the table, a quarter of up on each device, and all of norm.
+WIDTH, LAYERS = 64, 4
+SHAPES = {"up": (128, WIDTH), "norm": (WIDTH,), "embed": (10, WIDTH)}
+SHAPES |= {f"layers.{i}.{n}": (WIDTH, WIDTH) for i in range(LAYERS) for n in "qo"}
+WEIGHTS = """
+names = {
+    "up": "up", "norm": "norm", "embed": ("embed", "lm_head"),
+    "q": "layers.{layer}.q", "o": "layers.{layer}.o",
+}
+how = {"q": "nf4", "o": "int8"}
+
+def abstract(place=lambda *axes: None):
+    made = lambda shape, *axes: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=place(*axes)
+    )
+    return {
+        "up": {"kernel": made((64, 128), "data", "model")},
+        "norm": {"scale": made((64,))},
+        "embed": {"embedding": made((10, 64), "data")},
+        "q": {"kernel": made((4, 64, 64), "data", None, "model")},
+        "o": {"kernel": made((4, 64, 64), None, None, "data")},
+    }
+"""
+
+
+def checkpoint(folder, scale=1.0, *, head=False):
+    """Writes a checkpoint in two files, with their index; maybe with its tied head."""
+    folder.mkdir()
+    rng, where = np.random.default_rng(1), {}
+    tensors = {
+        f"{name}.weight": (scale * rng.standard_normal(shape)).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+    if head:
+        tensors["lm_head.weight"] = tensors["embed.weight"]
+    for i in range(2):
+        part = dict([*tensors.items()][i::2])
+        save_file(part, folder / f"{i}.safetensors", {"format": "pt"})
+        where |= dict.fromkeys(part, f"{i}.safetensors")
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"architectures": ["MyForCausalLM"], "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_import_weights_and_export_weights_on_two_processes_equal_one(tmp_path):
+    """Each process reads what its devices hold, and both together write one folder."""
+    code = """
+    import collections, json, safetensors
+
+    read, opened = collections.Counter(), safetensors.safe_open
+
+    def counted(name, x):
+        read[name] += x.size
+        return x
+
+    class Part:  # counts the elements that are read of a tensor
+        def __init__(self, name, part):
+            self.name, self.part = name, part
+            self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
+
+        def __getitem__(self, index):
+            return counted(self.name, self.part[index])
+
+    class File:
+        def __init__(self, path, **options):
+            self.file = opened(path, **options)
+            self.keys = self.file.keys
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            return counted(name, self.file.get_tensor(name))
+
+        def get_slice(self, name):
+            return Part(name, self.file.get_slice(name))
+
+    safetensors.safe_open = File
+    like = abstract(lambda *axes: NamedSharding(first, P(*axes)))
+    source = os.path.join(folder, "base")
+    params = lj.import_weights(source, like, names, how=how)
+    safetensors.safe_open = opened
+    print("read", json.dumps(read))
+    want = np.load(os.path.join(folder, "want.npz"))
+    leaves = jax.tree.leaves(params)
+    assert [str(x.dtype) for x in leaves] == want["dtypes"].tolist()
+    for i, x in enumerate(leaves):
+        one = want[f"arr_{i}"]
+        assert x.shape == one.shape
+        for shard in x.addressable_shards:
+            got = np.asarray(shard.data).astype(one.dtype)
+            np.testing.assert_array_equal(got, one[shard.index])
+    assert params["up"]["kernel"].sharding == like["up"]["kernel"].sharding
+    assert not params["up"]["kernel"].is_fully_addressable
+    assert not params["q"]["kernel"].values.is_fully_addressable
+    params = lj.load(file, params)
+    out = os.path.join(folder, "out")
+    lj.export_weights(out, params, names, source, shard_bytes=50_000)
+    assert os.path.exists(os.path.join(out, "config.json"))  # in each, as it returns
+    """
+    base, names = checkpoint(tmp_path / "base"), {}
+    exec(COMMON + WEIGHTS, names)
+    lists = names["names"], names["how"]
+    one = lj.import_weights(base, names["abstract"](), lists[0], how=lists[1])
+    leaves = [np.asarray(x) for x in jax.tree.leaves(one)]
+    # NumPy's files have no 4-bit integers and no bfloat16; float32 has their values.
+    wide = [x.astype(np.float32) for x in leaves]
+    np.savez(tmp_path / "want.npz", *wide, dtypes=[str(x.dtype) for x in leaves])
+    axes = {f"{name}/kernel": lj.Axes((0,), (1,), (2,)) for name in "qo"}
+    adapters, rest = lj.split(lj.lorafy(one, 2, targets="*", axes=axes))
+    rng = np.random.default_rng(2)
+    draw = lambda x: jnp.asarray(rng.standard_normal(x.shape).astype(np.float32))
+    one = lj.combine(jax.tree.map(draw, adapters), rest)
+    lj.save(tmp_path / "a.safetensors", one)
+    lj.export_weights(tmp_path / "one", one, lists[0], base, shard_bytes=50_000)
+
+    codes, texts = run(WEIGHTS + textwrap.dedent(code), tmp_path)
+    assert codes == [0, 0], "\n".join(texts)
+    for i, text in enumerate(texts):
+        (line,) = [x for x in text.splitlines() if x.startswith("read ")]
+        held = {f"layers.{j}.q" for j in (2 * i, 2 * i + 1)}
+        held |= SHAPES.keys() - {f"layers.{j}.q" for j in range(LAYERS)}
+        share = lambda name: 1 if name == "norm" or name.endswith("q") else 2
+        assert json.loads(line.removeprefix("read ")) == {
+            f"{name}.weight": np.prod(SHAPES[name]) // share(name) for name in held
+        }
+    own, made = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "out")
+    )
+    assert own == made and len(own) > 4
+    before, after = (
+        {
+            n: x
+            for file in (tmp_path / name).glob("*.safetensors")
+            for n, x in load_file(file).items()
+        }
+        for name in ("base", "out")
+    )
+    changed = {n for n, x in after.items() if not np.array_equal(x, before[n])}
+    assert before.keys() == after.keys()
+    assert changed == before.keys() - {"norm.weight"}
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {"base", "one", "out"}
+
+
+@pytest.mark.slow
+def test_import_weights_and_export_weights_raise_in_both_processes(tmp_path):
+    """One process has another checkpoint, or none: both raise, and write nothing."""
+    code = """
+    like = abstract(lambda *axes: NamedSharding(first, P(*axes)))
+    path = lambda name: os.path.join(folder, name)
+    read = lambda source, **options: lj.import_weights(
+        path(source), like, names, **options
+    )
+    params = lj.lorafy(read("base"), 2, targets="up")
+    write = lambda source, out="out", params=params, **options: lj.export_weights(
+        path(out), params, names, path(source), **options
+    )
+
+    def tried(name, call):
+        try:
+            call()
+            print(name, "did not fail")
+        except (ValueError, OSError, RuntimeError) as error:
+            print(name, type(error).__name__, error)
+        assert sorted(os.listdir(folder)) == held, os.listdir(folder)
+
+    held = sorted(os.listdir(folder))
+    mine = lambda name: name if int(me) else "base"  # another in the second process
+    tried("shard", lambda: read(mine("torn")))
+    tried("large", lambda: read(mine("large"), dtype=jnp.float16))
+    tried("other", lambda: read(mine("other")))
+    tried("write shard", lambda: write(mine("torn")))
+    tried("write other", lambda: write(mine("other")))
+    tried("write values", lambda: write("large"))
+    tried("write folder", lambda: write("base", "full" if int(me) else "out"))
+    bad = jax.tree.map(lambda x: x * jnp.nan, lj.split(params)[0])
+    bad = lj.combine(bad, lj.split(params)[1])
+    tried("write nan", lambda: write("base", params=bad))
+    from lora_jax._hub import export_weights as module
+
+    def full(*args):
+        raise OSError(28, "No space left")
+
+    files, module.write_index = module.write_index, full
+    tried("write disk", lambda: write("base", shard_bytes=50_000))
+    module.write_index = files
+    write("base")  # and after all that they still work together
+    """
+    checkpoint(tmp_path / "base")
+    checkpoint(tmp_path / "large", 1e5)
+    checkpoint(tmp_path / "other", head=True)
+    checkpoint(tmp_path / "torn")
+    (tmp_path / "torn" / "1.safetensors").unlink()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("")
+    codes, texts = run(WEIGHTS + textwrap.dedent(code), tmp_path)
+    assert codes == [0, 0], "\n".join(texts)
+    first, second = texts
+    for name, error in {
+        "shard": "FileNotFoundError",
+        "large": "ValueError: 'up/kernel' is not finite as float16",
+        "write shard": "FileNotFoundError",
+        "write folder": "ValueError",
+    }.items():
+        what = "export_weights" if name.startswith("write") else "import_weights"
+        there = f"{name} RuntimeError {what} failed in process 1. There: {error}"
+        assert there in first and f"{name} {error.partition(':')[0]} " in second
+    for name, error in {
+        "write values": "ValueError: 'up/kernel' has other values than the tensor",
+        "write disk": "OSError: [Errno 28] No space left",
+    }.items():
+        there = f"{name} RuntimeError export_weights failed in process 0. There: "
+        assert there + error in second and f"{name} {error.partition(':')[0]} " in first
+    for text in texts:
+        for message in (
+            "other ValueError import_weights has other leaves or tensors in process 1",
+            "write other ValueError export_weights has other adapters or tensors in pr",
+            "write nan ValueError 'up/lora_a' is not finite",
+        ):
+            assert message in text
+        assert "did not fail" not in text
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 DEATHS = {"before anything is written": 1, "while the first writes": 0}
