@@ -176,10 +176,10 @@ ADAPTERS = {
     "one rank": (True, 2, dict(targets="*/kernel", alpha=0.5), {}),
     # llama.cpp divides the one alpha of the config by the rank of each module.
     "mixed ranks, one alpha": (False, RANKS, dict(alpha=0.5), {}),
-    # It ignores `alpha_pattern`, which a portable folder does not need.
+    # It ignores `alpha_pattern`.
     "mixed ranks and alphas": (
         *(False, RANKS, dict(alpha={"mlp": 1.0, "*": 0.3})),
-        dict(portable=True),
+        dict(for_="llama.cpp"),
     ),
 }
 
