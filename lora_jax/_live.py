@@ -224,8 +224,8 @@ def without_foreign(model: nnx.Module, factors: Iterable[Path]) -> nnx.Module:
         own = next((kind for kind in left if kind not in kinds), left[0])
         raise ValueError(
             f"{name} has a layer of a class of its own, {own.__name__}, which may use "
-            "its factors in another way. Write adopt(nnx.state(model)) for the tree, if "
-            "it only adds x A B."
+            "its factors in another way. If it only adds x A B, write "
+            "adopt(nnx.state(model)), for the tree."
         )
     return model
 

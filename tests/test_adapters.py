@@ -89,6 +89,7 @@ FOREIGN = {
     "qwix": {"m": KERNEL | {"kernel_lora_a": A, "kernel_lora_b": B}},
     "gemma.peft": {"m": {"w": W, "lora": {"a": A, "b": B}}, "n": KERNEL},
     "openpi": {"m": {"w": W, "lora_a": A, "lora_b": B}, "n": KERNEL},
+    "qwix of w": {"m": {"w": W, "w_lora_a": A, "w_lora_b": B}, "n": KERNEL},
     "Keras": {"m": KERNEL | {"lora_kernel_a": A, "lora_kernel_b": B}},
     "flax.nnx": {"m": KERNEL | {"lora": {"lora_a": A, "lora_b": B}}},
 }
@@ -113,7 +114,8 @@ ALL = [*FOREIGN.items(), *FLAT.items(), ("flax.nnx", AROUND)]
     ],
 )
 def test_check_own_names_the_library_of_other_adapters(library, params, call):
-    match = f"' is an adapter of {library}.*remove such leaves .* or merge them first"
+    library = library.removesuffix(" of w")
+    match = rf"' is an adapter of {library}.*write adopt\(params.* remove them"
     with pytest.raises(ValueError, match=match):
         call(params)
 
@@ -123,18 +125,23 @@ def test_check_own_names_adapters_of_flax_in_a_live_model():
     linear = nnx.LoRALinear(4, 5, lora_rank=2, rngs=rngs)
     around = nnx.LoRA(4, 2, 5, base_module=nnx.Linear(4, 5, rngs=rngs), rngs=rngs)
     for model in (linear, around):
-        with pytest.raises(ValueError, match=r"adapter of flax.nnx \(nnx.LoRA, "):
+        with pytest.raises(
+            ValueError, match=r"adapter of flax.nnx\. .* adopt\(params\)"
+        ):
             lj.LoRA(model, 2)
 
 
 @pytest.mark.parametrize("name", ["w", "gating_einsum", "dense/kernel"])
-def test_check_adapter_suggests_libraries_that_store_no_scale(name):
+def test_check_own_names_libraries_that_store_no_scale(name):
     params = {name: W, f"{name}_lora_a": A, f"{name}_lora_b": B}
-    match = "already has an adapter without a scale, as qwix, tunix and openpi store"
-    with pytest.raises(ValueError, match=match):
-        lj.lorafy(params, 2, targets="*")
-    match = f"'{name}_lora_scale' is missing.* qwix, tunix and openpi store no scale"
-    with pytest.raises(ValueError, match=match):
+    match = (
+        rf"'{name}_lora_a' is an adapter of qwix.*adopt\(params, alpha=\.\.\.\) with"
+    )
+    for call in (lambda params: lj.lorafy(params, 2, targets="*"), lj.merge):
+        with pytest.raises(ValueError, match=match):
+            call(params)
+    params = {"kernel": W, "lora_a": A, "lora_b": B}
+    with pytest.raises(ValueError, match="'lora_scale' is missing"):
         lj.merge(params)
 
 
