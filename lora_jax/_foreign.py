@@ -54,19 +54,21 @@ def recognized(leaves: Mapping[Path, Any]) -> list[Foreign]:
     """
     parts = [path for path in leaves if looks_foreign(path)]
     ends = ("lora_scale", "lora_magnitude", "lora_w")
-    if own := [path for path in parts if str(path[-1]).endswith(ends)]:
+    if ours := [path for path in parts if str(path[-1]).endswith(ends)]:
         raise ValueError(
-            f"{path_name(own[0])!r} belongs to an adapter of lora_jax. adopt takes a "
+            f"{path_name(ours[0])!r} belongs to an adapter of lora_jax. adopt takes a "
             "tree with adapters of one other library, and no others."
         )
     found = find_foreign(leaves)
-    left = {
-        library: [p for p in parts if not any(p in (x.a, x.b) for x in adapters)]
+    factors = {
+        library: {path for x in adapters for path in (x.a, x.b)}
         for library, adapters in found.items()
     }
-    complete = [library for library in found if not left[library]]
+    complete = [library for library in found if factors[library].issuperset(parts)]
     if not complete:
-        raise ValueError(_unexplained(leaves, parts, found, left))
+        explained = set().union(*factors.values())
+        unknown = [path for path in parts if path not in explained]
+        raise ValueError(_unexplained(leaves, parts, unknown, found))
     fits = lambda library: all(_options(x, leaves) for x in found[library])
     adapters = found[next(filter(fits, complete), complete[0])]
     seen: dict[Path, Path] = {}
@@ -82,20 +84,18 @@ def recognized(leaves: Mapping[Path, Any]) -> list[Foreign]:
 def _unexplained(
     leaves: Mapping[Path, Any],
     parts: list[Path],
+    unknown: list[Path],
     found: Mapping[str, list[Foreign]],
-    left: Mapping[str, list[Path]],
 ) -> str:
-    """Returns the message for leaves that no single library explains."""
+    """Returns the message for parts of adapters that no single library explains."""
     rows = f"adopt reads these layouts:\n\n{layout_table()}"
     if not parts:
         return f"These parameters have no adapters of another library. {rows}"
-    explained = {x for adapters in found.values() for y in adapters for x in (y.a, y.b)}
-    unknown = [path for path in parts if path not in explained]
     if not unknown:
         pairs = [f"{library}: {path_name(x[0].a)}" for library, x in found.items()]
         return (
             f"These parameters have adapters of several libraries, {listed(pairs)}. "
-            "Adopt those of each from a tree that has no others."
+            "Adopt those of each from a tree without the others: add(one, two)."
         )
     if len(parts) == len(leaves):
         return (
@@ -125,24 +125,21 @@ def moved_paths(
 
     It differs for layers in an `nnx.LoRA`, which stand alone in the plain model.
     """
-    wrappers = {
-        adapter.weight[:-1]
-        for adapter in adapters
-        if adapter.layout.weight.startswith(f"{WRAPPER}/")
-    }
-    if odd := [path for path in wrappers if not path or path[-1] != WRAPPER]:
-        raise ValueError(
-            f"{path_name(odd[0])!r} holds the layer of an nnx.LoRA, in a tree with "
-            "path-like keys. Nest the keys, "
-            "flax.traverse_util.unflatten_dict(params, sep='/')."
-        )
+    wrapped = [x for x in adapters if x.layout.weight.startswith(f"{WRAPPER}/")]
+    for adapter in wrapped:
+        if adapter.weight[-2:-1] != (WRAPPER,):
+            raise ValueError(
+                f"{path_name(adapter.weight)!r} is the weight of a layer in an "
+                "nnx.LoRA, in a tree with path-like keys. Nest the keys, "
+                "flax.traverse_util.unflatten_dict(params, sep='/')."
+            )
+    wrappers = {adapter.weight[:-1] for adapter in wrapped}
     for path in leaves:
-        for wrapper in wrappers:
-            if path[: len(wrapper)] == wrapper and len(path) > len(wrapper) + 1:
-                raise ValueError(
-                    f"{path_name(wrapper)!r} holds more than one layer, and its "
-                    "nnx.LoRA adapts them together, not its kernel. Wrap each layer."
-                )
+        if deep := [path[:n] for n in range(1, len(path) - 1) if path[:n] in wrappers]:
+            raise ValueError(
+                f"{path_name(deep[0])!r} holds more than one layer, and its nnx.LoRA "
+                "adapts them together, not its kernel. Wrap each layer."
+            )
     kept = lambda path, i: path[: i + 1] not in wrappers
     new = {p: tuple(k for i, k in enumerate(p) if kept(p, i)) for p in leaves}
     seen: dict[Path, Path] = {}
@@ -276,12 +273,12 @@ def _preferred(
     differ: Keras's first factor also has the outputs that are not the last dimension.
     """
     if adapter.layout.shapes == "heads":
-        if known is not None:
-            return [x for x in options if {*x.summed} == {*known.inputs} - {len(w) - 2}]
         module = ("", *components(adapter.weight))[-2]
-        if PER_HEAD.fullmatch(module):
-            return options[-1:]
-        return options[-2:-1] if SUMMED.fullmatch(module) else options
+        summed = {len(w) - 3} if SUMMED.fullmatch(module) else None
+        summed = set() if PER_HEAD.fullmatch(module) else summed
+        if known is not None:
+            summed = {*known.inputs} - {len(w) - 2}
+        return [x for x in options if {*x.summed} == summed] or options
     if known is not None:
         wanted = significant(known, w)
         if same := [x for x in options if significant(x.axes, w) == wanted]:

@@ -474,7 +474,7 @@ THEIRS = KERNEL | {"kernel_lora_a": LORA_A, "kernel_lora_b": LORA_B}
         (
             {"m/base_module/kernel": LORA_A @ LORA_B, "m/lora_a": LORA_A}
             | {"m/lora_b": LORA_B},
-            "holds the layer of an nnx.LoRA, in a tree with path-like keys. Nest",
+            "the weight of a layer in an nnx.LoRA, in a tree with path-like keys. Nest",
         ),
         (
             {
