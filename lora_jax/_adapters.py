@@ -399,8 +399,10 @@ def _next_to(weight: Path, part: str) -> Path:
 
 def _split_name(name: Any) -> tuple[str, str] | None:
     """Splits "bias_lora_w" into "bias" and "lora_w"; `None` for other names."""
+    if not isinstance(name, str) or "lora_" not in name:
+        return None
     for part in (*FACTORS, MAGNITUDE, COPY):
-        if name == part or (isinstance(name, str) and name.endswith(f"_{part}")):
+        if name == part or name.endswith(f"_{part}"):
             return name[: -len(part) - 1], part
     return None
 

@@ -91,6 +91,12 @@ def axes_by_name(path: Path, leaves: Mapping[Path, Any]) -> Axes | None:
     return None
 
 
+def paths_of_axes(path: Path) -> list[Path]:
+    """Returns the paths of the leaves whose shapes `axes_by_name` reads."""
+    heads = (sibling(path, name, "kernel") for name in ("query", "out"))
+    return [path, sibling(path, "bias"), *heads]
+
+
 def axes_of(path: Path, leaves: Mapping[Path, Any], others: bool = False) -> Axes:
     """Returns what `axes_by_name` does, or raises ValueError if that is `None`.
 

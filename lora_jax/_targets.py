@@ -207,8 +207,9 @@ def also_trained(
     patterns = as_patterns(also, "also")
     floating = [path for path, leaf in leaves.items() if is_floating(path, leaf)]
     found = match_each(patterns, floating, "also", leaves)
+    trainable = {*floating}
     for path, leaf in leaves.items():
-        other = is_array(unbox(leaf)) and not is_adapter(path) and path not in floating
+        other = path not in trainable and is_array(unbox(leaf)) and not is_adapter(path)
         if other and any(matches(pattern, path) for pattern in patterns):
             raise ValueError(
                 f"also names {path_name(path)!r}, which is {unbox(leaf).dtype}: a leaf "

@@ -51,7 +51,18 @@ lambda params, *args: eqx.combine(params, static)(*args)."""
 
 def is_box(x: Any) -> bool:
     """Whether a leaf is an array with metadata, by `flax.linen` or `flax.nnx`."""
-    return isinstance(x, AxisMetadata | nnx.Variable)
+    return not _is_concrete(type(x)) and isinstance(x, AxisMetadata | nnx.Variable)
+
+
+@functools.cache
+def _is_concrete(kind: type) -> bool:
+    """Whether a type is that of arrays with values, which are in no box.
+
+    The answer is kept, because the instance checks of Flax and JAX are slow, and trees
+    can have thousands of leaves. A tracer can be a variable: its type does not decide.
+    """
+    concrete = issubclass(kind, np.ndarray | jax.Array)
+    return concrete and not issubclass(kind, Tracer)
 
 
 def is_counter(x: Any) -> bool:

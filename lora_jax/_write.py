@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax._processes import gathered
-from lora_jax._tree import Path, is_abstract, is_traced, listed, path_name, unbox
+from lora_jax._tree import Path, is_abstract, is_traced, path_name, unbox
 
 try:
     import fcntl
@@ -63,29 +63,6 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is {what}. Pass the name of a file.")
 
 
-def free_folder(folder: str | os.PathLike[str], replaceable: Iterable[str] = ()) -> str:
-    """Returns the full path of a folder that is new, or holds only replaceable files.
-
-    Raises:
-      ValueError: If it holds anything else, is a file, or is the current folder.
-      FileNotFoundError: If its parent is missing.
-    """
-    path = os.path.realpath(folder)
-    if not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(f"There is no folder {os.path.dirname(path)}.")
-    if path == os.path.realpath(os.curdir):
-        raise ValueError(f"{path} is the current folder. Give the name of one in it.")
-    if os.path.lexists(path):
-        if not os.path.isdir(path):
-            raise ValueError(f"{path} is a file. Give the name of a folder.")
-        if others := sorted({*os.listdir(path)} - {*replaceable}):
-            other = "other " if replaceable else ""
-            raise ValueError(
-                f"{path} holds {other}files: {listed(others)}. Export to a new folder."
-            )
-    return path
-
-
 def write(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that at any time the path has its old content or the new one.
 
@@ -96,7 +73,7 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     _remove_abandoned(folder, name)
-    temporary = os.path.join(folder, f"{_prefix(name)}{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(folder, f"{temporary_prefix(name)}{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):  # some file systems have no locks
@@ -112,7 +89,11 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    # The rename is durable once the folder is synced, which not every system supports.
+    sync_folder(folder)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes the renames in a folder durable, which not every system supports."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -122,12 +103,16 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def lock(file: Any, *, wait: bool = True) -> None:
-    """Locks a file until it is closed; without `wait`, raises if it is locked."""
+    """Locks a file or a folder until it is closed.
+
+    Without `wait`, raises BlockingIOError if it is locked.
+    """
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def _prefix(name: str) -> str:
+def temporary_prefix(name: str) -> str:
+    """Returns how the names of temporary files for this name start."""
     # A digest, since a name may have 255 bytes, the most that a file system allows.
     return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}."
 
@@ -135,7 +120,7 @@ def _prefix(name: str) -> str:
 def _remove_abandoned(folder: str, name: str) -> None:
     """Removes the temporary files of killed saves to this name."""
     for entry in os.listdir(folder):
-        if not (entry.startswith(_prefix(name)) and entry.endswith(".tmp")):
+        if not (entry.startswith(temporary_prefix(name)) and entry.endswith(".tmp")):
             continue
         found = os.path.join(folder, entry)
         with contextlib.suppress(OSError), open(found, "rb") as file:

@@ -18,12 +18,12 @@ ENGINE = (
     "evaluate derivatives loops uses"
 ).split()
 HUB = (
-    "names module_kinds modules module_adapters module_plan tensor_keys peft_config "
-    "peft_folder export_checks export_peft sort_tensors import_peft checkpoint "
+    "names module_kinds modules module_adapters module_plan tensor_keys "
+    "name_expressions module_rules folder_files checkpoint safetensors_writer "
+    "peft_config peft_folder export_checks export_peft sort_tensors import_peft "
     "match_tensors closest_tensor equal_tensors name_patterns progress model_class "
     "quantized_tensors find_names gguf_file model_tensors tensor_sources "
-    "leaf_layout fill_leaf import_weights safetensors_writer merge_tensors "
-    "export_weights"
+    "leaf_layout fill_leaf import_weights merge_tensors export_weights"
 ).split()
 # The modules and sub-packages in the order of the data flow.
 MODULES = (

@@ -15,13 +15,17 @@ In reading order:
   module_adapters.py  the adapter of a weight as those of its modules, and back
   module_plan.py      the modules of all trained leaves, before an array is read
   tensor_keys.py      the keys of tensors in a PEFT file
+  name_expressions.py  regular expressions on names, matched in bounded time
+  module_rules.py     which modules a config names, with which rank and scale
+  folder_files.py     the files of a folder, written together or not at all
+  checkpoint.py       a PyTorch checkpoint, read tensor by tensor
+  safetensors_writer.py  safetensors files, written tensor by tensor
   peft_config.py      PEFT's adapter_config.json
-  peft_folder.py      PEFT's folder, written completely or not at all
+  peft_folder.py      PEFT's folder: the config and the tensors of an adapter
   export_checks.py    the checks that PEFT, or vLLM, loads an export as it was meant
   export_peft.py      `export_peft`
   sort_tensors.py     the tensors of a folder, sorted to the leaves of a tree
   import_peft.py      `import_peft`
-  checkpoint.py       a PyTorch checkpoint, read tensor by tensor
   match_tensors.py    the tensors that a weight is, compared in every value
   closest_tensor.py   the tensor closest to an unmatched weight, for error messages
   equal_tensors.py    the choice between tensors of equal values, by their names
@@ -36,7 +40,6 @@ In reading order:
   leaf_layout.py      the layers of a leaf: what to read, and how to join it
   fill_leaf.py        one leaf, filled layer by layer on its devices
   import_weights.py   `import_weights`
-  safetensors_writer.py  safetensors files, written tensor by tensor
   merge_tensors.py    a tensor with the update of its module
   export_weights.py   `export_weights`
 """

@@ -14,9 +14,9 @@ from lora_jax._adapters import adapter_of, is_adapter
 from lora_jax._flax_names import is_floating
 from lora_jax._hub.module_kinds import EXPERTS
 from lora_jax._hub.module_plan import ModulePlan
+from lora_jax._hub.module_rules import saved_by
 from lora_jax._hub.modules import MappedLeaf
-from lora_jax._hub.names import Names, module_names, similar_names
-from lora_jax._hub.peft_config import is_saved_by
+from lora_jax._hub.names import Names, name_finder, similar_names
 from lora_jax._hub.peft_folder import TORCH_DTYPES
 from lora_jax._hub.tensor_keys import parameter_stems, tensor_name
 from lora_jax._tree import Path, components, is_array, listed, path_name, unbox
@@ -124,20 +124,23 @@ def _check_separate(plan: ModulePlan) -> None:
 
     It finds modules to save by the ends of names, and drops the adapters in them.
     """
-    saved, adapted = plan.copied_modules, sorted(plan.adapted_modules)
-    for module in sorted(saved):
-        for name in adapted:
-            if name.endswith(module) or is_saved_by(re.escape(module), name):
-                raise ValueError(
-                    f"{module!r} is trained in full, so that PEFT ignores the adapter "
-                    f"of {name!r}. Leave that adapter out with exclude= in lorafy, or "
-                    "the module out of also=."
-                )
-        if longer := [name for name in saved - {module} if name.endswith(module)]:
+    saved = plan.copied_modules
+    is_saved, lengths = saved_by(map(re.escape, saved)), {*map(len, saved)}
+    ends_of = lambda name: {name[-n:] for n in lengths if n <= len(name)} & saved
+    for name in sorted(plan.adapted_modules):
+        if (ends := ends_of(name)) or is_saved(name):
+            within = (x for x in sorted(saved) if saved_by([re.escape(x)])(name))
+            module = min(ends) if ends else next(within)
             raise ValueError(
-                f"{module!r} is trained in full, and PEFT, which goes by the ends of "
-                f"names, takes {listed(sorted(longer))} for it. Leave it out of also= "
-                "in lorafy."
+                f"{module!r} is trained in full, so that PEFT ignores the adapter of "
+                f"{name!r}. Leave that adapter out with exclude= in lorafy, or the "
+                "module out of also=."
+            )
+    for name in sorted(saved):
+        if ends := ends_of(name) - {name}:
+            raise ValueError(
+                f"{min(ends)!r} is trained in full, and PEFT, which goes by the ends "
+                f"of names, takes {name!r} for it. Leave it out of also= in lorafy."
             )
 
 
@@ -150,8 +153,9 @@ def _check_task(plan: ModulePlan, task_type: str | None) -> None:
             f"For {task_type} PEFT saves the whole head, a module called "
             f"{' or '.join(heads)}: train it, and name it in also= in lorafy."
         )
+    is_head = saved_by(heads)
     for name in sorted(plan.adapted_modules):
-        if any(is_saved_by(head, name) for head in heads):
+        if is_head(name):
             raise ValueError(
                 f"For {task_type} PEFT saves {name!r} as a whole, and it has an "
                 "adapter. Leave that out with exclude= in lorafy, and name the module "
@@ -173,11 +177,13 @@ def _check_own_modules(plan: ModulePlan) -> None:
 
 def _check_same_module(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
     """Checks that all leaves of a module are trained in full, or none of them."""
+    by_module: dict[tuple[str, ...], list[Path]] = {}
+    for path in leaves if plan.copied else ():
+        by_module.setdefault(components(path)[:-1], []).append(path)
     for path in plan.copied:
-        for other, leaf in leaves.items():
-            if components(other)[:-1] != components(path)[:-1] or is_adapter(other):
-                continue
-            if other in plan.copied or not is_array(unbox(leaf)):
+        for other in by_module[components(path)[:-1]]:
+            leaf = leaves[other]
+            if other in plan.copied or is_adapter(other) or not is_array(unbox(leaf)):
                 continue
             advice = f"add {path_name(other)!r} to also= in lorafy"
             if not is_floating(other, leaf):
@@ -195,12 +201,14 @@ def _check_submodules(plan: ModulePlan, names: Names, leaves: dict[Path, Any]) -
     """Checks that all leaves in a module trained in full, or below it, are trained."""
     saved = {plan.named[path].templates[0] for path in plan.copied}
     saved |= plan.copied_modules
-    for path, leaf in leaves.items():
+    named_as = name_finder(names)
+    for path, leaf in leaves.items() if saved else ():
         if path in plan.copied or is_adapter(path) or not is_array(unbox(leaf)):
             continue
-        named = module_names(names, path) if saved else None
+        named = named_as(path)
         for template in named.templates if named else ():
-            if any(f"{template}.".startswith(f"{module}.") for module in saved):
+            parts = template.split(".")
+            if any(".".join(parts[:i]) in saved for i in range(1, len(parts) + 1)):
                 raise ValueError(
                     f"PEFT saves whole modules, and {path_name(path)!r} is in one that "
                     "also= in lorafy names: add it to also=, or leave that out."

@@ -31,8 +31,8 @@ from lora_jax._hub.modules import leaf_to_torch
 from lora_jax._hub.names import Names
 from lora_jax._hub.peft_config import new_config
 from lora_jax._hub.peft_folder import (
-    FILES,
     TORCH_DTYPES,
+    adapter_folder,
     as_dtype,
     write_folder,
 )
@@ -44,7 +44,7 @@ from lora_jax._hub.tensor_keys import (
 )
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._tree import Path, PyTree, flatten, path_name, unbox
-from lora_jax._write import check_finite, check_savable, free_folder, in_memory
+from lora_jax._write import check_finite, check_savable, in_memory
 
 
 def export_peft(
@@ -60,6 +60,7 @@ def export_peft(
     fan_in_fan_out: bool = False,
     portable: bool = False,
     dtype: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes the adapters as a folder that Hugging Face PEFT and vLLM load.
 
@@ -70,8 +71,8 @@ def export_peft(
     see; the first one writes.
 
     Args:
-      folder: The folder to write. An old export is replaced; a folder with other files
-        is refused.
+      folder: The folder to write. An old export is replaced, and files of other names,
+        such as a tokenizer, stay. A folder with a model is refused.
       params: A tree from `lorafy`, trained or not, of concrete arrays. Its trained
         copies, `also=` in `lorafy`, become PEFT's `modules_to_save`.
       names: The modules of the PyTorch model that the weights are: `{pattern: name}` or
@@ -99,12 +100,13 @@ def export_peft(
         that is not possible: for convolutions, experts in one parameter, embeddings
         other than embed_tokens, DoRA, trained copies and float16.
       dtype: Of the tensors: float32, bfloat16 or float16. Default: that of the leaves.
+      overwrite: Whether to replace an adapter in the folder that another program wrote.
 
     Raises:
       ValueError: If a weight has no name or two have the same one, a name or pattern
         matches nothing, a leaf is abstract, not finite or of another dtype, the folder
-        holds other files, or another process has other adapters or names. The folder
-        stays as it was.
+        holds a model or an adapter of another program, or another process has other
+        adapters or names. The folder stays as it was.
       OSError: If the folder cannot be written.
       RuntimeError: If the export failed in another process, whose error it quotes.
 
@@ -118,7 +120,7 @@ def export_peft(
       ['adapter_config.json', 'adapter_model.safetensors']
     """
     with agreed("export_peft") as same:
-        target = free_folder(folder, FILES) if is_first() else os.fspath(folder)
+        target = adapter_folder(folder, overwrite) if is_first() else ""
         if dtype is not None and jnp.dtype(dtype).name not in TORCH_DTYPES:
             raise ValueError(
                 f"dtype is one of {', '.join(TORCH_DTYPES)}, found {dtype}."

@@ -1,11 +1,9 @@
 """`export_weights`: a checkpoint of PyTorch again, with the updates in its weights."""
 
-import contextlib
 import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from lora_jax._adapters import (
 )
 from lora_jax._engine.source import warn_user
 from lora_jax._hub.checkpoint import CheckpointTensor, check_floating
+from lora_jax._hub.folder_files import new_files, open_folder
 from lora_jax._hub.merge_tensors import merged
 from lora_jax._hub.model_class import CONFIG_FILE
 from lora_jax._hub.model_tensors import is_gguf, open_model
@@ -48,9 +47,7 @@ from lora_jax._tree import Path, PyTree, flatten, is_abstract, listed, path_name
 from lora_jax._write import (
     check_finite,
     check_savable,
-    free_folder,
     in_memory,
-    lock,
 )
 
 # The files of a checkpoint besides its weights: configs, tokenizers, code, licences.
@@ -59,7 +56,6 @@ COPIED = (
     "special_tokens_map.json added_tokens.json vocab.* merges.txt *.model *.tiktoken "
     "chat_template.* *.jinja *.py LICENSE* NOTICE*"
 ).split()
-LOCK = ".lock"  # in a folder that is being written
 
 
 def export_weights(
@@ -119,7 +115,7 @@ def export_weights(
       ['model.safetensors']
     """
     with agreed("export_weights") as same:
-        target = free_folder(folder)
+        target = _empty_folder(folder) if is_first() else ""
         check_floating(dtype)
         leaves = flatten(params)
         adapters = find_adapters(leaves)
@@ -152,6 +148,16 @@ def export_weights(
                     f"Rounding loses most of the updates of {listed(lost)}. To keep "
                     "them, write export_weights(..., dtype=jnp.float32)."
                 )
+
+
+def _empty_folder(folder: str | os.PathLike[str]) -> str:
+    """Returns the full path of a folder that is new or empty."""
+    path = open_folder(folder)
+    if os.path.isdir(path) and (files := os.listdir(path)):
+        raise ValueError(
+            f"{path} holds files: {listed(sorted(files))}. Export to a new folder."
+        )
+    return path
 
 
 class Change(NamedTuple):
@@ -268,7 +274,7 @@ def _write(
             tick()
 
     with (
-        _new_folder(target) as folder,
+        new_files(target) as folder,
         progress("export_weights", len(entries), "tensors") as tick,
     ):
         for file, part in files.items():
@@ -329,37 +335,3 @@ def _copy_files(folder: str, checkpoint: Any, dtype: Any, quantized: bool) -> No
         fields[key] = dtype.name
     with open(config, "w", encoding="utf-8") as file:
         file.write(json.dumps(fields, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _new_folder(path: str) -> Iterator[str]:
-    """Yields a temporary folder that gets its name when the block is done.
-
-    It holds a locked file, so that a later export can remove the folders of exports
-    that were killed, which may be many gigabytes, but not one that is being written.
-    """
-    parent, name = os.path.split(path)
-    _remove_abandoned(parent, name)
-    folder = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.partial")
-    os.mkdir(folder)
-    try:
-        with open(os.path.join(folder, LOCK), "xb") as file:
-            with contextlib.suppress(OSError):  # some file systems have no locks
-                lock(file)
-            yield folder
-            os.rename(folder, path)  # replaces an empty folder
-        os.unlink(os.path.join(path, LOCK))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _remove_abandoned(parent: str, name: str) -> None:
-    for entry in os.listdir(parent):
-        if not (entry.startswith(f".{name}.") and entry.endswith(".partial")):
-            continue
-        folder = os.path.join(parent, entry)
-        with contextlib.suppress(OSError):
-            with open(os.path.join(folder, LOCK), "rb") as file:
-                lock(file, wait=False)
-                shutil.rmtree(folder)

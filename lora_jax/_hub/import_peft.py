@@ -16,7 +16,6 @@ from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
 from lora_jax._hub.modules import MappedLeaf, leaf_from_torch, tensor_shapes
 from lora_jax._hub.names import Names
-from lora_jax._hub.peft_config import rank_and_scale
 from lora_jax._hub.peft_folder import PeftFolder, read_folder
 from lora_jax._hub.sort_tensors import (
     check_base_weights,
@@ -147,7 +146,7 @@ def _module_adapter(
             f"{folder.path}: {name!r}, of the weight {path!r}, has the tensors "
             f"{sorted(tensors)}, and {list(suffixes)} are needed."
         )
-    r, scale = rank_and_scale(folder.config, name)
+    r, scale = folder.rules.rank_and_scale(name)
     inputs = weight.sizes(weight.axes.inputs)
     a_shape, b_shape = factor_shapes(weight, name, r)
     a, b = (np.broadcast_to(np.int8(0), shape) for shape in (a_shape, b_shape))

@@ -20,7 +20,7 @@ from lora_jax._hub.names import (
     ModuleNames,
     Names,
     check_names,
-    module_names,
+    name_finder,
     required_names,
 )
 from lora_jax._hub.progress import progress
@@ -139,13 +139,11 @@ def _check_like(leaves: Mapping[Path, Any]) -> None:
 def _names_of(leaves: dict[Path, Any], names: Names) -> dict[Path, ModuleNames]:
     """Returns the names of each leaf; a leaf without one must keep its value."""
     check_names(names, leaves)
-    named = {}
-    for path, leaf in leaves.items():
-        if is_abstract(unbox(leaf)) or is_floating(path, leaf):
-            named[path] = required_names(names, path)
-        elif found := module_names(names, path):
-            named[path] = found
-    return named
+    needed = [
+        p for p, x in leaves.items() if is_abstract(unbox(x)) or is_floating(p, x)
+    ]
+    named, find = required_names(names, needed), name_finder(names)
+    return {p: found for p in leaves if (found := named.get(p) or find(p))}
 
 
 def _check_used(

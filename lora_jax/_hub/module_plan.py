@@ -84,7 +84,7 @@ def trained_names(
 ) -> dict[Path, ModuleNames]:
     """Returns the names of all leaves that are trained, which must have one."""
     check_names(names, leaves)
-    return {path: required_names(names, path) for path in adapters}
+    return required_names(names, adapters)
 
 
 def trained_axes(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax._adapters import Axes, Shape
-from lora_jax._flax_names import axes_of, is_adaptable
+from lora_jax._flax_names import axes_of, is_adaptable, paths_of_axes
 from lora_jax._hub.module_kinds import (
     CONV1D_NAMES,
     EXPERTS,
@@ -169,10 +169,11 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
 
 def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
     """Returns the axes of a stacked weight, by Flax's names for one of the stack."""
+    near = {other: unbox(leaves.get(other)) for other in paths_of_axes(path)}
     one = {
-        other: np.broadcast_to(np.float32(0), unbox(x).shape[stacked:])
-        for other, x in leaves.items()
-        if is_array(unbox(x))
+        other: np.broadcast_to(np.float32(0), x.shape[stacked:])
+        for other, x in near.items()
+        if is_array(x)
     }
     if one[path].ndim < 2:
         raise ValueError(

@@ -7,7 +7,14 @@ modules of a stack, and with a star and a place {} for paths that differ, too.
 import re
 from collections.abc import Mapping, Sequence
 
-from lora_jax._hub.names import Name, escape_braces, map_path, module_names
+from lora_jax._hub.names import (
+    ModuleNames,
+    Name,
+    escape_braces,
+    map_path,
+    module_names,
+    name_finder,
+)
 from lora_jax._tree import Path
 
 NUMBER = re.compile(r"(\d+)")  # re.split gives text and numbers in turn, text first
@@ -66,8 +73,10 @@ def with_stars(found: Mapping[Path, Name]) -> dict[str, Name]:
     for members in groups.values():
         pattern = _pattern(members, found) if len(members) > 1 else None
         names |= pattern or {map_path(path): found[path] for path in members}
+    named_as = name_finder(names)
     for path, name in found.items():
-        if _names_at(names, path) != _names_at({map_path(path): name}, path):
+        own = module_names({map_path(path): name}, path)
+        if _without_order(named_as(path)) != _without_order(own):
             # A pattern of one group matches a path of another.
             return {map_path(path): name for path, name in found.items()}
     return names
@@ -124,6 +133,5 @@ def _parts(name: Name) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else tuple(name)
 
 
-def _names_at(names: Mapping[str, Name], path: Path) -> object:
-    found = module_names(names, path)
-    return found and found._replace(order=None)
+def _without_order(named: ModuleNames | None) -> ModuleNames | None:
+    return named and named._replace(order=None)

@@ -4,6 +4,7 @@ It needs paths and patterns alone, no file and no values.
 """
 
 import difflib
+import functools
 import itertools
 import re
 import string
@@ -98,13 +99,48 @@ def check_names(names: Names, paths: Iterable[Path]) -> None:
             f"found {type(names).__name__}."
         )
     weights = [path for path in paths if not is_adapter(path)]
-    for pattern in as_patterns(names, "names"):
-        if not any(match_stars(pattern, path) is not None for path in weights):
+    patterns = as_patterns(names, "names")
+    plain = {pattern for pattern in patterns if "*" not in pattern}
+    found = {run for path in weights for run in _runs(path) if run in plain}
+    for pattern in patterns:
+        matched = (match_stars(pattern, path) is not None for path in weights)
+        if not (pattern in found if pattern in plain else any(matched)):
             raise ValueError(
                 f"No leaf matches {pattern!r} of names. Close: "
                 f"{similar_names(pattern, map(path_name, weights))}. Correct the "
                 "pattern or remove it."
             )
+
+
+def name_finder(names: Names) -> Callable[[Path], ModuleNames | None]:
+    """Returns `module_names` of one map, prepared for many paths.
+
+    A map can have a pattern for each of thousands of leaves. Those without a star are
+    looked up by the runs of components of a path, instead of compared with each path.
+    """
+    if callable(names):
+        return lambda path: _filled(names(map_path(path)), None, [], path)
+    values = list(names.values())
+    plain: dict[str, int] = {}
+    starred: list[tuple[int, str]] = []
+    for i, pattern in enumerate(pattern.strip("/") for pattern in names):
+        if "*" in pattern:
+            starred.append((i, pattern))
+        else:
+            plain.setdefault(pattern, i)
+
+    def find(path: Path) -> ModuleNames | None:
+        runs = _runs(path) if plain else ()
+        first = min((plain[run] for run in runs if run in plain), default=len(values))
+        for i, pattern in starred:
+            if i > first:
+                break
+            stars = match_stars(pattern, path)
+            if stars is not None:
+                return _filled(values[i], i, stars, path)
+        return _filled(values[first], first, [], path) if first < len(values) else None
+
+    return find
 
 
 def module_names(names: Names, path: Path) -> ModuleNames | None:
@@ -114,15 +150,13 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
       TypeError: If the map gives no name, or something else than names.
       ValueError: If a name has braces that cannot be filled in.
     """
-    value, order, stars = None, None, []
-    if callable(names):
-        value = names(map_path(path))
-    else:
-        for i, (pattern, name) in enumerate(names.items()):
-            found = match_stars(pattern.strip("/"), path)
-            if found is not None:
-                value, order, stars = name, i, found
-                break
+    return name_finder(names)(path)
+
+
+def _filled(
+    value: Name | None, order: int | None, stars: list[str], path: Path
+) -> ModuleNames | None:
+    """Returns the names that a value of the map gives a path."""
     if value is None:
         return None
     where = f"The name {value!r} of {path_name(path)!r}"
@@ -153,16 +187,20 @@ def module_names(names: Names, path: Path) -> ModuleNames | None:
     return ModuleNames(filled, sizes, len(counted.pop()), order)
 
 
-def required_names(names: Names, path: Path) -> ModuleNames:
-    """Returns the modules that the map gives a leaf, which must have a name."""
-    named = module_names(names, path)
-    if named is None:
-        patterns = similar_names(path_name(path), () if callable(names) else names)
-        raise ValueError(
-            f"names has no name for {path_name(path)!r}. Its patterns that come close: "
-            f"{patterns}. Write names={{{path_name(path)!r}: 'module.of.torch'}}."
-        )
-    return named
+def required_names(names: Names, paths: Iterable[Path]) -> dict[Path, ModuleNames]:
+    """Returns the modules that the map gives each leaf, which must have a name."""
+    find, found = name_finder(names), {}
+    for path in paths:
+        named = find(path)
+        if named is None:
+            patterns = similar_names(path_name(path), () if callable(names) else names)
+            raise ValueError(
+                f"names has no name for {path_name(path)!r}. Its patterns that come "
+                f"close: {patterns}. Write names={{{path_name(path)!r}: "
+                "'module.of.torch'}."
+            )
+        found[path] = named
+    return found
 
 
 def each_index(
@@ -187,13 +225,26 @@ def match_stars(pattern: str, path: Path) -> list[str] | None:
     As patterns do everywhere, it matches a run of complete components. The run begins
     as early as possible: the star of "*/kernel" is all of the path before it.
     """
-    star = "([^/](?:.*?[^/])??)"
-    middle = star.join(map(re.escape, pattern.split("*")))
+    expression = _star_expression(pattern)
     for name in dict.fromkeys([map_path(path), path_name(path)]):
-        found = re.fullmatch(rf"(?:.*?/)??{middle}(?:/.*)?", name)
+        found = expression.fullmatch(name)
         if found:
             return list(found.groups())
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _star_expression(pattern: str) -> re.Pattern[str]:
+    star = "([^/](?:.*?[^/])??)"
+    middle = star.join(map(re.escape, pattern.split("*")))
+    return re.compile(rf"(?:.*?/)??{middle}(?:/.*)?")
+
+
+def _runs(path: Path) -> Iterator[str]:
+    """Yields each run of complete components of a path."""
+    parts = path_name(path).split("/")
+    for i, j in itertools.combinations(range(len(parts) + 1), 2):
+        yield "/".join(parts[i:j])
 
 
 def similar_names(name: str, names: Iterable[str]) -> str:

@@ -4,12 +4,15 @@ The fields: https://huggingface.co/docs/peft/package_reference/lora
 """
 
 import json
-import math
-import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lora_jax._hub.folder_files import check_regular
+from lora_jax._hub.module_rules import check_expressions, unique_keys
+from lora_jax._tree import listed
+
+CONFIG_FILE = "adapter_config.json"
 
 # Fields that do not change the result of a trained adapter.
 IGNORED = {
@@ -74,8 +77,8 @@ def new_config(
         "r": r,
         "lora_alpha": number(alpha),
         "target_modules": sorted(set(ranks) - set(parameters)),
-        "rank_pattern": _patterns(ranks, r),
-        "alpha_pattern": {k: number(x) for k, x in _patterns(alphas, alpha).items()},
+        "rank_pattern": unique_keys(ranks, r),
+        "alpha_pattern": {k: number(x) for k, x in unique_keys(alphas, alpha).items()},
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -88,22 +91,37 @@ def new_config(
     return config | settings
 
 
-def read_config(folder: str) -> dict[str, Any]:
-    """Returns the config in a folder, if every entry that changes a result is known.
+def read_config(path: str) -> dict[str, Any]:
+    """Returns the config in a file, if every entry that changes a result is known.
 
     Raises:
       FileNotFoundError: If there is none.
       ValueError: If it is no config of a plain LoRA or DoRA.
     """
-    path = os.path.join(folder, "adapter_config.json")
+    check_regular(path)  # opening a pipe would wait for a writer
     with open(path, encoding="utf-8") as file:
         try:
-            config = json.load(file)
-        except (ValueError, RecursionError) as error:
+            config = json.load(file, object_pairs_hook=_once)
+            problem = _problem(config)
+        except RecursionError:
+            raise ValueError(f"{path} has too many levels within each other.") from None
+        except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}.") from error
-    if problem := _problem(config):
+    if problem:
         raise ValueError(f"{path} {problem}")
     return config
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the dict of the entries of a JSON object, each of which has its own key.
+
+    Python and PEFT take the last of several, and other programs take the first.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        raise ValueError(f"it has {listed(keys)} more than once")
+    return found
 
 
 def _problem(config: Any) -> str | None:
@@ -136,115 +154,8 @@ def _problem(config: Any) -> str | None:
                 f"has {field} {value!r}. That is no plain LoRA, or unknown here, and "
                 "could change the result: it cannot be imported."
             )
-    for field, pattern in _expressions(config):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            return f"has a {field} that is no pattern: {error}."
+    try:
+        check_expressions(config)
+    except ValueError as error:
+        return f"{error}. Write the names of the modules instead."
     return None
-
-
-def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for field in ("rank_pattern", "alpha_pattern"):
-        yield from ((field, rf"(.*\.)?({key})$") for key in config.get(field) or ())
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str):
-            yield field, config[field]
-    for field in ("modules_to_save", "layers_pattern"):
-        yield from ((field, entry) for entry in _entries(config, field))
-
-
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Returns the rank and the scale of one module, by its patterns if it has any."""
-    found = []
-    for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        given = (
-            x for key, x in (config.get(field) or {}).items() if _ends(key, module)
-        )
-        found.append(next(given, config[default]))
-    r, alpha = found
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-
-
-def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would adapt a module of this name, if the model has it."""
-    if _is_named(config.get("exclude_modules"), module) or is_saved(config, module):
-        return False
-    chosen = config.get("target_modules") or ()
-    if not _is_named(chosen, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers in (None, []) or isinstance(chosen, str) or module in chosen:
-        return True
-    patterns, lead = _entries(config, "layers_pattern"), r"(?:^|.*?\.)"
-    if not patterns:
-        patterns, lead = [r"[^.]*"], r".*?\."
-    for pattern in patterns:
-        found = re.match(rf"{lead}{pattern}\.(\d+)\.", module)
-        if found:
-            return int(found[1]) in ([layers] if type(layers) is int else layers)
-    return False
-
-
-def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
-    return _is_named(config.get("target_parameters"), name)
-
-
-def is_saved(config: Mapping[str, Any], module: str) -> bool:
-    """Whether the config has a module among those that are trained in full."""
-    return any(is_saved_by(e, module) for e in _entries(config, "modules_to_save"))
-
-
-def is_saved_by(entry: str, module: str) -> bool:
-    """Whether PEFT trains a module in full for this entry of modules_to_save."""
-    return re.match(rf"(^|.*\.){entry}($|\..*)", module) is not None
-
-
-def unmatched_targets(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """Returns the entries of the config's targets that match none of these modules.
-
-    Entries of modules_to_save may do so: PEFT adds names of heads to them that few
-    models have.
-    """
-    modules = list(modules)
-    missing = []
-    for field in ("target_modules", "target_parameters"):
-        is_expression = isinstance(config.get(field), str)
-        for entry in _entries(config, field):
-            pattern = entry if is_expression else [entry]
-            if not any(_is_named(pattern, module) for module in modules):
-                missing.append(f"{field} {entry!r}")
-    return missing
-
-
-def _entries(config: Mapping[str, Any], field: str) -> list[str]:
-    value = config.get(field) or []
-    return [value] if isinstance(value, str) else value
-
-
-def _is_named(entries: Any, module: str) -> bool:
-    """Whether an expression matches a module, or one of several names is its end."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, module) is not None
-    return any(module == e or module.endswith(f".{e}") for e in entries or ())
-
-
-def _ends(pattern: str, module: str) -> bool:
-    """Whether a key of a pattern field, an expression, matches the end of a name."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Returns values other than the default, each by a key that no other name matches.
-
-    A key is an expression for the end of a name, so that "q" would match "a.q" too.
-    """
-    found = {}
-    for module, value in values.items():
-        if value == default:
-            continue
-        special = not re.fullmatch(r"[\w.-]+", module)
-        if special or any(_ends(module, name) for name in values if name != module):
-            module = "^" + re.escape(module)
-        found[module] = value
-    return found

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 
 from lora_jax._hub.checkpoint import DTYPES, INDEX_FILE
 
+FORMAT = {"format": "pt"}  # which transformers requires
 SAFETENSORS_DTYPES = {name: code for code, name in DTYPES.items()}
 
 
@@ -28,8 +29,12 @@ class Entry(NamedTuple):
     dtype: str  # as NumPy names it
 
     @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
     def size(self) -> int:
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.itemsize
 
 
 def shards(entries: Iterable[Entry], limit: float) -> list[list[Entry]]:
@@ -54,7 +59,10 @@ def file_names(count: int) -> list[str]:
 
 
 def write_tensors(
-    path: str, entries: list[Entry], arrays: Iterator[np.ndarray]
+    path: str,
+    entries: list[Entry],
+    arrays: Iterator[np.ndarray],
+    metadata: Mapping[str, str] = FORMAT,
 ) -> None:
     """Writes a file.
 
@@ -62,8 +70,10 @@ def write_tensors(
       path: Its name.
       entries: Its tensors.
       arrays: Their values, in the same order. Each is dropped when it is written.
+      metadata: What the header holds besides. The library safetensors would write
+        several entries in a random order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for entry in entries:
         start, end = end, end + entry.size

@@ -10,20 +10,15 @@ from lora_jax._engine.quantized import dequantize
 from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.module_kinds import KINDS
 from lora_jax._hub.module_plan import ModulePlan
+from lora_jax._hub.module_rules import unmatched_targets
 from lora_jax._hub.modules import leaf_to_torch
 from lora_jax._hub.names import (
     ModuleNames,
     Names,
     check_names,
     each_index,
-    module_names,
+    name_finder,
     similar_names,
-)
-from lora_jax._hub.peft_config import (
-    is_saved,
-    is_target,
-    is_target_parameter,
-    unmatched_targets,
 )
 from lora_jax._hub.peft_folder import PeftFolder
 from lora_jax._hub.tensor_keys import (
@@ -78,9 +73,9 @@ def index_leaves(
       ValueError: If a pattern of the map matches nothing, or two weights have one name.
     """
     check_names(names, leaves)
-    index = LeafIndex({}, {}, {})
+    index, named_as = LeafIndex({}, {}, {}), name_finder(names)
     for path, leaf in leaves.items():
-        named = module_names(names, path) if is_array(unbox(leaf)) else None
+        named = named_as(path) if is_array(unbox(leaf)) else None
         if named is None:
             continue
         index.named[path] = named
@@ -154,8 +149,8 @@ def sort_tensors(
 
 def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -> None:
     """Checks that every adapter is of a target, and every target has its tensors."""
-    config = folder.config
-    chosen = lambda name: is_target(config, name) or is_target_parameter(config, name)
+    config, rules = folder.config, folder.rules
+    chosen = lambda name: rules.is_target(name) or rules.is_target_parameter(name)
     if stray := [name for name in found.factors if not chosen(name)]:
         raise ValueError(
             f"{folder.path} has tensors of {listed(stray)}, which its config does not "
@@ -166,7 +161,7 @@ def check_complete(folder: PeftFolder, index: LeafIndex, found: SortedTensors) -
     missing += [
         key
         for key, (name, path) in index.tensors.items()
-        if is_saved(config, name) and name not in found.copies.get(path, {})
+        if rules.is_saved(name) and name not in found.copies.get(path, {})
     ]
     # An entry may match only modules that another entry excludes.
     excluded = index.modules.keys() - {*wanted}
@@ -202,7 +197,7 @@ def _parameters_by_stem(folder: PeftFolder, index: LeafIndex) -> dict[str, str]:
     orders = {
         name: index.named[path].order
         for name, path in index.modules.items()
-        if is_target_parameter(folder.config, name)
+        if folder.rules.is_target_parameter(name)
     }
     return {stem: name for name, stem in parameter_stems(orders).items()}
 
@@ -225,7 +220,7 @@ def _copied_leaf(
             f"{similar_names(key, index.tensors)}. Add a name for it to names."
         )
     name, path = index.tensors[key]
-    if is_saved(folder.config, name):
+    if folder.rules.is_saved(name):
         return name, path
     is_embedding = leaf_name(path) == "embedding"
     if is_embedding and _is_of_base(unbox(leaves[path]), x, lambda w: w):

@@ -278,6 +278,31 @@ def test_export_peft_with_bad_input_leaves_the_folder_alone(
     assert [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())] == before
 
 
+def test_export_peft_next_to_other_files(tmp_path):
+    """A README and a tokenizer stay; the adapter of another program is not replaced."""
+    params, others = lj.lorafy(tree(), 1, targets="head"), {"README.md", "vocab.txt"}
+    lj.export_peft(tmp_path, params, NAMES)
+    for name in others:
+        (tmp_path / name).write_text(name)
+    lj.export_peft(tmp_path, params, NAMES, task_type="CAUSAL_LM")
+    config, tensors = read(tmp_path)
+    assert config["task_type"] == "CAUSAL_LM"
+    assert all((tmp_path / name).read_text() == name for name in others)
+    # As PEFT writes the file, without our mark.
+    file = tmp_path / "adapter_model.safetensors"
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="overwrite=True"):
+        lj.export_peft(tmp_path, params, NAMES)
+    assert safetensors.safe_open(file, "numpy").metadata() == {"format": "pt"}
+    lj.export_peft(tmp_path, params, NAMES, overwrite=True)
+    lj.export_peft(tmp_path, params, NAMES)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *others,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
 def test_export_peft_refuses_bad_input(tmp_path):
     base = {"a": {"kernel": jnp.ones((4, 4))}}
     with pytest.raises(ValueError, match="have no adapters"):

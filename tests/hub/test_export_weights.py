@@ -14,6 +14,7 @@ import safetensors.numpy
 
 import lora_jax as lj
 from lora_jax._hub import export_weights as module
+from lora_jax._hub.folder_files import new_files
 
 LAYERS, D, HEADS, SIZE, V = 2, 8, 2, 4, 10
 NAMES = {
@@ -269,11 +270,24 @@ def test_export_weights_leaves_nothing_on_a_full_disk(tmp_path, randomized):
     assert os.listdir(tmp_path) == []
 
 
+def test_export_weights_into_an_empty_folder_keeps_it(tmp_path, randomized):
+    """It may be a mount point, and its permissions are the user's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o2750)
+    before = out.stat()
+    params = randomized(adapted(imported(checkpoint())))
+    lj.export_weights(out, params, NAMES, checkpoint(), **EXPORT)
+    assert os.listdir(out) == ["model.safetensors"]
+    after = out.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+
 def test_export_weights_removes_what_a_killed_export_left(tmp_path, randomized):
     script = """
 import os, signal, sys
-from lora_jax._hub import export_weights as module
-with module._new_folder(sys.argv[1]) as folder:
+from lora_jax._hub.folder_files import new_files
+with new_files(sys.argv[1]) as folder:
     open(os.path.join(folder, "model.safetensors"), "w").write("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -282,8 +296,7 @@ with module._new_folder(sys.argv[1]) as folder:
     (left,) = os.listdir(tmp_path)
     assert left.endswith(".partial")
     params = randomized(adapted(imported(checkpoint())))
-    with module._new_folder(str(tmp_path / "other")):
+    with new_files(str(tmp_path / "other")) as new:
         lj.export_weights(out, params, NAMES, checkpoint(), **EXPORT)
-        (open_one,) = {*os.listdir(tmp_path)} - {"out"}
-        assert open_one.startswith(".other.")
+        assert {*os.listdir(tmp_path)} == {"out", os.path.basename(new)}
     assert {*os.listdir(tmp_path)} == {"out", "other"}

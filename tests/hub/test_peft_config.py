@@ -1,17 +1,12 @@
 """adapter_config.json: exact patterns when written, strict checks when read."""
 
 import json
-import math
+import os
 
 import pytest
 
-from lora_jax._hub.peft_config import (
-    is_target,
-    new_config,
-    rank_and_scale,
-    read_config,
-    unmatched_targets,
-)
+from lora_jax._hub.module_rules import module_rules
+from lora_jax._hub.peft_config import new_config, read_config
 
 SMALLEST = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q"]}
 
@@ -19,7 +14,7 @@ SMALLEST = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q
 def read(folder, config):
     text = config if isinstance(config, str) else json.dumps(config)
     (folder / "adapter_config.json").write_text(text)
-    return read_config(str(folder))
+    return read_config(str(folder / "adapter_config.json"))
 
 
 def test_new_config_gives_each_module_its_own_rank_and_alpha():
@@ -29,8 +24,9 @@ def test_new_config_gives_each_module_its_own_rank_and_alpha():
     assert (config["r"], config["lora_alpha"]) == (4, 3)
     # A key is an expression for the end of a name: "q" would match "a.q" too.
     assert config["rank_pattern"] == {"^q": 2, "wide": 1}
+    rank_and_scale = module_rules(config).rank_and_scale
     for name in ranks:
-        assert rank_and_scale(config, name) == (ranks[name], alphas[name] / ranks[name])
+        assert rank_and_scale(name) == (ranks[name], alphas[name] / ranks[name])
 
 
 def test_new_config_lists_parameters_apart():
@@ -40,47 +36,6 @@ def test_new_config_lists_parameters_apart():
     assert config["target_parameters"] == ["mlp.up"]
     assert config["r"] == 4 and config["rank_pattern"] == {"q": 2, "k": 2}
     assert "target_parameters" not in new_config({"q": 2}, {"q": 2}, [])
-
-
-def test_rank_and_scale_with_rslora_and_patterns():
-    config = SMALLEST | {
-        "use_rslora": True,
-        "rank_pattern": {"layers.1.q": 4, r"layers\.\d\.v": 2},
-        "alpha_pattern": {"v": 3},
-    }
-    assert rank_and_scale(config, "q") == (8, 16 / math.sqrt(8))
-    assert rank_and_scale(config, "model.layers.1.q") == (4, 8.0)
-    assert rank_and_scale(config, "layers.3.v") == (2, 3 / math.sqrt(2))
-
-
-@pytest.mark.parametrize(
-    "more, chosen, not_chosen",
-    [
-        ({}, ["q", "a.q"], ["aq", "q.a", "k"]),
-        ({"target_modules": "a.*q|k"}, ["a.b.q", "aq", "k"], ["q", "b.k"]),
-        ({"exclude_modules": ["a.q"]}, ["q", "b.q"], ["a.q", "b.a.q"]),
-        ({"exclude_modules": "b.*"}, ["q", "a.q"], ["b.q"]),
-        ({"modules_to_save": ["b"]}, ["q", "a.q"], ["b.q", "a.b.q"]),
-        ({"layers_to_transform": [1]}, ["m.h.1.q", "q"], ["m.h.0.q", "h.1.q", "m.q"]),
-        ({"layers_to_transform": 1}, ["m.h.1.q"], ["m.h.0.q"]),
-        (
-            {"layers_to_transform": [1], "layers_pattern": "h"},
-            ["m.h.1.q", "h.1.q"],
-            ["m.h.0.q", "m.b.1.q"],
-        ),
-    ],
-)
-def test_is_target(more, chosen, not_chosen):
-    config = SMALLEST | more
-    assert [n for n in chosen + not_chosen if is_target(config, n)] == chosen
-
-
-def test_unmatched_targets():
-    config = SMALLEST | {"target_modules": ["q", "k"], "modules_to_save": ["s"]}
-    assert unmatched_targets(config, ["a.q", "b.s"]) == ["target_modules 'k'"]
-    assert unmatched_targets(SMALLEST | {"target_modules": "x.*"}, ["q"]) == [
-        "target_modules 'x.*'"
-    ]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +86,7 @@ def test_read_config_refuses(tmp_path, change, match):
 
 def test_read_config_refuses_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config"):
-        read_config(str(tmp_path))
+        read_config(str(tmp_path / "adapter_config.json"))
     with pytest.raises(ValueError, match="is no JSON"):
         read(tmp_path, json.dumps(SMALLEST)[:-1])
     with pytest.raises(ValueError, match="is no config: found list"):
@@ -139,3 +94,47 @@ def test_read_config_refuses_broken_files(tmp_path):
     without = {k: v for k, v in SMALLEST.items() if k != "r"}
     with pytest.raises(ValueError, match="r None"):
         read(tmp_path, without)
+    twice = json.dumps(SMALLEST)[:-1] + ', "r": 4}'
+    with pytest.raises(ValueError, match="has 'r' more than once"):
+        read(tmp_path, twice)
+    inner = '{"rank_pattern": {"q": 1, "q": 2}}'
+    with pytest.raises(ValueError, match="has 'q' more than once"):
+        read(tmp_path, inner)
+
+
+@pytest.mark.parametrize("start, end", [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [500, 50_000])
+def test_read_config_refuses_deep_json(tmp_path, start, end, depth):
+    """Python's json reads the first depth, and raises RecursionError at the second."""
+    text = json.dumps(SMALLEST | {"rank_pattern": "here"})
+    deep = start * depth + "1" + end * depth
+    with pytest.raises(ValueError, match=r"rank_pattern|too many levels"):
+        read(tmp_path, text.replace('"here"', deep))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_read_config_refuses_expressions_without_a_bound(tmp_path, field):
+    for expression, match in {
+        "(" * 5000 + "q" + ")" * 5000: f"has a {field} that.*Write the names of",
+        r"(q)\1": f"has a {field} that has .*not supported. Write the names",
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            read(tmp_path, SMALLEST | {field: expression})
+    assert read(tmp_path, SMALLEST | {field: "(q+)+$"})[field] == "(q+)+$"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_read_config_refuses_what_is_no_file(tmp_path):
+    """Opening a pipe would wait until another process opens it to write."""
+    path = tmp_path / "adapter_config.json"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"adapter_config.json is no regular file"):
+        read_config(str(path))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is no regular file"):
+        read_config(str(path))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        read_config(str(path))
