@@ -411,3 +411,37 @@ def test_import_peft_names_a_dtype_that_it_cannot_read(tmp_path):
     file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
     with pytest.raises(ValueError, match=r"is F8_E4M3\. Only .*cast it in PyTorch"):
         lj.import_peft(tmp_path, base(), NAMES)
+
+
+@pytest.mark.parametrize("layers, experts", [(16, 64), (192, 1)], ids=["stack", "own"])
+def test_import_peft_of_many_modules(tmp_path, layers, experts):
+    """Experts with scales of their own, stacked or each with its own line of the map.
+
+    Comparing each module with each entry of the config, as PEFT does, takes minutes.
+    """
+    parts = ("up", "down", "gate")
+    stack = (experts,) if experts > 1 else ()
+    axes = lj.Axes((0,), (1,), (2,)) if stack else lj.Axes((), (0,), (1,))
+    base, names, all_axes, scale = {}, {}, {}, np.arange(experts, dtype=np.float32) + 2
+    adapted = {}
+    for i in range(layers):
+        base[f"layer_{i}"] = {p: {"kernel": np.ones((*stack, 2, 2))} for p in parts}
+        adapted[f"layer_{i}"] = {
+            part: {
+                "kernel": base[f"layer_{i}"][part]["kernel"],
+                "lora_a": np.ones((*stack, 2, 1), np.float32),
+                "lora_b": np.full((*stack, 1, 2), i + 1, np.float32),
+                "lora_scale": (scale * (i + 1)).reshape(stack),
+            }
+            for part in parts
+        }
+        for part in parts:
+            path = f"layer_{i}/{part}/kernel"
+            all_axes[path] = axes
+            names[path] = f"m.layers.{i}.{part}" + ".{expert}" * len(stack)
+    lj.export_peft(tmp_path / "out", adapted, names, axes=all_axes)
+    found = lj.import_peft(tmp_path / "out", base, names, axes=all_axes)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert len(config["alpha_pattern"]) > 0.9 * layers * experts * 3
+    same = jax.tree.map(lambda x, y: np.array_equal(x, y), found, adapted)
+    assert all(jax.tree.leaves(same))
