@@ -19,11 +19,11 @@ ENGINE = (
 ).split()
 HUB = (
     "names module_kinds modules module_adapters module_plan tensor_keys peft_config "
-    "peft_folder export_checks export_peft fused_experts sort_tensors trained_leaves "
-    "import_peft checkpoint match_tensors closest_tensor equal_tensors name_patterns "
-    "progress model_class quantized_tensors find_names gguf_file model_tensors "
-    "tensor_sources leaf_layout fill_leaf import_weights safetensors_writer "
-    "merge_tensors export_weights"
+    "peft_folder export_checks model_class consumers consumer_checks module_groups "
+    "fit_factors export_peft fused_experts sort_tensors trained_leaves import_peft "
+    "checkpoint match_tensors closest_tensor equal_tensors name_patterns progress "
+    "quantized_tensors find_names gguf_file model_tensors tensor_sources leaf_layout "
+    "fill_leaf import_weights safetensors_writer merge_tensors export_weights"
 ).split()
 # The modules and sub-packages in the order of the data flow.
 MODULES = (

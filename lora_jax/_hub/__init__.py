@@ -1,11 +1,11 @@
 """Adapters and weights to and from Hugging Face: PEFT's format, and checkpoints.
 
-`export_peft` writes a tree with adapters as a folder that PEFT and vLLM load, and
-`import_peft` reads such a folder into a plain tree. `import_weights` reads a checkpoint
-into a tree, and `export_weights` writes it again with the updates in its weights. All
-take a map, which names the PyTorch modules that each leaf of the tree is;
-`transformers_names` and `find_names` make it. The files work on trees, names and
-arrays, and not on jaxprs.
+`export_peft` writes a tree with adapters as a folder that PEFT, vLLM, SGLang or
+llama.cpp load, and `import_peft` reads such a folder into a plain tree.
+`import_weights` reads a checkpoint into a tree, and `export_weights` writes it again
+with the updates in its weights. All take a map, which names the PyTorch modules that
+each leaf of the tree is; `transformers_names` and `find_names` make it. The files work
+on trees, names and arrays, and not on jaxprs.
 
 In reading order:
 
@@ -17,7 +17,12 @@ In reading order:
   tensor_keys.py      the keys of tensors in a PEFT file
   peft_config.py      PEFT's adapter_config.json
   peft_folder.py      PEFT's folder, written completely or not at all
-  export_checks.py    the checks that PEFT, or vLLM, loads an export as it was meant
+  export_checks.py    the checks that PEFT loads an export as it was meant
+  model_class.py      the class of a checkpoint's model, and the names of its modules
+  consumers.py        the programs that load PEFT's format, and what each takes
+  consumer_checks.py  the checks that these programs load an export as it was meant
+  module_groups.py    the modules that a program loads only together, and their sizes
+  fit_factors.py      factors as a program reads them: zeros, one rank, one alpha
   export_peft.py      `export_peft`
   fused_experts.py    adapters of experts that one parameter fuses, as separate ones
   sort_tensors.py     the tensors of a folder, sorted to the leaves of a tree
@@ -29,7 +34,6 @@ In reading order:
   equal_tensors.py    the choice between tensors of equal values, by their names
   name_patterns.py    the map in few lines, with stars for numbers
   progress.py         a progress bar on a terminal
-  model_class.py      the class of a checkpoint's model, and the names of its modules
   quantized_tensors.py  tensors that are stored in 4 bits, or refused
   find_names.py       `find_names`
   gguf_file.py        a GGUF file as the checkpoint that it was converted from

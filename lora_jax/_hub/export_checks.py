@@ -1,28 +1,22 @@
-"""The checks of an export's plan: PEFT, or vLLM too, must load it as it was meant.
+"""The checks of an export's plan: PEFT must load it as it was meant.
 
 PEFT goes by names and their ends, and leaves out without a warning what it does not
 find.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import jax.numpy as jnp
 
 from lora_jax._adapters import adapter_of, is_adapter
 from lora_jax._flax_names import is_floating
 from lora_jax._hub.module_kinds import EXPERTS, HEAD
 from lora_jax._hub.module_plan import ModulePlan
-from lora_jax._hub.modules import MappedLeaf
 from lora_jax._hub.names import Names, module_names, similar_names
 from lora_jax._hub.peft_config import is_saved_by
-from lora_jax._hub.peft_folder import TORCH_DTYPES
 from lora_jax._hub.tensor_keys import parameter_stems, tensor_name
 from lora_jax._tree import Path, components, is_array, listed, path_name, unbox
 
-# https://github.com/vllm-project/vllm/blob/main/vllm/config/lora.py
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The heads that PEFT adds to modules_to_save for a task.
 TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -35,16 +29,24 @@ def check_loads(
     plan: ModulePlan,
     leaves: dict[Path, Any],
     names: Names,
-    modules: Iterable[str] | None,
+    known: set[str] | None,
     task_type: str | None,
 ) -> None:
-    """Checks that PEFT loads every tensor of the plan into its own module."""
+    """Checks that PEFT loads every tensor of the plan into its own module.
+
+    Args:
+      plan: The modules of all leaves that are trained.
+      leaves: Of the tree.
+      names: The map.
+      known: The modules of the PyTorch model, from `known_modules`.
+      task_type: PEFT's.
+    """
     if not plan.adapted:
         raise ValueError(
             "There are trained copies and no low-rank adapter, and PEFT's format needs "
             "one. Write targets= in lorafy."
         )
-    _check_names(plan, modules)
+    _check_names(plan, known)
     _check_separate(plan)
     _check_task(plan, task_type)
     _check_own_modules(plan)
@@ -54,60 +56,34 @@ def check_loads(
     parameter_stems(plan.parameter_orders)  # raises if a module's have no order
 
 
-def check_portable(plan: ModulePlan, leaves: dict[Path, Any], dtype: Any) -> None:
-    """Checks that every program with PEFT's format, vLLM included, loads the plan."""
-    for path in (*plan.copied, *plan.biases):
-        raise ValueError(
-            f"{path_name(path)!r} cannot be portable: vLLM loads no modules_to_save. "
-            "Leave it out of also= in lorafy, or write portable=False."
-        )
-    for path, weight in plan.adapted.items():
-        if why := _not_portable(weight, leaves, dtype):
-            raise ValueError(
-                f"{path_name(path)!r} cannot be portable: {why}. Leave it out with "
-                "merge or strip, or write portable=False."
-            )
-
-
-def _not_portable(weight: MappedLeaf, leaves: dict[Path, Any], dtype: Any) -> str:
-    """Returns why some programs do not load an adapter, or nothing."""
-    a = unbox(leaves[adapter_of(weight.path).a])
-    stored = jnp.dtype(a.dtype if dtype is None else dtype).name
-    refused = {"conv": "a convolution", "experts": "a parameter of experts"}
-    if _has_magnitude(weight.path, leaves):
-        return "vLLM loads no DoRA"
-    for name, part in weight.modules.items():
-        if part.kind.name in refused:
-            return f"{name!r} is {refused[part.kind.name]}"
-        if part.kind.name == "embedding" and name.split(".")[-1] != "embed_tokens":
-            return f"vLLM adapts the embedding embed_tokens, not {name!r}"
-    if (r := a.shape[-1]) > VLLM_RANKS[-1]:
-        return f"vLLM loads ranks up to {VLLM_RANKS[-1]}, not {r}"
-    if stored not in TORCH_DTYPES[:2]:
-        return f"it is {stored}, and float32 or bfloat16 loads everywhere"
-    return ""
-
-
-def _has_magnitude(path: Path, leaves: dict[Path, Any]) -> bool:
+def has_magnitude(path: Path, leaves: Mapping[Path, Any]) -> bool:
+    """Whether the adapter of a weight has DoRA's magnitudes."""
     return adapter_of(path, magnitude=True).magnitude in leaves
 
 
-def _check_names(plan: ModulePlan, modules: Iterable[str] | None) -> None:
+def known_modules(modules: Iterable[str] | None) -> set[str] | None:
+    """Returns the modules of the PyTorch model, also by the names of tensors."""
+    if isinstance(modules, str):
+        raise TypeError("modules is a list of names, or a mapping with them as keys.")
+    if modules is None:
+        return None
+    known = {*modules}
+    return known | {name.rpartition(".")[0] for name in known}
+
+
+def _check_names(plan: ModulePlan, known: set[str] | None) -> None:
     """Checks that each name is a module of the model, and belongs to one leaf.
 
     The name of a parameter, such as experts, begins with that of its module. The leaves
     of a module that is trained in full share its name, and are separate tensors.
     """
-    if isinstance(modules, str):
-        raise TypeError("modules is a list of names, or a mapping with them as keys.")
-    known, parameters = {*(modules or ())}, plan.parameter_orders
-    known |= {name.rpartition(".")[0] for name in known}
+    parameters = plan.parameter_orders
     owner: dict[str, Path] = {}
     copied = plan.copied | plan.biases
     for path, leaf in (*plan.adapted.items(), *copied.items()):
         for name in leaf.modules:
             holder = name.rpartition(".")[0] if name in parameters else name
-            if modules is not None and holder not in known:
+            if known is not None and holder not in known:
                 raise ValueError(
                     f"{path_name(path)!r} has the name {name!r}, which is not in "
                     f"modules. Close: {similar_names(name, known)}. Correct names."
@@ -214,7 +190,7 @@ def _check_submodules(plan: ModulePlan, names: Names, leaves: dict[Path, Any]) -
 
 def _check_magnitudes(plan: ModulePlan, leaves: dict[Path, Any]) -> None:
     """Checks that PEFT has DoRA's norms: for all modules, and one for each update."""
-    dora = {path for path in plan.adapted if _has_magnitude(path, leaves)}
+    dora = {path for path in plan.adapted if has_magnitude(path, leaves)}
     if dora and (plain := [path for path in plan.adapted if path not in dora]):
         raise ValueError(
             f"{listed(sorted(dora))} have DoRA's magnitudes, and {listed(plain)} do "

@@ -1,4 +1,4 @@
-"""`export_peft`: adapters to a folder that Hugging Face PEFT and vLLM load."""
+"""`export_peft`: adapters to a folder in the format of Hugging Face PEFT."""
 
 import os
 from collections.abc import Container, Iterable, Mapping
@@ -16,9 +16,18 @@ from lora_jax._adapters import (
     of_copies,
     of_rank,
 )
-from lora_jax._hub.export_checks import VLLM_RANKS, check_loads, check_portable
+from lora_jax._hub.consumer_checks import check_consumers
+from lora_jax._hub.consumers import requirements
+from lora_jax._hub.export_checks import check_loads, known_modules
+from lora_jax._hub.fit_factors import (
+    alphas_of,
+    with_equal_ranks,
+    with_one_alpha,
+    with_zeros,
+)
 from lora_jax._hub.module_adapters import split_adapter
-from lora_jax._hub.module_kinds import HEAD, Embedding, ModuleAdapter
+from lora_jax._hub.module_groups import module_groups
+from lora_jax._hub.module_kinds import HEAD, LINEAR, Embedding, ModuleAdapter
 from lora_jax._hub.module_plan import (
     ModulePlan,
     axes_by_path,
@@ -70,14 +79,15 @@ def export_peft(
     base_model: str | os.PathLike[str] | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
-    portable: bool = False,
+    for_: str | Iterable[str] = "peft",
     dtype: Any = None,
 ) -> None:
-    """Writes the adapters as a folder that Hugging Face PEFT and vLLM load.
+    """Writes the adapters as a folder in the format of Hugging Face PEFT.
 
     The PyTorch model with the folder computes what `lora(fn)` does with `params`, up to
     rounding. Ranks and scales that differ become PEFT's `rank_pattern` and
-    `alpha_pattern`, exactly. The folder is written completely or not at all. If JAX
+    `alpha_pattern`, exactly. Other programs read this format in part: `for_` names
+    those that the folder is for. The folder is written completely or not at all. If JAX
     runs as several processes, all of them call this, with a folder that all of them
     see; the first one writes.
 
@@ -105,20 +115,27 @@ def export_peft(
         of a module named conv, else "linear".
       modules: The PyTorch model's modules, `dict(model.named_modules())`, or the names
         of its tensors. Each name must be among them.
-      base_model: The name or path of the base model, for the config.
+      base_model: The name or path of the base model, for the config. The config.json of
+        a folder shows whether `for_` takes adapters of its tables.
       task_type: PEFT's, such as "CAUSAL_LM", for the config.
       fan_in_fan_out: Whether the PyTorch layers store (inputs, outputs), as GPT-2's do.
-      portable: Write what every program loads, vLLM included: one rank that vLLM
-        supports, by padding with zeros, and each scale multiplied into B. An error if
-        that is not possible: for convolutions, experts in one parameter, embeddings
-        other than embed_tokens, DoRA, trained copies and float16.
+      for_: The programs that the folder is for, one or several of "peft", "vllm",
+        "sglang" and "llama.cpp". What one of them does not load as it was meant is
+        refused; docs/consumers.md has the rules, with the versions that they are of.
+        For SGLang all ranks are padded with zeros to one, and all scales but one
+        multiplied into B. It loads q, k and v only together, and gate and up: those
+        without an adapter get one of zeros, so that `names` must name their weights.
+        For llama.cpp, which converts the folder to a GGUF, there is one alpha, and what
+        differs is in B. vLLM keeps ranks and alphas; start it with a
+        `--max-lora-rank` of the largest rank or more. For all three each expert has
+        its own modules, and a layer has adapters of all its experts.
       dtype: Of the tensors: float32, bfloat16 or float16. Default: that of the leaves.
 
     Raises:
       ValueError: If a weight has no name or two have the same one, a name or pattern
-        matches nothing, a leaf is abstract, not finite or of another dtype, the folder
-        holds other files, or another process has other adapters or names. The folder
-        stays as it was.
+        matches nothing, a program of `for_` does not load a module, a leaf is abstract,
+        not finite or of another dtype, the folder holds other files, or another process
+        has other adapters, names or programs. The folder stays as it was.
       OSError: If the folder cannot be written.
       RuntimeError: If the export failed in another process, whose error it quotes.
 
@@ -137,20 +154,23 @@ def export_peft(
             raise ValueError(
                 f"dtype is one of {', '.join(TORCH_DTYPES)}, found {dtype}."
             )
+        required = requirements(for_)
         leaves = flatten(params)
         adapters = find_adapters(leaves)
         plan = _export_plan(leaves, adapters, names, axes, kinds)
-        check_loads(plan, leaves, names, modules, task_type)
-        known = {p for p, adapter in of_rank(adapters).items() if adapter.aligned}
-        known |= axes_by_path(axes, leaves).keys()
-        check_inputs(plan, leaves, known, fan_in_fan_out)
-        if portable:
-            check_portable(plan, leaves, dtype)
+        known = known_modules(modules)
+        check_loads(plan, leaves, names, known, task_type)
+        given = axes_by_path(axes, leaves)
+        certain = {p for p, adapter in of_rank(adapters).items() if adapter.aligned}
+        check_inputs(plan, leaves, certain | given.keys(), fan_in_fan_out)
+        check_consumers(required.consumers, plan, leaves, kinds, base_model)
+        groups = module_groups(required.groups, plan, leaves, names, given, known)
         parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
         same["names"] = {path_name(p): named for p, named in plan.named.items()}
+        same["for_"] = [row.name for row in required.consumers]
     leaves |= in_memory(leaves, parts)
     with agreed("export_peft"):
         for part in parts:
@@ -158,9 +178,12 @@ def export_peft(
         arrays = {p: x.map(leaves.__getitem__) for p, x in of_rank(adapters).items()}
         found: dict[str, ModuleAdapter] = {}
         for path, weight in plan.adapted.items():
-            found |= split_adapter(weight, arrays[path], fold=portable)
-        if portable:
-            found = _pad_ranks(found)
+            found |= split_adapter(weight, arrays[path])
+        found = with_zeros(found, groups)
+        found = with_equal_ranks(found, groups, one_rank=required.one_rank)
+        alphas = alphas_of(found)
+        if required.one_alpha:
+            found, alphas = with_one_alpha(found)
         tensors = _factor_tensors(plan, arrays, found, dtype)
         rows = _changed_rows(plan, leaves)
         tensors |= _row_tensors(plan, leaves, rows, dtype)
@@ -169,7 +192,7 @@ def export_peft(
         ranks = {name: module.a.shape[-1] for name, module in found.items()}
         config = new_config(
             ranks,
-            {name: _alpha(module.scale, ranks[name]) for name, module in found.items()},
+            alphas,
             plan.parameter_orders.keys() & found.keys(),
             base_model_name_or_path=base_model and str(base_model),
             bias=_bias(plan, found),
@@ -206,18 +229,6 @@ def _export_plan(
     return with_biases_apart(plan)
 
 
-def _pad_ranks(modules: Mapping[str, ModuleAdapter]) -> dict[str, ModuleAdapter]:
-    """Returns the adapters padded with zeros to the least rank that vLLM supports."""
-    most = max(module.a.shape[-1] for module in modules.values())
-    r = next(n for n in VLLM_RANKS if n >= most)
-    padded = {}
-    for name, (a, b, scale, _) in modules.items():
-        more = (0, r - a.shape[-1])
-        a, b = np.pad(a, ((0, 0), more)), np.pad(b, (more, (0, 0)))
-        padded[name] = ModuleAdapter(a, b, scale)
-    return padded
-
-
 def _factor_tensors(
     plan: ModulePlan,
     adapters: Mapping[Path, LowRank[np.ndarray]],
@@ -243,6 +254,12 @@ def _factor_tensors(
                 m = m.reshape(kind.magnitude_shape(len(m), inputs))
                 key += MAGNITUDE_SUFFIX
                 tensors[key] = as_dtype(key, m, dtype)
+    for name in sorted(modules.keys() - plan.adapted_modules):  # those of zeros
+        a, b, *_ = modules[name]
+        both = LINEAR.factors_to_torch(a, b, a.shape[:1])
+        for suffix, x in zip(LINEAR.suffixes, both, strict=True):
+            key = PREFIX + name + suffix
+            tensors[key] = as_dtype(key, x, dtype)
     return tensors
 
 
@@ -319,9 +336,3 @@ def _bias(plan: ModulePlan, adapted: Container[str]) -> str:
     if not names:
         return "none"
     return "lora_only" if all(name in adapted for name in names) else "all"
-
-
-def _alpha(scale: float, r: int) -> float:
-    """Returns the shortest number whose quotient by r is the scale, a float32."""
-    alphas = (float(f"{scale * r:.{digits}g}") for digits in range(1, 18))
-    return next(x for x in alphas if np.float32(x / r) == np.float32(scale))

@@ -214,7 +214,7 @@ def _changes(
     for path, adapter in of_rank(adapters).items():
         leaf, tensors = sources[path].leaf, sources[path].tensors
         arrays = adapter.map(leaves.__getitem__)
-        modules = split_adapter(leaf, arrays, fold=False)
+        modules = split_adapter(leaf, arrays)
         for name, part in leaf.modules.items():
             if name in tensors and name in modules:
                 values, places = known[path][name]

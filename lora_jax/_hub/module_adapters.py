@@ -47,15 +47,14 @@ def factor_shapes(weight: MappedLeaf, name: str, r: int) -> tuple[Shape, Shape]:
 
 
 def split_adapter(
-    weight: MappedLeaf, adapter: LowRank[np.ndarray], *, fold: bool
+    weight: MappedLeaf, adapter: LowRank[np.ndarray]
 ) -> dict[str, ModuleAdapter]:
     """Returns the adapter of each module of a weight.
 
     A rank that does nothing for a module, and cannot learn to, is left out: the padding
     of a stack, or a rank that only another module of a fused weight uses. A module
     without any rank is left out, too. With DoRA all ranks stay, because the magnitude
-    changes a module even where its ranks do nothing. `fold` multiplies the scale into
-    b.
+    changes a module even where its ranks do nothing.
     """
     a, b, scale, *magnitude = _as_matrices(weight, adapter)
     keep_all = bool(magnitude) or not (a.any() or b.any())
@@ -74,7 +73,7 @@ def split_adapter(
         if not used.any():
             continue
         x, y = x[..., used], y[..., used, :]
-        if fold or np.ptp(s):  # PEFT has one scale for all experts of a parameter
+        if np.ptp(s):  # PEFT has one scale for all experts of a parameter
             wide = np.result_type(y.dtype, np.float32)
             y = y.astype(wide) * s[..., None, None].astype(wide)
             s = np.ones_like(s)

@@ -206,6 +206,11 @@ def map_path(path: Path) -> str:
     return path_name(path).removeprefix("params/")
 
 
+def last_part(name: str) -> str:
+    """Returns the last part of a module's name, "q_proj" of "layers.0.q_proj"."""
+    return name.rpartition(".")[2]
+
+
 def escape_braces(name: str) -> str:
     """Returns the template that `str.format` turns into this name."""
     return re.sub(r"([{}])", r"\1\1", name)

@@ -614,57 +614,23 @@ def test_import_peft_after_the_same_step_of_training(
     assert np.abs(first - last).max() > 1e-3
 
 
-# vLLM's checks of a folder: vllm/lora/peft_helper.py, lora_model.py and utils.py.
-LLAMA_LORA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
-LLAMA_LORA |= {"down_proj", "embed_tokens", "lm_head"}
-
-
-def check_vllm(folder, expected_modules):
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
-    assert config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    assert config.get("bias", "none") == "none"
-    for field in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern"):
-        assert not config.get(field)
-    with safetensors.safe_open(folder / "adapter_model.safetensors", "numpy") as file:
-        ranks, modules = set(), {}
-        for key in file.keys():
-            *module, part, end = key.removeprefix("base_model.model.").split(".")
-            if end == "weight":
-                assert part in ("lora_A", "lora_B")
-            else:
-                assert end in ("lora_embedding_A", "lora_embedding_B")
-                module, part = [*module, part], end
-            x = file.get_tensor(key)
-            assert (
-                key.startswith("base_model.model.") and module[-1] in expected_modules
-            )
-            assert x.ndim == 2 and x.dtype.name in ("float32", "bfloat16")
-            modules.setdefault(".".join(module), set()).add(part[-1])
-            ranks.add(x.shape["AB".index(part[-1])])
-    assert ranks == {config["r"]}
-    assert all(parts == {"A", "B"} for parts in modules.values())
-    assert sorted(modules) == sorted(config["target_modules"])
-    return config
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_export_peft_portable(tmp_path, randomized):
+def test_export_peft_for_all_is_loaded_by_peft(tmp_path, randomized):
+    """One rank, one alpha, and zeros for what has no adapter, on PEFT itself."""
     config = MODELS["LlamaForCausalLM"]
     model = transformers.FlaxLlamaForCausalLM(config)
     module = from_flax("LlamaForCausalLM", model.params)
     fn = lambda params, ids: model(ids, params=params).logits
     ranks = {"q_proj": 2, "mlp": 3, "*": 1}
     axes = lj.find_axes(fn, model.params, np.ones((1, 4), int))
-    params = lj.lorafy(model.params, ranks, alpha={"mlp": 0.7, "*": 3}, axes=axes)
-    params = randomized(params)
+    alphas, exclude = {"mlp": 0.7, "*": 3}, ["v_proj", "gate_proj"]
+    options = dict(alpha=alphas, axes=axes, exclude=exclude)
+    params = randomized(lj.lorafy(model.params, ranks, **options))
     names = lj.transformers_names(params)
-    for dtype in (None, "bfloat16"):
-        lj.export_peft(
-            tmp_path, params, names, portable=True, dtype=dtype, task_type="CAUSAL_LM"
-        )
-        assert check_vllm(tmp_path, LLAMA_LORA)["r"] == 8
-    lj.export_peft(tmp_path, params, names, portable=True, base_model="llama")
+    every = ("vllm", "sglang", "llama.cpp")
+    lj.export_peft(tmp_path, params, names, for_=every, base_model="llama")
+    patterns = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not patterns["rank_pattern"] and not patterns["alpha_pattern"]
     ids = np.random.default_rng(0).integers(0, 17, (2, 6))
     got, want = run(loaded(module, tmp_path), ids), lj.lora(fn)(params, ids)
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
