@@ -68,7 +68,9 @@ def check_consumers(
 
 def _copies(row: Consumer, plan: ModulePlan) -> Problems:
     """Yields what is trained in full, unless it is the one module that is loaded."""
-    advice = f"Leave it out of also= in lorafy. {MERGE}"
+    advice = (
+        "Leave it out of also= in lorafy, write the merged model with export_weights"
+    )
     for path in plan.biases:
         if not row.biases:
             yield path, "it loads no biases without their modules", advice
@@ -156,4 +158,5 @@ def _ranks(row: Consumer, plan: ModulePlan, leaves: Mapping[Path, Any]) -> Probl
         r = unbox(leaves[adapter_of(path).a]).shape[-1]
         if row.max_rank is not None and r > row.max_rank:
             why = f"it loads ranks up to {row.max_rank}, not {r}"
-            yield path, why, f"Write params = resize(params, {row.max_rank})"
+            smaller = f"{{{path_name(path)!r}: {row.max_rank}}}"
+            yield path, why, f"Write params = resize(params, {smaller})"

@@ -287,6 +287,6 @@ RULES: dict[str, Callable[[Consumer], str]] = {
     ),
     "experts in one parameter": lambda row: _yes("experts" in row.kinds),
     "DoRA": lambda row: _yes(row.dora),
-    "trained in full, by `also=`": _copies,
+    "modules or rows of tables trained in full, by `also=`": _copies,
     "biases without their modules": lambda row: _yes(row.biases),
 }

@@ -257,7 +257,7 @@ def _factor_tensors(
                 m = m.reshape(kind.magnitude_shape(len(m), inputs))
                 key += MAGNITUDE_SUFFIX
                 tensors[key] = as_dtype(key, m, dtype)
-    for name in modules.keys() - plan.adapted_modules:  # those of zeros
+    for name in sorted(modules.keys() - plan.adapted_modules):  # those of zeros
         a, b, *_ = modules[name]
         both = LINEAR.factors_to_torch(a, b, a.shape[:1])
         for suffix, x in zip(LINEAR.suffixes, both, strict=True):

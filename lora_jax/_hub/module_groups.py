@@ -46,22 +46,22 @@ def module_groups(
         does not fit those of its group.
     """
     adapted = dict(_adapted_sizes(plan))
-    elements: dict[str, int] = {}  # of the other weights, which few exports need
+    others: dict[str, tuple[Path, int]] = {}  # which few exports need
     found = []
     for row, group in groups:
         for prefix, first in _prefixes(group, adapted).items():
             members = _members(group, prefix, adapted)
             if group.of_experts or not adapted.keys() >= {*members}:
-                elements = elements or dict(_other_weights(plan, leaves, names, axes))
-                members = _members(group, prefix, [*adapted, *elements])
+                others = others or dict(_other_modules(plan, leaves, names, axes))
+                members = _members(group, prefix, [*adapted, *others])
             sizes = {}
             for name in members:
                 if name in adapted:
                     sizes[name] = adapted[name]
-                elif name in elements:
-                    sizes[name] = _sizes(group, name, elements[name], first, adapted)
+                elif name in others:
+                    sizes[name] = _sizes(group, name, *others[name], first, adapted)
                 elif not _may_be_absent(group, name, modules):
-                    raise ValueError(_missing(row, name, first, plan))
+                    raise ValueError(_missing(row, group, name, first, plan))
             found.append(ModuleGroup(sizes, group.of_experts))
     return found
 
@@ -97,13 +97,13 @@ def _members(group: Group, prefix: str, names: Iterable[str]) -> list[str]:
     return [f"{prefix}{i}.{last}" for i in experts for last in group.modules]
 
 
-def _other_weights(
+def _other_modules(
     plan: ModulePlan,
     leaves: Mapping[Path, Any],
     names: Names,
     axes: Mapping[Path, Axes],
-) -> Iterator[tuple[str, int]]:
-    """Yields the number of elements of each named module without an adapter."""
+) -> Iterator[tuple[str, tuple[Path, int]]]:
+    """Yields the weight and the elements of each named module without an adapter."""
     for path, leaf in leaves.items():
         if path in plan.adapted or is_adapter(path) or not is_adaptable(path, leaf):
             continue
@@ -115,7 +115,7 @@ def _other_weights(
         size = math.prod(shape) // math.prod(stack)
         for _, parts in each_index(path, named, stack):
             for name, width in zip(parts, widths, strict=True):
-                yield name, size * width // sum(widths)
+                yield name, (path, size * width // sum(widths))
 
 
 def _stacked_dims(
@@ -132,6 +132,7 @@ def _stacked_dims(
 def _sizes(
     group: Group,
     name: str,
+    path: Path,
     elements: int,
     first: str,
     adapted: Mapping[str, tuple[int, int]],
@@ -144,9 +145,9 @@ def _sizes(
     n_in = adapted[first][turned]
     if elements % n_in:
         raise ValueError(
-            f"{name!r} has {elements} elements, and would have {n_in} inputs as "
-            f"{first!r} shows. Correct names, or write axes=find_axes(fn, params, "
-            "*args)."
+            f"{path_name(path)!r} is {name!r} by its name, of {elements} elements, and "
+            f"{first!r} shows that it has {n_in} inputs. Correct names, or write "
+            "axes=find_axes(fn, params, *args)."
         )
     return n_in, elements // n_in
 
@@ -158,12 +159,17 @@ def _may_be_absent(group: Group, name: str, modules: Container[str] | None) -> b
     return last in group.implied or (known and last in group.optional)
 
 
-def _missing(row: Consumer, name: str, first: str, plan: ModulePlan) -> str:
+def _missing(
+    row: Consumer, group: Group, name: str, first: str, plan: ModulePlan
+) -> str:
     """Returns the message about a module that names does not have."""
     path = next(path for path, leaf in plan.adapted.items() if first in leaf.modules)
+    absent = "if the model has none, pass its modules=, " * (
+        last_part(name) in group.optional
+    )
     return (
         f"{path_name(path)!r} is {first!r}, which {row.title} {row.version} loads only "
         f"together with {name!r}, and names gives that name to no weight. Add the "
-        f"weight to names, so that zeros of its size can be written, or leave "
+        f"weight to names, so that zeros of its size can be written, {absent}or leave "
         f"{row.name!r} out of for_."
     )
