@@ -66,12 +66,23 @@ def pytest_configure(config):
                 break
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the benchmarks, which the default run excludes."""
+    """Marks the tests of the benchmarks, and runs slow tests first.
+
+    `-m` excludes tests within the yield. Of what remains pytest-xdist gives the first
+    half to one worker and the second half to the other, which steal from the ends of
+    each other's lists. So both begin with slow tests: at the end of a list, one of them
+    would run alone.
+    """
     for item in items:
         if TESTS / "benchmarks" in item.path.parents:
             item.add_marker("benchmarks")
+    yield
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    half = len(items) // 2 - len(slow[::2])
+    items[:] = [*slow[::2], *rest[:half], *slow[1::2], *rest[half:]]
 
 
 @pytest.fixture
