@@ -88,9 +88,10 @@ def export_peft(
     The PyTorch model with the folder computes what `lora(fn)` does with `params`, up to
     rounding. Ranks and scales that differ become PEFT's `rank_pattern` and
     `alpha_pattern`, exactly. Other programs read this format in part: `for_` names
-    those that the folder is for. The folder is written completely or not at all. If JAX
-    runs as several processes, all of them call this, with a folder that all of them
-    see; the first one writes.
+    those that the folder is for. The folder is written completely or not at all: if the
+    process is killed, `import_peft` and the next export find the old adapter or the new
+    one. If JAX runs as several processes, all of them call this, with a folder that all
+    of them see; the first one writes.
 
     Args:
       folder: The folder to write. An old export is replaced, and files of other names,

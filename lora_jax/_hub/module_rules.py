@@ -20,6 +20,9 @@ from lora_jax._hub.name_expressions import NameTest, compile_expression
 SIMPLE = re.compile(r"(\^?)((?:[\w-]|\.|\\[^\w\s])*)")
 
 
+MOST_EXPRESSIONS = 1000  # in one field, since each name is compared with each of them
+
+
 class ModuleRules(NamedTuple):
     """The rules of a config, each a function of the name of a module."""
 
@@ -226,6 +229,8 @@ def _index(entries: Iterable[str]) -> _Index:
         found = SIMPLE.fullmatch(entry)
         if found is None:
             index.expressions[i] = entry
+            if len(index.expressions) > MOST_EXPRESSIONS:
+                raise ValueError(f"has more than {MOST_EXPRESSIONS} expressions")
             continue
         text, dots = "", []
         for escaped, character in re.findall(r"\\(.)|(.)", found[2]):

@@ -92,8 +92,8 @@ def write_folder(
     """Writes both files of an adapter into a folder from `adapter_folder`."""
     with new_files(path) as folder:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(os.path.join(folder, CONFIG_FILE), "xb") as file:
+            file.write(text.encode())
         # In the order of the library safetensors, in which all data are aligned.
         order = lambda entry: (-entry.itemsize, entry.name)
         entries = [Entry(name, x.shape, x.dtype.name) for name, x in tensors.items()]

@@ -87,6 +87,10 @@ def test_trained_rows_and_unmatched_rows():
         ({"rank_pattern": {"q": 1, "(": 1}}, "rank_pattern that is no pattern"),
         ({"alpha_pattern": {r"(q)\1": 1}}, r"alpha_pattern that has .*not supported"),
         ({"exclude_modules": "(?i)q"}, "exclude_modules that has the group"),
+        (
+            {"rank_pattern": dict.fromkeys(map("{}.*".format, range(1001)), 1)},
+            "more than",
+        ),
         ({"modules_to_save": ["["]}, "modules_to_save that is no pattern"),
         ({"layers_pattern": ["h", "(a+)+"]}, r"layers_pattern '\(a\+\)\+', and"),
     ],

@@ -1,5 +1,7 @@
 """Maps of names: patterns with stars, stacks, parts, and errors in them."""
 
+import random
+
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +12,7 @@ from lora_jax._hub.names import (
     each_index,
     match_stars,
     module_names,
+    name_finder,
 )
 
 PATHS = [
@@ -49,6 +52,25 @@ def test_module_names_uses_the_first_pattern_that_matches():
     assert module_names(names, PATHS[0]) == ModuleNames(("first.query",), None, 0, 0)
     assert module_names(names, PATHS[1]) == ModuleNames(("l.attn.10.q",), None, 0, 1)
     assert module_names(names, PATHS[2]) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_name_finder_takes_the_first_pattern_that_match_stars_does(seed):
+    rng = random.Random(seed)
+    parts = ["params", "layers", "0", "1", "q", "kernel", "a.b"]
+    draw = lambda: [rng.choice(parts) for _ in range(rng.randint(1, 4))]
+    paths = [tuple(draw()) for _ in range(40)]
+    texts = ["/".join(draw()) for _ in range(30)]
+    patterns = [
+        t.replace(rng.choice("01qk"), "*") if i % 3 else t for i, t in enumerate(texts)
+    ]
+    names = {pattern: "m" for pattern in patterns}
+    find = name_finder(names)
+    for path in paths:
+        matched = [match_stars(pattern, path) is not None for pattern in names]
+        named = find(path)
+        assert (named is not None) == any(matched)
+        assert named is None or named.order == matched.index(True)
 
 
 def test_module_names_from_a_function_of_the_path():
