@@ -169,7 +169,10 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
 
 def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
     """Returns the axes of a stacked weight, by Flax's names for one of the stack."""
-    near = {other: unbox(leaves.get(other)) for other in paths_of_axes(path)}
+    # The names of others matter only beyond two dimensions.
+    needs_others = len(unbox(leaves[path]).shape) > stacked + 2
+    paths = paths_of_axes(path) if needs_others else [path]
+    near = {other: unbox(leaves.get(other)) for other in paths}
     one = {
         other: np.broadcast_to(np.float32(0), x.shape[stacked:])
         for other, x in near.items()
