@@ -81,7 +81,8 @@ def _copies(row: Consumer, plan: ModulePlan) -> Problems:
         for name, part in leaf.modules.items():
             first = first or name
             if name not in row.copies or part.kind not in (LINEAR, VECTOR):
-                loaded = f"only {' or '.join(row.copies)}" if row.copies else "nothing"
+                loaded = " or ".join(row.copies)
+                loaded = f"only a linear {loaded}" if loaded else "nothing"
                 yield path, f"it loads {loaded} in full, and this is {name!r}", advice
             if name != first:
                 yield path, f"it loads one module in full, and has {first!r}", advice

@@ -585,10 +585,9 @@ def test_export_peft_completes_experts(tmp_path, randomized, for_, ranks):
     params, names = experts(**ranks)
     params = randomized(params)
     if "gate" in ranks:  # an expert with fewer ranks, and one without any
-        for leaf, axis in (("lora_a", -1), ("lora_b", -2)):
-            x = np.array(params["gate"][leaf]).swapaxes(axis, 0)
-            x[1, ..., 1] = 0
-            params["gate"][leaf] = jax.device_put(x.swapaxes(axis, 0))
+        a, b = (np.array(params["gate"][f"lora_{x}"]) for x in "ab")
+        a[1, :, 1] = b[1, 1] = a[2] = b[2] = 0
+        params["gate"] |= dict(lora_a=jax.device_put(a), lora_b=jax.device_put(b))
     lj.export_peft(tmp_path, params, names, for_=for_)
     got = LOADERS[for_](tmp_path)
     assert got.keys() == EXPERT_SIZES.keys()
@@ -597,7 +596,10 @@ def test_export_peft_completes_experts(tmp_path, randomized, for_, ranks):
 
 
 @pytest.mark.parametrize("for_", LOADERS)
-def test_export_peft_completes_experts_of_separate_leaves(tmp_path, randomized, for_):
+@pytest.mark.parametrize("targets", ["1/up", "1"])
+def test_export_peft_completes_experts_of_separate_leaves(
+    tmp_path, randomized, for_, targets
+):
     base = {f"{i}": {"up": {"kernel": draw(6, 5)}} for i in range(3)}
     for i in range(3):
         base[f"{i}"] |= {
@@ -605,10 +607,12 @@ def test_export_peft_completes_experts_of_separate_leaves(tmp_path, randomized, 
             "down": {"kernel": draw(5, 6)},
         }
     names = {"*/*/kernel": "model.layers.0.mlp.experts.{}.{}_proj"}
-    params = randomized(lj.lorafy(base, 2, targets="1/up"))
+    params = randomized(lj.lorafy(base, 2, targets=targets))
     lj.export_peft(tmp_path, params, names, for_=for_)
     got = LOADERS[for_](tmp_path)
     assert got.keys() == EXPERT_SIZES.keys()
+    if targets != "1/up":
+        return
     update = (
         np.asarray(lj.merge(params)["1"]["up"]["kernel"]) - base["1"]["up"]["kernel"]
     )
@@ -664,7 +668,15 @@ REFUSED = {
     ),
     "copies": (
         *("vllm", also(norm), {"norm": "model.norm"}, {}),
-        "'norm/scale' cannot.*loads only classifier or score in full, and this is 'mo",
+        "'norm/scale' cannot.*only a linear classifier or score in full, and this",
+    ),
+    "a copy of another kind": (
+        *("vllm", also({"score": {"kernel": draw(3, 3, 6, 4)}}), {"score": "score"}),
+        {
+            "kinds": {"score": "conv"},
+            "axes": {"score/kernel": lj.Axes((), (0, 1, 2), (3,))},
+        },
+        "only a linear classifier or score in full, and this is 'score'",
     ),
     "two copies": (
         *("vllm", also(score), {"score": "score", "classifier": "classifier"}, {}),
@@ -715,11 +727,8 @@ REFUSED = {
 
 
 # What another rule refuses for others.
-ALSO = {
-    "copies": [["llama.cpp"]],
-    "two copies": [["llama.cpp"]],
-    "any copy": [["vllm"]],
-}
+ALSO = {"any copy": "vllm", "copies": "llama.cpp", "two copies": "llama.cpp"}
+ALSO["a copy of another kind"] = "llama.cpp"
 
 
 @pytest.mark.parametrize("rule", REFUSED)
@@ -738,7 +747,7 @@ def test_export_peft_refuses_what_a_program_does_not_load(tmp_path, randomized, 
         assert f"leave {for_!r} out of for_" in str(error.value)
         assert not list(tmp_path.iterdir())
     lj.export_peft(tmp_path / "out", params, names, **options)  # PEFT loads it
-    for for_ in {"vllm", "llama.cpp"}.difference(programs.split(), *ALSO.get(rule, ())):
+    for for_ in {"vllm", "llama.cpp"} - {*programs.split(), ALSO.get(rule)}:
         lj.export_peft(tmp_path / "out", params, names, for_=for_, **options)
 
 
@@ -896,7 +905,7 @@ def test_vllm_itself_stacks_the_experts_of_an_export(tmp_path, randomized):
 
 
 # Refused when the model gets the adapter, which needs a GPU.
-LATER = ("experts in one parameter",)
+LATER = ("experts in one parameter", "a copy of another kind")
 
 
 @pytest.mark.parametrize(
