@@ -668,11 +668,14 @@ REFUSED = {
     ),
     "copies": (
         *("vllm", also(norm), {"norm": "model.norm"}, {}),
-        "'norm/scale' cannot.*only a linear classifier or score in full, and this is",
+        "'norm/scale' cannot.*only a linear classifier or score in full, and this",
     ),
     "a copy of another kind": (
         *("vllm", also({"score": {"kernel": draw(3, 3, 6, 4)}}), {"score": "score"}),
-        {"kinds": {"score": "conv"}},
+        {
+            "kinds": {"score": "conv"},
+            "axes": {"score/kernel": lj.Axes((), (0, 1, 2), (3,))},
+        },
         "only a linear classifier or score in full, and this is 'score'",
     ),
     "two copies": (
@@ -724,12 +727,8 @@ REFUSED = {
 
 
 # What another rule refuses for others.
-ALSO = {
-    "any copy": [["vllm"]],
-    "copies": [["llama.cpp"]],
-    "two copies": [["llama.cpp"]],
-    "a copy of another kind": [["llama.cpp"]],
-}
+ALSO = {"any copy": "vllm", "copies": "llama.cpp", "two copies": "llama.cpp"}
+ALSO["a copy of another kind"] = "llama.cpp"
 
 
 @pytest.mark.parametrize("rule", REFUSED)
@@ -748,7 +747,7 @@ def test_export_peft_refuses_what_a_program_does_not_load(tmp_path, randomized, 
         assert f"leave {for_!r} out of for_" in str(error.value)
         assert not list(tmp_path.iterdir())
     lj.export_peft(tmp_path / "out", params, names, **options)  # PEFT loads it
-    for for_ in {"vllm", "llama.cpp"}.difference(programs.split(), *ALSO.get(rule, ())):
+    for for_ in {"vllm", "llama.cpp"} - {*programs.split(), ALSO.get(rule)}:
         lj.export_peft(tmp_path / "out", params, names, for_=for_, **options)
 
 
