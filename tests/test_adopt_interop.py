@@ -437,7 +437,7 @@ def test_adopt_of_a_checkpoint_of_tunix(qwen3, tmp_path):
 
 
 def test_as_qwix_is_read_by_tunix(qwen3, tmp_path):
-    """Its exporter, its checkpoints and its sampler take the factors."""
+    """Its exporter and its sampler take the factors."""
     transformers = pytest.importorskip("transformers")
     exporter = pytest.importorskip("tunix.models.qwen3.params")
     if not hasattr(exporter, "save_lora_merged_model_as_safetensors"):
