@@ -18,11 +18,16 @@ from lora_jax._adapters import (
     copy_of,
     find_adapters,
     is_adapter,
+    scale_of_ranks,
     without_adapters,
 )
 from lora_jax._checks import check_base, check_values, layout_of
-from lora_jax._engine.dtypes import wider
-from lora_jax._leaves import adapter_leaves, input_norms, trained_copy
+from lora_jax._leaves import (
+    adapter_leaves,
+    input_norms,
+    of_one_dtype,
+    trained_copy,
+)
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -99,7 +104,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
                 for tree, x in zip(leaves, each, strict=True)
             ]
             new[copy_of(path).w] = trained_copy(
-                leaf, jnp.stack(_of_one_dtype(copies)), stack=len(trees)
+                leaf, jnp.stack(of_one_dtype(copies)), stack=len(trees)
             )
         else:
             arrays = [
@@ -239,18 +244,18 @@ def _padded(
         edges[axis] = (0, r - x.shape[axis])
         return jnp.pad(x, edges)
 
-    padded = [
-        dataclasses.replace(adapter, a=pad(adapter.a, -1), b=pad(adapter.b, at))
-        for adapter in (nothing if adapter is None else adapter for adapter in each)
-    ]
-    parts = (jnp.stack(_of_one_dtype(xs)) for xs in zip(*padded, strict=True))
-    return LowRank(*parts, axes=first.axes, aligned=first.aligned)
+    rank_scales = any(adapter.rank_scales for adapter in given)
 
+    def widened(adapter: LowRank[Any]) -> LowRank[Any]:
+        scale = adapter.scale
+        if rank_scales:
+            scale = pad(scale_of_ranks(adapter), -1)
+        a, b = pad(adapter.a, -1), pad(adapter.b, at)
+        return dataclasses.replace(adapter, a=a, b=b, scale=scale)
 
-def _of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:
-    dtypes = {x.dtype for x in xs}
-    dtype = dtypes.pop() if len(dtypes) == 1 else wider(*dtypes)
-    return [x.astype(dtype) for x in xs]
+    padded = [widened(nothing if adapter is None else adapter) for adapter in each]
+    parts = (jnp.stack(of_one_dtype(xs)) for xs in zip(*padded, strict=True))
+    return LowRank(*parts, **first.layout | {"rank_scales": rank_scales})
 
 
 def _no_stack(path: Path) -> str:
