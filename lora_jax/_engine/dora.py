@@ -27,13 +27,20 @@ from lora_jax._engine.quantized import is_quantized, spread, widened
 
 
 def from_leaves(
-    w: Any, a: Any, b: Any, scale: Any, magnitude: Any = None, *, name: str = ""
+    w: Any,
+    a: Any,
+    b: Any,
+    scale: Any,
+    magnitude: Any = None,
+    *,
+    name: str = "",
+    gates: bool = False,
 ) -> Factors:
     """`Factors` from the leaves of a tree, those of DoRA or of LoRA.
 
     Where the norm is zero there is nothing to divide, and the weight is zero.
     """
-    return with_magnitude(align(w, a, b, scale, name), magnitude)
+    return with_magnitude(align(w, a, b, scale, name, gates=gates), magnitude)
 
 
 def with_magnitude(f: Factors, magnitude: Any) -> Factors:

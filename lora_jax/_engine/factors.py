@@ -95,9 +95,16 @@ def is_factors(x: Any) -> bool:
     return isinstance(x, Factors)
 
 
-def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
-    """`Factors` from the leaves of a tree, in either of the two layouts."""
+def align(
+    w: Any, a: Any, b: Any, scale: Any, name: str = "", *, gates: bool = False
+) -> Factors:
+    """`Factors` from the leaves of a tree, in either of the two layouts.
+
+    The scale is a setting, not a parameter: its gradient is zero whatever a filter
+    trains, unless it holds gates, which are the output of a function.
+    """
     a, b, scale = _aligned(a, b, scale, w.shape)
+    scale = scale if gates else lax.stop_gradient(scale)
     return Factors(w, a, b, scale, WeightName((name,)))
 
 
@@ -131,8 +138,7 @@ def _aligned(
         for n, i, o in zip(shape, a.shape[:-1], b.shape[:-1], strict=True)
     ]
     scales = a.shape[-1] if scale.size > size(sizes) else 1
-    # A setting, not a parameter: its gradient is zero whatever a filter trains.
-    return a, b, lax.stop_gradient(jnp.reshape(scale, (*sizes, scales)))
+    return a, b, jnp.reshape(scale, (*sizes, scales))
 
 
 def delta(f: Factors) -> jax.Array:
