@@ -54,6 +54,7 @@ from lora_jax._arithmetic import rescale as rescale
 from lora_jax._stack import in_axes as in_axes
 from lora_jax._stack import stack as stack
 from lora_jax._stack import take as take
+from lora_jax._mix import mix as mix
 from lora_jax._svd import Kept as Kept
 from lora_jax._svd import extract as extract
 from lora_jax._svd import kept as kept

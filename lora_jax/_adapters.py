@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from lora_jax._layouts import find_foreign
@@ -63,6 +64,7 @@ class LowRank(Generic[T]):
         `UNKNOWN` in a record of paths that does not come from a tree.
       aligned: Whether both factors have every dimension of the weight, and the rank
         last: the layout for weights that are not stored as (batch, inputs, outputs).
+      rank_scales: Whether the scale has the rank as its last dimension.
     """
 
     a: T
@@ -72,6 +74,7 @@ class LowRank(Generic[T]):
     _: dataclasses.KW_ONLY
     axes: Axes = UNKNOWN
     aligned: bool = False
+    rank_scales: bool = False
 
     def __iter__(self) -> Iterator[T]:
         yield from (self.a, self.b, self.scale)
@@ -80,7 +83,13 @@ class LowRank(Generic[T]):
 
     def map(self, fn: Callable[[T], U]) -> "LowRank[U]":
         """Applies a function to each leaf, and keeps the axes."""
-        return LowRank(*map(fn, self), axes=self.axes, aligned=self.aligned)
+        return LowRank(*map(fn, self), **self.layout)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What the shapes of the leaves say, by the names of the fields."""
+        fields = "axes", "aligned", "rank_scales"
+        return {name: getattr(self, name) for name in fields}
 
     @property
     def trained(self) -> tuple[T, ...]:
@@ -117,11 +126,22 @@ def arrays_of(adapter: LowRank[Path], leaves: Mapping[Path, Any]) -> LowRank[Any
     return adapter.map(lambda path: unbox(leaves[path]))
 
 
+def scale_of_ranks(adapter: LowRank[Any]) -> jax.Array:
+    """Returns the scale of each rank, (batch..., r)."""
+    if adapter.rank_scales:
+        return adapter.scale
+    scale, r = jnp.asarray(adapter.scale), adapter.a.shape[-1]
+    return jnp.broadcast_to(scale[..., None], (*scale.shape, r))
+
+
 def with_axes(adapter: LowRank[T], w: Shape, shapes: LowRank[Shape]) -> LowRank[T]:
     """Infers the axes of a weight of shape `w` from the shapes of its adapter."""
-    aligned = len(shapes.a) == len(w) + 1
+    axes = axes_of_shapes(w, *shapes)
     return dataclasses.replace(
-        adapter, axes=axes_of_shapes(w, *shapes), aligned=aligned
+        adapter,
+        axes=axes,
+        aligned=len(shapes.a) == len(w) + 1,
+        rank_scales=len(shapes.scale) > len(axes.batch),
     )
 
 
@@ -338,7 +358,7 @@ def fits(w: Shape, *shapes: Shape) -> bool:
     if not (adapter.aligned or (adapter.axes.inputs and adapter.axes.outputs)):
         return False
     sizes = dict(enumerate(w)) | {RANK: adapter.a[-1], ABSENT: 1}
-    dims = factor_dims(adapter.axes, w, aligned=adapter.aligned)
+    dims = factor_dims(w, **adapter.layout)
     pairs = zip(adapter, dims, strict=False)
     return all(shape == tuple(sizes[d] for d in found) for shape, found in pairs)
 
@@ -359,18 +379,21 @@ def axes_of_shapes(w: Shape, a: Shape, b: Shape, scale: Shape, *_: Shape) -> Axe
     return Axes(dims[:n_batch], dims[n_batch : len(a) - 1], dims[len(a) - 1 :])
 
 
-def factor_dims(axes: Axes, shape: Shape, *, aligned: bool) -> LowRank[Shape]:
+def factor_dims(
+    shape: Shape, axes: Axes, *, aligned: bool, rank_scales: bool = False
+) -> LowRank[Shape]:
     """Returns the weight's dimension for each dimension of an adapter's leaves."""
     batch, inputs, outputs = axes
+    ranks = (RANK,) * rank_scales
     if not aligned:
         a, b = (*batch, *inputs, RANK), (*batch, RANK, *outputs)
-        return LowRank(a, b, batch, (*batch, *outputs))
+        return LowRank(a, b, (*batch, *ranks), (*batch, *outputs))
     # A dimension of size 1 is in neither factor: shapes could not show in which.
     a, b = (
         [d if d in kept and n > 1 else ABSENT for d, n in enumerate(shape)]
         for kept in ((*batch, *inputs), (*batch, *outputs))
     )
-    scale = tuple(d if shape[d] > 1 else ABSENT for d in batch)
+    scale = (*(d if shape[d] > 1 else ABSENT for d in batch), *ranks)
     return LowRank((*a, RANK), (*b, RANK), scale, tuple(d for d in b if d != ABSENT))
 
 

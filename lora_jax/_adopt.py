@@ -158,7 +158,7 @@ def adopt(
 def _values(w: Any, a: Any, b: Any, scale: Number, read: Reading) -> LowRank[Any]:
     """Returns the arrays of an adapter in our order, abstract if the factors are."""
     axes, aligned = read.axes, not read.axes.standard
-    dims = factor_dims(axes, w.shape, aligned=aligned).scale
+    dims = factor_dims(w.shape, axes, aligned=aligned).scale
     shape = tuple(1 if d == ABSENT else w.shape[d] for d in dims)
 
     def arrays(a: Any, b: Any) -> tuple[Any, Any, Any]:

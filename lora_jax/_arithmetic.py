@@ -16,13 +16,14 @@ from lora_jax._adapters import (
     arrays_of,
     copy_of,
     find_adapters,
+    scale_of_ranks,
     without_adapters,
 )
 from lora_jax._checks import check_base, check_values, layout_of
 from lora_jax._engine.dtypes import wider
 from lora_jax._engine.factors import align, delta
 from lora_jax._engine.quantized import dequantize
-from lora_jax._leaves import adapter_leaves, trained_copy
+from lora_jax._leaves import adapter_leaves, of_one_dtype, trained_copy
 from lora_jax._patterns import by_pattern
 from lora_jax._tree import (
     Path,
@@ -56,8 +57,8 @@ def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
     Returns:
       A tree with the containers and the base of the first. Where only one tree adapts a
       weight, its factors are shared and its scale is multiplied. Where several do,
-      `lora_a` is the concatenation of theirs, `lora_b` that of theirs times c_i s_i, in
-      float32 or wider, and the scale is 1.
+      `lora_a` and `lora_b` are the concatenations of theirs, and `lora_scale`, of shape
+      (batch..., rank), has c_i s_i for each of their ranks.
 
     Raises:
       ValueError: If there is no tree, or not one weight for each tree; if the bases
@@ -103,7 +104,7 @@ def add(*params: PyTree, weights: Sequence[Number] | None = None) -> PyTree:
             total = _full_sum(w, terms)
             new[copy_of(path).w] = trained_copy(base[path], total)
         else:
-            new |= adapter_leaves(path, base[path], _low_rank_sum(path, w, factored))
+            new |= adapter_leaves(path, base[path], _low_rank_sum(path, factored))
     return unflatten(params[0], base | new)
 
 
@@ -201,24 +202,16 @@ def _full_sum(w: Any, terms: Sequence[Term]) -> jax.Array:
 
 
 def _low_rank_sum(
-    path: Path, w: Any, terms: Sequence[tuple[Number, LowRank[Any]]]
+    path: Path, terms: Sequence[tuple[Number, LowRank[Any]]]
 ) -> LowRank[jax.Array]:
-    """Returns the sum of several low-rank updates, with scales folded into B."""
+    """Returns the sum of several low-rank updates: their ranks, each with its scale."""
     first = terms[0][1]
-    axes, at = layout_of(path, [term for _, term in terms])
+    _, at = layout_of(path, [term for _, term in terms])
     if len(terms) == 1:
         return dataclasses.replace(first, scale=_times(first.scale, terms[0][0]))
-    dtype = wider(*(x.dtype for _, term in terms for x in (term.a, term.b)))
-    folded = []
-    for c, term in terms:
-        b, scale = term.b, term.scale
-        if term.aligned:  # the batch has the dimensions of the weight
-            batch = {*axes.batch}
-            sizes = [*(n if d in batch else 1 for d, n in enumerate(w.shape)), 1]
-        else:
-            sizes = [*scale.shape, *[1] * (b.ndim - scale.ndim)]
-        scale = jnp.reshape(_times(scale, c).astype(dtype), sizes)
-        folded.append(b.astype(dtype) * scale)
-    a = jnp.concatenate([term.a.astype(dtype) for _, term in terms], -1)
-    b, scale = jnp.concatenate(folded, at), jnp.ones_like(first.scale)
-    return dataclasses.replace(first, a=a, b=b, scale=scale)
+    parts = [term for _, term in terms]
+    a = jnp.concatenate(of_one_dtype([term.a for term in parts]), -1)
+    b = jnp.concatenate(of_one_dtype([term.b for term in parts]), at)
+    scales = [_times(scale_of_ranks(term), c) for c, term in terms]
+    scale = jnp.concatenate(of_one_dtype(scales), -1)
+    return dataclasses.replace(first, a=a, b=b, scale=scale, rank_scales=True)

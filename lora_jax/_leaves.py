@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,13 @@ def path_key(key: jax.Array, path: Path) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
 
 
+def of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns arrays in their one dtype, or in float32 or wider if they differ."""
+    dtypes = {x.dtype for x in xs}
+    dtype = dtypes.pop() if len(dtypes) == 1 else wider(*dtypes)
+    return [x.astype(dtype) for x in xs]
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def input_norms(w: Any, inputs: tuple[int, ...]) -> jax.Array:
     """Returns the norm of a weight over its inputs, in float32 or wider."""
@@ -71,7 +78,7 @@ def adapter_leaves(
       stacked: Whether each array has several adapters along its first dimension.
     """
     parts = adapter_of(weight, magnitude=values.magnitude is not None)
-    all_dims = factor_dims(values.axes, unbox(leaf).shape, aligned=values.aligned)
+    all_dims = factor_dims(unbox(leaf).shape, **values.layout)
     new = {}
     for part, kept, value in zip(parts, all_dims, values, strict=False):
         dims = (*[ABSENT] * stacked, *kept)

@@ -51,6 +51,7 @@ def lora(
     dropout: float = 0.0,
     unused: str = "error",
     materialize: str = "warn",
+    gates: bool = False,
 ) -> Callable[P, R]:
     """Makes a function of parameters a function of parameters with adapters.
 
@@ -74,9 +75,9 @@ def lora(
     weights. Where a rounded weight meets the weight itself in any other way
     (`w - q(w)`, `where(q(w) == w, ...)`, a custom rule), W + scale * A B is rounded.
 
-    `lora_scale` is a setting: its gradient is zero. A function with a rule of
-    `jax.custom_jvp` or `jax.custom_vjp` should take a weight as an argument, and not
-    close over it. `jax.experimental.jet` is not supported.
+    `lora_scale` is a setting: its gradient is zero, without `gates`. A function with a
+    rule of `jax.custom_jvp` or `jax.custom_vjp` should take a weight as an argument,
+    and not close over it. `jax.experimental.jet` is not supported.
 
     Args:
       fn: Any function of arrays in JAX, such as `model.apply`.
@@ -92,6 +93,8 @@ def lora(
         or "ignore".
       materialize: What to do where a function needs W + scale * A B itself: "warn" and
         materialize it there, "allow" it without a warning, or raise an "error".
+      gates: Whether gradients flow to `lora_scale`, for a tree that `mix` made of
+        learned weights.
 
     Returns:
       A function of the same arguments, for type checkers too, and of an optional
@@ -134,7 +137,7 @@ def lora(
         key = dropout_key if dropout else None
         run = Run(materialize, float(dropout), key)
         with collect_notes() as notes:
-            results = call(fn, args, kwargs, where, unused, run)
+            results = call(fn, args, kwargs, where, unused, run, gates)
         if materialize == "warn":
             warn(by_weight(notes))
         return results
@@ -149,6 +152,7 @@ def call(
     where: Where,
     unused: str,
     run: Run,
+    gates: bool = False,
 ) -> Any:
     """Calls `fn` on the base of the adapted arguments, evaluated on the factors."""
     _check_transformation(args, kwargs)
@@ -171,7 +175,7 @@ def call(
                 names[i] = name
             if isinstance(adapter, LowRank):
                 parts = (canonical(unbox(leaves[key][p])) for p in (path, *adapter))
-                factors[i] = from_leaves(*parts, name=name)
+                factors[i] = from_leaves(*parts, name=name, gates=gates)
             elif is_quantized(operands[i]):
                 factors[i] = without_adapter(operands[i], name)
 

@@ -215,7 +215,7 @@ def _initial(
     aligned = not axes.standard
     sizes = dict(enumerate(w.shape)) | {RANK: plan.rank, ABSENT: 1}
     values = []
-    dims = factor_dims(axes, w.shape, aligned=aligned)
+    dims = factor_dims(w.shape, axes, aligned=aligned)
     for kept, (kind, fill) in zip(dims, fills, strict=False):
         shape = tuple(sizes[d] for d in kept)
         stacked = shape if stack is None else (stack, *shape)

@@ -54,6 +54,23 @@ def factor_matrices(shape: tuple[int, ...], adapter: LowRank[Any]) -> Matrices:
     )
 
 
+def with_scale_in_b(
+    adapter: LowRank[Any], factors: Matrices
+) -> tuple[LowRank[Any], Matrices]:
+    """Returns an adapter whose ranks have one scale, and its factors as matrices.
+
+    Scales that differ between ranks are multiplied into B, and become 1.
+    """
+    if not adapter.rank_scales:
+        return adapter, factors
+    a, b = factors
+    scale = jnp.reshape(adapter.scale, (*b.shape[:2], 1)).astype(b.dtype)
+    ones = jnp.ones(adapter.scale.shape[:-1], adapter.scale.dtype)
+    return dataclasses.replace(adapter, scale=ones, rank_scales=False), Matrices(
+        a, b * scale
+    )
+
+
 def with_matrices(adapter: LowRank[Any], new: Matrices) -> LowRank[Any]:
     """Returns an adapter with new factors, perhaps of another rank.
 

@@ -12,21 +12,29 @@ from jax.typing import ArrayLike
 from lora_jax._adapters import (
     FullCopy,
     LowRank,
+    adapter_of,
     arrays_of,
     check_adapter,
     check_stack,
     copy_of,
     find_adapters,
+    fits,
     is_adapter,
+    scale_of_ranks,
     without_adapters,
 )
 from lora_jax._checks import check_base, check_values, layout_of
-from lora_jax._engine.dtypes import wider
-from lora_jax._leaves import adapter_leaves, input_norms, trained_copy
+from lora_jax._leaves import (
+    adapter_leaves,
+    input_norms,
+    of_one_dtype,
+    trained_copy,
+)
 from lora_jax._tree import (
     Path,
     PyTree,
     flatten,
+    is_array,
     is_traced,
     path_name,
     unbox,
@@ -99,7 +107,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
                 for tree, x in zip(leaves, each, strict=True)
             ]
             new[copy_of(path).w] = trained_copy(
-                leaf, jnp.stack(_of_one_dtype(copies)), stack=len(trees)
+                leaf, jnp.stack(of_one_dtype(copies)), stack=len(trees)
             )
         else:
             arrays = [
@@ -144,8 +152,8 @@ def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
     adapters = find_adapters(leaves, stacks=True)
     n = check_adapter(leaves, *next(iter(adapters.items())))
     if n is None:
-        raise ValueError(_no_stack(next(iter(adapters.values())).trained[0]))
-    index, valid = _checked(ids, n)
+        raise ValueError(no_stack(next(iter(adapters.values())).trained[0]))
+    index, valid = check_ids(ids, n)
     several = index.shape[0] if index.ndim else None
 
     def where_valid(x: jax.Array, default: jax.Array) -> jax.Array:
@@ -182,7 +190,7 @@ def in_axes(stacked: PyTree) -> PyTree:
 
     Args:
       stacked: A tree from `stack`, from `take` with several indices, or a half of one
-        from `split` or `detach`.
+        from `split` or `detach`; or a tree from `mix`, of which only scales are mapped.
 
     Returns:
       A tree with the same containers, with 0 or `None` for each leaf, boxed or not.
@@ -203,10 +211,25 @@ def in_axes(stacked: PyTree) -> PyTree:
         raise ValueError(
             "These parameters have no adapters. Write params = stack([one, two, ...])."
         )
-    if single := [path for path, x in arrays.items() if not np.ndim(x)]:
-        raise ValueError(_no_stack(single[0]))
-    check_stack({path: x.shape[0] for path, x in arrays.items()})
-    return unflatten(stacked, {path: 0 if path in arrays else None for path in leaves})
+    mapped = _mixed_scales(leaves) or set(arrays)
+    if single := [path for path in mapped if not np.ndim(arrays[path])]:
+        raise ValueError(no_stack(single[0]))
+    check_stack({path: arrays[path].shape[0] for path in mapped})
+    return unflatten(stacked, {path: 0 if path in mapped else None for path in leaves})
+
+
+def _mixed_scales(leaves: Mapping[Path, Any]) -> set[Path]:
+    """Returns the scales of a tree from `mix`: one for each example and each rank."""
+    found = set()
+    for path in leaves:
+        parts = adapter_of(path)
+        if parts.a not in leaves or not is_array(unbox(leaves[path])):
+            continue
+        w, *shapes = (unbox(leaves[p]).shape for p in (path, *parts))
+        a, b, scale = shapes
+        if not fits(w, a, b, scale) and fits(w, a, b, scale[1:]):
+            found.add(parts.scale)
+    return found
 
 
 def _check_kind(path: Path, adapters: Sequence[LowRank[Path] | FullCopy]) -> None:
@@ -239,28 +262,28 @@ def _padded(
         edges[axis] = (0, r - x.shape[axis])
         return jnp.pad(x, edges)
 
-    padded = [
-        dataclasses.replace(adapter, a=pad(adapter.a, -1), b=pad(adapter.b, at))
-        for adapter in (nothing if adapter is None else adapter for adapter in each)
-    ]
-    parts = (jnp.stack(_of_one_dtype(xs)) for xs in zip(*padded, strict=True))
-    return LowRank(*parts, axes=first.axes, aligned=first.aligned)
+    rank_scales = any(adapter.rank_scales for adapter in given)
+
+    def widened(adapter: LowRank[Any]) -> LowRank[Any]:
+        scale = adapter.scale
+        if rank_scales:
+            scale = pad(scale_of_ranks(adapter), -1)
+        a, b = pad(adapter.a, -1), pad(adapter.b, at)
+        return dataclasses.replace(adapter, a=a, b=b, scale=scale)
+
+    padded = [widened(nothing if adapter is None else adapter) for adapter in each]
+    parts = (jnp.stack(of_one_dtype(xs)) for xs in zip(*padded, strict=True))
+    return LowRank(*parts, **first.layout | {"rank_scales": rank_scales})
 
 
-def _of_one_dtype(xs: Sequence[jax.Array]) -> list[jax.Array]:
-    dtypes = {x.dtype for x in xs}
-    dtype = dtypes.pop() if len(dtypes) == 1 else wider(*dtypes)
-    return [x.astype(dtype) for x in xs]
-
-
-def _no_stack(path: Path) -> str:
+def no_stack(path: Path) -> str:
     return (
         f"{path_name(path)!r} belongs to one adapter, not to a stack. Write "
         "stack([one, two, ...]), or lorafy(..., stack=n)."
     )
 
 
-def _checked(ids: Any, n: int) -> tuple[jax.Array, jax.Array | None]:
+def check_ids(ids: Any, n: int) -> tuple[jax.Array, jax.Array | None]:
     """Returns indices as an array, and which are in range if they are traced."""
     if not hasattr(ids, "dtype"):
         ids = np.asarray(ids)

@@ -13,6 +13,7 @@ from lora_jax._adapters import (
     arrays_of,
     find_adapters,
     of_rank,
+    scale_of_ranks,
     without_adapters,
 )
 from lora_jax._checks import check_values
@@ -31,6 +32,7 @@ from lora_jax._matrices import (
     truncated,
     weight_matrices,
     with_matrices,
+    with_scale_in_b,
 )
 from lora_jax._patterns import Patterns, Selector, by_pattern
 from lora_jax._targets import check_rank
@@ -60,8 +62,8 @@ def resize(
     columns of A are drawn as in `lorafy`, so that they can be trained. An adapter of
     smaller rank has the nearest update in the Frobenius norm, that of the largest
     singular values (Eckart and Young, 1936). It is computed from the factors alone, and
-    no array of the weight's size is made. Scales, DoRA's magnitudes and trained copies
-    stay as they are.
+    no array of the weight's size is made. DoRA's magnitudes, trained copies and scales
+    stay as they are, except that scales of single ranks are multiplied into B.
 
     Args:
       params: A tree from `lorafy`, trained or not.
@@ -109,6 +111,7 @@ def resize(
         if r == adapter.a.shape[-1]:
             continue
         factors = factor_matrices(unbox(leaves[path]).shape, adapter)
+        adapter, factors = with_scale_in_b(adapter, factors)
         if r < adapter.a.shape[-1]:
             factors = truncated(factors, r)
         else:
@@ -324,8 +327,10 @@ def principal(params: PyTree) -> PyTree:
         factors = factor_matrices(w.shape, adapter)
         a, b = nearest(weight_matrices(wide, adapter.axes), factors)
         # The scale stays, and multiplies the product: divide each factor by its root.
-        root = jnp.sqrt(jnp.reshape(adapter.scale, (-1, 1, 1)).astype(a.dtype))
-        adapter = with_matrices(adapter, Matrices(a / root, b / root))
+        scale = jnp.reshape(scale_of_ranks(adapter), (len(a), 1, -1)).astype(a.dtype)
+        root = jnp.sqrt(scale)
+        new_factors = Matrices(a / root, b / jnp.swapaxes(root, 1, 2))
+        adapter = with_matrices(adapter, new_factors)
         rest = wide - delta(align(w, *adapter)).astype(wide.dtype)
         rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}

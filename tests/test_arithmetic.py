@@ -50,13 +50,14 @@ def update(params, name):
     )
     letters = "abcd"[: len(shape)]
     pick = lambda *groups: "".join(letters[d] for g in groups for d in g)
+    if scale.ndim == len(axes.batch):  # one scale for all ranks
+        scale = np.repeat(scale[..., None], a.shape[-1], -1)
     if a.ndim == len(shape) + 1:
-        wide = np.sum(a * b, -1) * scale.reshape(
-            [n if d in axes.batch else 1 for d, n in enumerate(shape)]
-        )
+        sizes = [n if d in axes.batch else 1 for d, n in enumerate(shape)]
+        wide = np.sum(a * b * scale.reshape([*sizes, a.shape[-1]]), -1)
         return np.broadcast_to(wide, shape)
     rule = f"{pick(axes.batch, axes.inputs)}r,{pick(axes.batch)}r{pick(axes.outputs)}"
-    return np.einsum(f"{rule},{pick(axes.batch)}->{letters}", a, b, scale)
+    return np.einsum(f"{rule},{pick(axes.batch)}r->{letters}", a, b, scale)
 
 
 def weight(tree, name):

@@ -27,13 +27,20 @@ from lora_jax._engine.quantized import is_quantized, spread, widened
 
 
 def from_leaves(
-    w: Any, a: Any, b: Any, scale: Any, magnitude: Any = None, *, name: str = ""
+    w: Any,
+    a: Any,
+    b: Any,
+    scale: Any,
+    magnitude: Any = None,
+    *,
+    name: str = "",
+    gates: bool = False,
 ) -> Factors:
     """`Factors` from the leaves of a tree, those of DoRA or of LoRA.
 
     Where the norm is zero there is nothing to divide, and the weight is zero.
     """
-    return with_magnitude(align(w, a, b, scale, name), magnitude)
+    return with_magnitude(align(w, a, b, scale, name, gates=gates), magnitude)
 
 
 def with_magnitude(f: Factors, magnitude: Any) -> Factors:
@@ -68,7 +75,7 @@ def norms(f: Factors) -> jax.Array:
 def _norms(f: Factors) -> jax.Array:
     dtype = wider(f.dtype, f.a.dtype, f.b.dtype)
     w, a, b = (widened(on_device(x), dtype) for x in (f.w, f.a, f.b))
-    scale = on_device(f.scale).astype(dtype)
+    b = b * on_device(f.scale).astype(dtype)
     product = functools.partial(einsum, precision=lax.Precision.HIGHEST)
     dims, r, q = list(range(f.ndim)), f.ndim, f.ndim + 1
     in_a, in_b = dims_of(a), dims_of(b)
@@ -76,7 +83,7 @@ def _norms(f: Factors) -> jax.Array:
     outputs = [d for d in dims if d not in inputs]
     layers = [d for d in in_a if d in in_b]
     a, b = squeeze_absent(a), squeeze_absent(b)
-    # |W + s A B|^2 = |W|^2 + 2 s (W^T A) B + s^2 B^T (A^T A) B, for each output.
+    # |W + A B|^2 = |W|^2 + 2 (W^T A) B + B^T (A^T A) B, for each output; B is scaled.
     met = product(w, dims, a, [*in_a, r], [*outputs, r])
     met = product(met, [*outputs, r], b, [*in_b, r], outputs)
     gram = product(a, [*in_a, r], a, [*in_a, q], [*layers, r, q])
@@ -84,6 +91,6 @@ def _norms(f: Factors) -> jax.Array:
     square = product(square, [*in_b, r], b, [*in_b, r], in_b)
     sizes = [n if d in in_b else 1 for d, n in enumerate(f.shape)]
     total = jnp.sum(w * w, axis=tuple(inputs), keepdims=True)
-    total += 2 * scale * jnp.expand_dims(met, inputs)
-    total += scale**2 * jnp.reshape(square, sizes)
+    total += 2 * jnp.expand_dims(met, inputs)
+    total += jnp.reshape(square, sizes)
     return jnp.sqrt(jnp.maximum(total, 0))

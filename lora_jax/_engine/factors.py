@@ -54,7 +54,8 @@ class Factors:
     Attributes:
       w: The weight, an array or `Quantized`, of shape (n, ...).
       a, b: (n or 1, ..., r).
-      scale: (n or 1, ...), of size 1 except along batch dimensions.
+      scale: (n or 1, ..., r or 1), of size 1 except along batch dimensions and, if each
+        rank has its own, along the rank.
       name: For diagnostics.
       gain: (n or 1, ...), of size 1 along the inputs; None without DoRA.
     """
@@ -84,14 +85,26 @@ class Factors:
     def rank(self) -> int:
         return self.a.shape[-1]
 
+    @property
+    def has_rank_scales(self) -> bool:
+        """Whether each rank has a scale of its own."""
+        return self.scale.shape[-1] != 1
+
 
 def is_factors(x: Any) -> bool:
     return isinstance(x, Factors)
 
 
-def align(w: Any, a: Any, b: Any, scale: Any, name: str = "") -> Factors:
-    """`Factors` from the leaves of a tree, in either of the two layouts."""
+def align(
+    w: Any, a: Any, b: Any, scale: Any, name: str = "", *, gates: bool = False
+) -> Factors:
+    """`Factors` from the leaves of a tree, in either of the two layouts.
+
+    The scale is a setting, not a parameter: its gradient is zero whatever a filter
+    trains, unless it holds gates, which are the output of a function.
+    """
     a, b, scale = _aligned(a, b, scale, w.shape)
+    scale = scale if gates else lax.stop_gradient(scale)
     return Factors(w, a, b, scale, WeightName((name,)))
 
 
@@ -100,7 +113,7 @@ def without_adapter(w: Any, name: WeightName | str = "") -> Factors:
     ones = (1,) * w.ndim
     name = name if isinstance(name, WeightName) else WeightName((name,))
     a, b = jnp.zeros((*w.shape, 0)), jnp.zeros((*ones, 0))
-    return Factors(w, a, b, jnp.ones(ones), name)
+    return Factors(w, a, b, jnp.ones((*ones, 1)), name)
 
 
 def unwrap(x: Any) -> Any:
@@ -120,19 +133,25 @@ def _aligned(
         a = jnp.expand_dims(a, range(a.ndim - 1, len(shape)))
         b = jnp.moveaxis(b, batch, -1)  # (batch..., r, out...) -> (batch..., out..., r)
         b = jnp.expand_dims(b, range(batch, batch + inputs))
-    sizes = (
+    sizes = [
         n if n == i == o else 1
         for n, i, o in zip(shape, a.shape[:-1], b.shape[:-1], strict=True)
-    )
-    # A setting, not a parameter: its gradient is zero whatever a filter trains.
-    return a, b, lax.stop_gradient(jnp.reshape(scale, tuple(sizes)))
+    ]
+    scales = a.shape[-1] if scale.size > size(sizes) else 1
+    return a, b, jnp.reshape(scale, (*sizes, scales))
 
 
 def delta(f: Factors) -> jax.Array:
     """`scale * sum_r a * b`, of the weight's shape, in float32 or wider."""
     a, b, scale = on_device((f.a, f.b, f.scale))
     dtype = wider(a.dtype, b.dtype)
-    a, b = a.astype(dtype), b.astype(dtype) * scale.astype(dtype)[..., None]
+    a, b, scale = a.astype(dtype), b.astype(dtype), scale.astype(dtype)
+    # A mixed batch has the factors once, and the scales of ranks for each example: the
+    # smaller factor is copied for them, such as the few rows of a lookup.
+    if f.has_rank_scales and a.size < b.size:
+        a = a * scale
+    else:
+        b = b * scale
     rank = f.ndim
     in_a, in_b = dims_of(a), dims_of(b)
     kept = sorted({*in_a, *in_b})

@@ -141,11 +141,11 @@ def _in_order_of(like: Factors, f: Factors, axis: int | None = None) -> Factors:
 
 def _folded(f: Factors, name: str) -> Factors:
     """The same weight with its scale multiplied into `a` or `b`, in float32."""
-    x, scale = getattr(f, name), f.scale[..., None]
+    x, scale = getattr(f, name), f.scale
     dtype = wider(x.dtype, scale.dtype)
     x = x.astype(dtype) * scale.astype(dtype)
     return dataclasses.replace(f, **{name: x}, scale=_one(f.w))
 
 
 def _one(w: jax.Array) -> jax.Array:
-    return jnp.ones((1,) * w.ndim, jnp.float32)
+    return jnp.ones((1,) * (w.ndim + 1), jnp.float32)

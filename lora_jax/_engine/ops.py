@@ -116,7 +116,7 @@ def _dot_general(
 
     dtype = _compute_dtype(x, f, y)
     parts = []
-    for factor in (f.a, scaled(f)):
+    for factor in (f.a, f.b if f.has_rank_scales else scaled(f)):
         labels = [f_labels[d] for d in dims_of(factor)]
         summed = size(factor.shape[d] for d in dims_of(factor) if d not in out)
         parts.append((summed, squeeze_absent(factor).astype(dtype), [*labels, RANK]))
@@ -127,6 +127,8 @@ def _dot_general(
     precision = params.get("precision")
     x = x if dropped is None else dropped
     h = low_rank.einsum(x.astype(dtype), x_labels, first, of_first, kept, precision)
+    if f.has_rank_scales:
+        h = _times_companion(h, f.scale, [*dims_of(f.scale), RANK], kept)
     rows, columns = [*x_free, RANK], [*f_free, RANK]
     in_order = [*x_free, *f_free] == out and (kept, of_second) == (rows, columns)
     if in_order and not low_rank.is_explicit(y):
@@ -175,13 +177,20 @@ def _by_operand(dimension_numbers: Any, swap: bool) -> Any:
 
 def _times_gain(x: jax.Array, f: Factors, labels: Labels) -> jax.Array:
     """An array times the gain of a weight, whose dimensions it has in `labels`."""
-    if f.gain is None:
-        return x
-    dims = [d for d in labels if d in gain_dims(f)]
-    gain = jnp.transpose(f.gain, [*dims, *(d for d in range(f.ndim) if d not in dims)])
-    gain = jnp.reshape(gain, [f.gain.shape[d] if d in dims else 1 for d in labels])
-    wide = wider(x.dtype, gain.dtype)
-    return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
+    return x if f.gain is None else _times_companion(x, f.gain, gain_dims(f), labels)
+
+
+def _times_companion(
+    x: jax.Array, c: jax.Array, c_labels: Labels, labels: Labels
+) -> jax.Array:
+    """An array times a companion, whose dimensions above size 1 are `c_labels`."""
+    sizes = dict(zip(c_labels, (n for n in c.shape if n != 1), strict=True))
+    order = [n for n in labels if n in sizes]
+    c = jnp.reshape(c, [sizes[n] for n in c_labels])
+    c = jnp.transpose(c, [c_labels.index(n) for n in order])
+    c = jnp.reshape(c, [sizes.get(n, 1) for n in labels])
+    wide = wider(x.dtype, c.dtype)
+    return (x.astype(wide) * c.astype(wide)).astype(x.dtype)
 
 
 def _like(y: jax.Array, product: jax.Array) -> jax.Array:
@@ -246,15 +255,35 @@ def conv_general_dilated(
         channel = dimension_numbers.lhs_spec[1]
         matrix = _matrix(first, f.shape[in_channel])
         h = _mix(x, matrix, channel, 1, precision, into_rank=True)
+        h = _times_rank_scales(h, f, channel, 1)
         product = convolve(h, _window(f, second, in_channel, 1, dtype))
     else:
         h = convolve(x, _window(f, first, out_channel, groups, dtype))
         channel, matrix = dimension_numbers.out_spec[1], _matrix(second, out)
+        h = _times_rank_scales(h, f, channel, groups)
         if groups == 1 and channel == y.ndim - 1 and not low_rank.is_explicit(y):
             y = low_rank.add(y, h, matrix.astype(dtype), precision)
             return _times_gain(y, f, labels)
         product = _mix(h, matrix, channel, groups, precision)
     return _times_gain(y + product.astype(y.dtype), f, labels)
+
+
+def _times_rank_scales(
+    h: jax.Array, f: Factors, channel: int, groups: int
+) -> jax.Array:
+    """The product with the first factor times the scale of each rank, if it has one.
+
+    The ranks are the channels, in each of the groups.
+    """
+    if not _has_only_rank_scales(f):
+        return h
+    scale = jnp.tile(jnp.reshape(f.scale, (-1,)), groups)
+    return _times_companion(h, scale, [channel], list(range(h.ndim)))
+
+
+def _has_only_rank_scales(f: Factors) -> bool:
+    """Whether the scale differs between ranks, and not between layers or experts."""
+    return f.has_rank_scales and not dims_of(f.scale)
 
 
 def _window(
@@ -362,6 +391,7 @@ def ragged_dot_general(
         f_sum,
         row,
     )
+    h = _times_rank_scales(h, f, h.ndim - 1, 1)
     # (batch..., rows and other dimensions of x..., r)
     order = [*x_batch, *(d for d in range(x.ndim) if d not in (*x_sum, *x_batch))]
     dims = [h.ndim - 1], list(range(len(x_batch)))
@@ -414,8 +444,11 @@ def inside(
 
 
 def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
-    """The factor without these outputs and the one without these inputs, or None."""
-    pair = f.a, scaled(f)
+    """The factor without these outputs and the one without these inputs, or None.
+
+    The scale is in one of them, unless it has to be applied between the two.
+    """
+    pair = f.a, f.b if _has_only_rank_scales(f) else scaled(f)
     for first, second in (pair, pair[::-1]):
         if {*outputs}.isdisjoint(dims_of(first)):
             if {*inputs}.isdisjoint(dims_of(second)):
@@ -426,7 +459,7 @@ def _in_order(f: Factors, inputs: Any, outputs: Any) -> Any:
 def scaled(f: Factors) -> jax.Array:
     """`scale * b`, which is small, and right for adapters with different scales."""
     dtype = wider(f.b.dtype, f.scale.dtype)
-    return f.b.astype(dtype) * f.scale.astype(dtype)[..., None]
+    return f.b.astype(dtype) * f.scale.astype(dtype)
 
 
 def _compute_dtype(x: jax.Array, f: Factors, y: jax.Array) -> Any:

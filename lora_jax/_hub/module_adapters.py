@@ -126,12 +126,16 @@ def join_adapters(
 def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.ndarray]:
     """Returns a (batch..., in, r), b, the scale and the magnitude, if there is one."""
     axes, r = adapter.axes, adapter.a.shape[-1]
-    stored = factor_dims(axes, weight.shape, aligned=adapter.aligned)
-    ordered = factor_dims(axes, weight.shape, aligned=False)
+    stored = factor_dims(weight.shape, **adapter.layout)
+    ordered = factor_dims(weight.shape, **adapter.layout | {"aligned": False})
     arrays = zip(adapter, stored, ordered, strict=False)
     a, b, scale, *magnitude = (_reordered(x, dims, order) for x, dims, order in arrays)
     batch = weight.sizes(axes.batch)
     a, b = a.reshape(*batch, -1, r), b.reshape(*batch, r, -1)
+    if adapter.rank_scales:  # PyTorch has one scale for all ranks
+        wide = np.result_type(b.dtype, np.float32)
+        b = b.astype(wide) * scale.reshape(*batch, r, 1).astype(wide)
+        scale = np.ones(batch, scale.dtype)
     if is_reversed(weight.path, weight.shape, axes, weight.axes):
         if magnitude:
             raise ValueError(
@@ -154,8 +158,8 @@ def _as_leaves(
 ) -> LowRank[np.ndarray]:
     """Returns the leaves of an adapter of matrices: the inverse of `_as_matrices`."""
     axes, aligned = weight.axes, not weight.axes.standard
-    stored = factor_dims(axes, weight.shape, aligned=aligned)
-    ordered = factor_dims(axes, weight.shape, aligned=False)
+    stored = factor_dims(weight.shape, axes, aligned=aligned)
+    ordered = factor_dims(weight.shape, axes, aligned=False)
     sizes = dict(enumerate(weight.shape)) | {RANK: r, ABSENT: 1}
     leaves = []
     for x, dims, order in zip(adapter, stored, ordered, strict=False):

@@ -774,6 +774,12 @@ def program(seed, dora=False, excluded=frozenset()):
         name: jnp.asarray(rng.standard_normal(leaf.shape) / 2, np.float32)
         for name, leaf in lj.lorafy(base, ranks, axes=axes, dora=dora).items()
     }
+    drawn = np.random.default_rng([seed, 4])
+    for name in ranks:
+        if drawn.random() < 0.4:  # a scale for each rank
+            sizes = *params[f"{name}_lora_scale"].shape, ranks[name]
+            scales = jnp.asarray(drawn.standard_normal(sizes) / 2, np.float32)
+            params[f"{name}_lora_scale"] = scales
     for name in base:
         if np.random.default_rng([seed, 3]).random() < 0.1:  # NumPy's default dtype
             params[name] = np.asarray(params[name], np.float64)

@@ -1,5 +1,6 @@
 """The factored products equal the products with the materialized weight."""
 
+import dataclasses
 import re
 
 import jax
@@ -49,10 +50,17 @@ PRODUCTS = {
 }
 
 
-@pytest.fixture(params=PRODUCTS)
+def with_rank_scales(f):
+    """The same weight with a scale for each rank, and of each layer or expert."""
+    scale = jnp.asarray(normal(*f.scale.shape[:-1], f.rank))
+    return dataclasses.replace(f, scale=scale)
+
+
+@pytest.fixture(params=[(name, own) for name in PRODUCTS for own in (False, True)])
 def product(request):
-    shape, f, dims = PRODUCTS[request.param]
-    return jnp.asarray(normal(*shape)), f, dims
+    name, own = request.param
+    shape, f, dims = PRODUCTS[name]
+    return jnp.asarray(normal(*shape)), with_rank_scales(f) if own else f, dims
 
 
 def check(got, want, atol=1e-5):
