@@ -23,6 +23,7 @@ DTYPES = {
 }
 
 CHUNK = 1 << 24  # elements that are computed with at a time
+KEPT = 1 << 26  # bytes that are read before a file is closed
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -96,10 +97,10 @@ def open_checkpoint(checkpoint: Checkpoint) -> list[CheckpointTensor]:
         if not checkpoint:
             raise ValueError("The checkpoint is empty: it has no tensor.")
         return [_in_memory(name, x) for name, x in checkpoint.items()]
-    files = checkpoint_files(os.fspath(checkpoint))
+    files, reader = checkpoint_files(os.fspath(checkpoint)), FileReader()
     found: dict[str, CheckpointTensor] = {}
     for path, names in files.items():
-        for tensor in _in_file(path, names):
+        for tensor in _in_file(path, names, reader):
             other = found.setdefault(tensor.name, tensor)
             if other is not tensor:
                 raise ValueError(
@@ -166,16 +167,54 @@ def _indexed(folder: str, index: str) -> dict[str, set[str]]:
     return files
 
 
-def _in_file(path: str, names: set[str] | None) -> list[CheckpointTensor]:
+class FileReader:
+    """Reads safetensors files, of which it keeps one open for a while.
+
+    Opening a file parses its header, which has an entry for each tensor, maybe for
+    thousands. An open file keeps in memory all that was read from it, so it is closed
+    after KEPT bytes. It is mapped into memory, and reading from a mapped file that was
+    truncated kills the process: a file that has changed is opened again.
+    """
+
+    def __init__(self) -> None:
+        self._close()
+
+    def read(self, path: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a tensor, or a slice of it along each of the first dimensions."""
+        status = os.stat(path)
+        version = path, status.st_ino, status.st_size, status.st_mtime_ns
+        if version != self.version:
+            self._close()
+            self.file, self.version = _opened(path), version
+        assert self.file is not None
+        x = self.file.get_slice(name)[index] if index else self.file.get_tensor(name)
+        self.size += x.nbytes
+        if self.size > KEPT:
+            self._close()
+        return x
+
+    def _close(self) -> None:
+        self.file: safetensors.safe_open | None = None
+        self.version: tuple[Any, ...] | None = None
+        self.size = 0
+
+
+def _opened(path: str) -> safetensors.safe_open:
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            held = {name: file.get_slice(name) for name in file.keys()}
-            shapes = {name: tuple(x.get_shape()) for name, x in held.items()}
-            dtypes = {name: str(x.get_dtype()) for name, x in held.items()}
+        return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is no complete safetensors file: {error}. It may be truncated."
         ) from error
+
+
+def _in_file(
+    path: str, names: set[str] | None, reader: FileReader
+) -> list[CheckpointTensor]:
+    with _opened(path) as file:
+        held = {name: file.get_slice(name) for name in file.keys()}
+        shapes = {name: tuple(x.get_shape()) for name, x in held.items()}
+        dtypes = {name: str(x.get_dtype()) for name, x in held.items()}
     if names is not None and (lost := sorted(names - held.keys())):
         raise ValueError(f"{path} lacks {listed(lost)}, which its index has in it.")
 
@@ -185,9 +224,7 @@ def _in_file(path: str, names: set[str] | None) -> list[CheckpointTensor]:
                 f"{path}: {name!r} is {dtypes[name]}, which is not supported. Convert "
                 f"it to one of {', '.join(DTYPES.values())}."
             )
-        # Opened each time: an open file keeps all that was read from it in memory.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.get_slice(name)[index] if index else file.get_tensor(name)
+        return reader.read(path, name, index)
 
     return [
         CheckpointTensor(

@@ -167,23 +167,39 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
         )
 
 
-def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
+def _axes_by_name(path: Path, leaves: Mapping[Path, Any], stacked: int) -> Axes:
     """Returns the axes of a stacked weight, by Flax's names for one of the stack."""
-    # The names of others matter only beyond two dimensions.
-    needs_others = len(unbox(leaves[path]).shape) > stacked + 2
-    paths = paths_of_axes(path) if needs_others else [path]
-    near = {other: unbox(leaves.get(other)) for other in paths}
-    one = {
-        other: np.broadcast_to(np.float32(0), x.shape[stacked:])
-        for other, x in near.items()
-        if is_array(x)
-    }
+    one = one_of_stack(path, leaves, stacked)
     if one[path].ndim < 2:
         raise ValueError(
             f"{path_name(path)!r}, of shape {unbox(leaves[path]).shape}, has too few "
             f"dimensions for {stacked} stacked ones. Remove {{layer}} or {{expert}} "
             "from its name."
         )
-    its_axes = axes_of(path, one)
-    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in its_axes)
+    return of_stack(axes_of(path, one), stacked)
+
+
+def one_of_stack(
+    path: Path, leaves: Mapping[Path, Any], stacked: int
+) -> dict[Path, np.ndarray]:
+    """Returns one of a stack, with the leaves that show the axes of one weight.
+
+    The arrays are views that take no memory. Only their shapes are those of the leaves.
+    """
+    # The names of others matter only beyond two dimensions.
+    needs_others = len(unbox(leaves[path]).shape) > stacked + 2
+    near = {
+        other: unbox(leaves.get(other))
+        for other in (paths_of_axes(path) if needs_others else [path])
+    }
+    return {
+        other: np.broadcast_to(np.float32(0), x.shape[stacked:])
+        for other, x in near.items()
+        if is_array(x)
+    }
+
+
+def of_stack(axes: Axes, stacked: int) -> Axes:
+    """Returns the axes of a stack along the first dimensions, by those of one of it."""
+    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in axes)
     return Axes(tuple(range(stacked)), inputs, outputs)

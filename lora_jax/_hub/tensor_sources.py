@@ -8,19 +8,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax._adapters import Axes, Shape, is_adapter
 from lora_jax._flax_names import axes_by_name, is_adaptable, own_names
 from lora_jax._hub.checkpoint import CheckpointTensor
 from lora_jax._hub.model_tensors import ModelTensors
 from lora_jax._hub.module_kinds import CONV1D, EMBEDDING, EXPERTS, LINEAR, Linear
 from lora_jax._hub.module_plan import module_kinds
-from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight, tensor_shapes
+from lora_jax._hub.modules import (
+    MappedLeaf,
+    map_vector,
+    map_weight,
+    of_stack,
+    one_of_stack,
+    tensor_shapes,
+)
 from lora_jax._hub.names import ModuleNames, each_index, similar_names
 from lora_jax._hub.tensor_keys import TORCH_LEAVES
-from lora_jax._tree import Path, is_array, leaf_name, path_name, unbox
+from lora_jax._tree import Path, leaf_name, path_name, unbox
 
 
 class Source(NamedTuple):
@@ -108,11 +112,7 @@ def _axes(
     Inputs come first, as in all layers of Flax: the dimensions of a kernel (d, heads,
     size) whose tensor is (heads * size, d) can be divided in one way only.
     """
-    one = {
-        other: jax.ShapeDtypeStruct(unbox(x).shape[stacked:], jnp.float32)
-        for other, x in leaves.items()
-        if is_array(unbox(x))
-    }
+    one = one_of_stack(path, leaves, stacked)
     axes = axes_by_name(path, one)
     if axes is None and all(len(tensor.shape) == 2 for tensor in tensors):
         shape, n_in = one[path].shape, tensors[0].shape[1]
@@ -120,10 +120,7 @@ def _axes(
         cuts = [i for i in dims[1:] if math.prod(shape[:i]) == n_in]
         if len(cuts) == 1:
             axes = Axes((), dims[: cuts[0]], dims[cuts[0] :])
-    if axes is None:
-        return None
-    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in axes)
-    return Axes(tuple(range(stacked)), inputs, outputs)
+    return axes and of_stack(axes, stacked)
 
 
 def _with_sizes(

@@ -466,6 +466,44 @@ def test_import_weights_refuses_formats_by_name(tmp_path):
         read(file)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_import_weights_is_linear_in_the_modules(calls, stacked):
+    def load(n):
+        torch = {f"m.{i}.up.weight": np.full((3, 4), i, np.float32) for i in range(n)}
+        leaf = lambda *s: {"up": {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)}}
+        target = leaf(n, 4, 3) if stacked else {f"m_{i}": leaf(4, 3) for i in range(n)}
+        names = {"up": "m.{layer}.up"} if stacked else {"m_*/up": "m.{}.up"}
+        lj.import_weights(torch, target, names)
+
+    load(100), load(200)  # what is compiled is not counted
+    assert calls(lambda: load(200)) < 2.2 * calls(lambda: load(100))
+
+
+def test_import_weights_opens_a_file_once_for_many_tensors(tmp_path, monkeypatch):
+    """Each time its header would be parsed, with all of its names."""
+    from lora_jax._hub import checkpoint as module
+
+    torch = {f"m.{i}.up.weight": np.full((3, 4), i, np.float32) for i in range(50)}
+    target = {"up": {"kernel": jax.ShapeDtypeStruct((50, 4, 3), jnp.float32)}}
+    opened, paths = module._opened, []
+    monkeypatch.setattr(module, "_opened", lambda p: paths.append(p) or opened(p))
+    folder = written(tmp_path, torch, shards=2)
+    lj.import_weights(folder, target, {"up": "m.{layer}.up"})
+    assert len(paths) <= 4 + 50
+    (folder / "model.safetensors.index.json").unlink()
+    safetensors.numpy.save_file(torch, folder / "one.safetensors")
+    paths.clear()
+    found = lj.import_weights(
+        folder / "one.safetensors", target, {"up": "m.{layer}.up"}
+    )
+    assert len(paths) == 2
+    np.testing.assert_array_equal(found["up"]["kernel"][:, 0, 0], np.arange(50.0))
+    monkeypatch.setattr(module, "KEPT", 10 * 48)  # bytes; a tensor has 48
+    paths.clear()
+    lj.import_weights(folder / "one.safetensors", target, {"up": "m.{layer}.up"})
+    assert len(paths) == 1 + 5
+
+
 def test_import_weights_leaves_nothing_behind_if_a_read_fails(torch, tmp_path):
     """A file that is cut while it is read: no tree is returned, no memory is kept."""
     tensors, _ = torch
