@@ -32,6 +32,7 @@ from lora_jax._tree import (
     PyTree,
     flatten,
     is_abstract,
+    is_array,
     is_traced,
     listed,
     path_name,
@@ -143,7 +144,8 @@ def _names_of(leaves: dict[Path, Any], names: Names) -> dict[Path, ModuleNames]:
         p for p, x in leaves.items() if is_abstract(unbox(x)) or is_floating(p, x)
     ]
     named, find = required_names(names, needed), name_finder(names)
-    return {p: found for p in leaves if (found := named.get(p) or find(p))}
+    arrays = [p for p, x in leaves.items() if is_array(unbox(x))]
+    return {p: found for p in arrays if (found := named.get(p) or find(p))}
 
 
 def _check_used(

@@ -4,8 +4,9 @@ One leaf can be many modules: a stack of layers, a fused query, key and value, o
 table that is also the output head. Each of them is a `ModuleSlice` of the leaf.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,42 +85,61 @@ def map_weight(
             f"{name!r} is an embedding by its name, and is used as a matrix, with "
             f"{axes}. Write kinds={{{name!r}: 'linear'}}."
         )
-    tied = is_table and parts == 2 and named.sizes is None
-    widths = named.sizes or (n_out // parts,) * parts
-    if is_table and parts > 1 and not tied:
+    if is_table and parts == 2 and named.sizes is None:
+        slices = [(kind, slice(None)), (HEAD, slice(None))]
+    elif is_table and parts > 1:
         raise ValueError(
             f"{name!r} is an embedding. Give it one name, or two: (embedding, tied "
             f"head). Found {named.templates}."
         )
-    if not tied and sum(widths) != n_out:
-        raise ValueError(
-            f"{name!r} has {n_out} outputs, and its parts {named.templates} have "
-            f"{widths}. Write {{name: outputs, ...}} for parts of unequal size."
-        )
+    else:
+        slices = [(kind, part) for part in _split_outputs(path, named, n_out)]
     counts = weight.sizes(axes.batch[: named.stacked])
-    for index, names in each_index(path, named, counts):
-        low = 0
-        for i, (module, width) in enumerate(zip(names, widths, strict=True)):
-            if module in weight.modules:
-                raise ValueError(
-                    f"{name!r} has the name {module!r} twice. Each module has its own."
-                )
-            outputs = slice(None) if tied else slice(low, low + width)
-            module_kind = HEAD if tied and i else kind
-            weight.modules[module] = ModuleSlice(module_kind, index, outputs)
-            low += width
-    return weight
+    return weight._replace(modules=_named_slices(path, named, counts, slices))
 
 
 def map_vector(path: Path, shape: Shape, named: ModuleNames) -> MappedLeaf:
     """Returns the modules of a leaf that each of them keeps as one dimension."""
     dims = tuple(range(len(shape)))
     axes = Axes(dims[: named.stacked], (), dims[named.stacked :])
-    modules = {
-        names[0]: ModuleSlice(VECTOR, index, slice(None))
-        for index, names in each_index(path, named, shape[: named.stacked])
-    }
-    return MappedLeaf(path, shape, axes, modules)
+    vector = MappedLeaf(path, shape, axes, {})
+    parts = _split_outputs(path, named, vector.matrix[2])
+    slices = [(VECTOR, part) for part in parts]
+    counts = shape[: named.stacked]
+    return vector._replace(modules=_named_slices(path, named, counts, slices))
+
+
+def _split_outputs(path: Path, named: ModuleNames, n_out: int) -> list[slice]:
+    """Returns the outputs of each of the names."""
+    parts = len(named.templates)
+    widths = named.sizes or (n_out // parts,) * parts
+    if sum(widths) != n_out:
+        raise ValueError(
+            f"{path_name(path)!r} has {n_out} outputs, and its parts "
+            f"{named.templates} have {widths}. Write {{name: outputs, ...}} for parts "
+            "of unequal size."
+        )
+    ends = itertools.accumulate(widths)
+    return [slice(end - n, end) for n, end in zip(widths, ends, strict=True)]
+
+
+def _named_slices(
+    path: Path,
+    named: ModuleNames,
+    counts: Shape,
+    slices: Sequence[tuple[Linear, slice]],
+) -> dict[str, ModuleSlice]:
+    """Returns the modules of a leaf: the kind and the outputs of each of the names."""
+    modules: dict[str, ModuleSlice] = {}
+    for index, names in each_index(path, named, counts):
+        for module, (kind, outputs) in zip(names, slices, strict=True):
+            if module in modules:
+                raise ValueError(
+                    f"{path_name(path)!r} has the name {module!r} twice. Each module "
+                    "has its own."
+                )
+            modules[module] = ModuleSlice(kind, index, outputs)
+    return modules
 
 
 def leaf_to_torch(leaf: MappedLeaf, x: np.ndarray) -> dict[str, np.ndarray]:

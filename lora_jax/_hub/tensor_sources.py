@@ -27,6 +27,10 @@ from lora_jax._hub.tensor_keys import TORCH_LEAVES
 from lora_jax._tree import Path, leaf_name, path_name, unbox
 
 
+# PyTorch's names for the statistics of a batch norm.
+STATISTICS = {"mean": "running_mean", "var": "running_var"}
+
+
 class Source(NamedTuple):
     """The tensors that a leaf is.
 
@@ -69,6 +73,7 @@ def find_sources(
     sources = _with_conv1d(sources)
     for source in sources.values():
         _check_shapes(source)
+    _check_one_leaf_each(sources, named)
     return sources
 
 
@@ -93,10 +98,10 @@ def _source(
         axes = _axes(path, leaves, named.stacked, [*found.values()])
         first = next(iter(found.values())).shape
         is_vector = axes is None and first == shape[named.stacked :]
+    named = _with_sizes(named, kind, found, is_vector)
     if is_vector:
         leaf = map_vector(path, shape, named)
     else:
-        named = _with_sizes(named, kind, found)
         leaf = map_weight(path, leaves, named, axes, kind)
     return Source(leaf, named.stacked, found)
 
@@ -124,14 +129,18 @@ def _axes(
 
 
 def _with_sizes(
-    named: ModuleNames, kind: Linear, tensors: Mapping[str, CheckpointTensor]
+    named: ModuleNames,
+    kind: Linear,
+    tensors: Mapping[str, CheckpointTensor],
+    is_vector: bool,
 ) -> ModuleNames:
-    """Returns the names with the outputs of each part of a fused weight."""
+    """Returns the names with the outputs of each part of a fused weight or bias."""
     parts = len(named.templates)
     if parts < 2 or named.sizes is not None or kind is not LINEAR:
         return named
-    first = [*tensors.values()][:parts]
-    return named._replace(sizes=tuple(tensor.shape[0] for tensor in first))
+    shapes = [tensor.shape for tensor in [*tensors.values()][:parts]]
+    size = math.prod if is_vector else lambda shape: shape[0]
+    return named._replace(sizes=tuple(map(size, shapes)))
 
 
 def _tensors_of(
@@ -174,7 +183,10 @@ def _missing(
 def _candidates(path: Path, module: str) -> list[str]:
     """Returns the names of tensors that a leaf of a module can have, in order."""
     leaf = leaf_name(path)
-    others = [TORCH_LEAVES.get(leaf, leaf), *["weight"] * (leaf != "bias")]
+    if leaf in STATISTICS:
+        others = [STATISTICS[leaf], leaf]
+    else:
+        others = [TORCH_LEAVES.get(leaf, leaf), *["weight"] * (leaf != "bias")]
     return list(dict.fromkeys([f"{module}.{name}" for name in others] + [module]))
 
 
@@ -222,6 +234,29 @@ def _fitting_kinds(source: Source) -> list[Linear]:
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     fits = lambda kind: tensor_shapes(_of_kind(source.leaf, kind)) == shapes
     return [kind for kind in (LINEAR, CONV1D) if fits(kind)]
+
+
+def _check_one_leaf_each(
+    sources: Mapping[Path, Source], named: Mapping[Path, ModuleNames]
+) -> None:
+    """Checks that leaves of one module are different tensors.
+
+    A leaf of any name may be a module's `weight`, but not next to its `kernel`. Leaves
+    of the same name, or with the name of the tensor itself, may be one tied tensor.
+    """
+    owner: dict[tuple[int, str], Path] = {}
+    for path, source in sources.items():
+        order = named[path].order
+        for module, tensor in source.tensors.items():
+            if order is None or module == tensor.name:
+                continue
+            other = owner.setdefault((order, tensor.name), path)
+            if leaf_name(other) != leaf_name(path):
+                raise ValueError(
+                    f"{path_name(other)!r} and {path_name(path)!r} are both the tensor "
+                    f"{tensor.name!r}, by one pattern of names. Write a pattern for "
+                    "each leaf, with the name of its tensor."
+                )
 
 
 def _check_shapes(source: Source) -> None:
