@@ -26,7 +26,6 @@ from lora_jax._hub.names import ModuleNames, each_index, similar_names
 from lora_jax._hub.tensor_keys import TORCH_LEAVES
 from lora_jax._tree import Path, leaf_name, path_name, unbox
 
-
 # PyTorch's names for the statistics of a batch norm.
 STATISTICS = {"mean": "running_mean", "var": "running_var"}
 
@@ -150,12 +149,12 @@ def _tensors_of(
     found: dict[str, CheckpointTensor] = {}
     for _, modules in each_index(path, named, shape[: named.stacked]):
         for module in modules:
-            tensor = _tensor_of(path, module, tensors)
+            tensor = tensor_of(path, module, tensors)
             if tensor is not None:
                 found[module] = tensor
                 continue
             # A tied table has two names, and checkpoints store one of them.
-            has_other = any(_tensor_of(path, m, tensors) for m in modules)
+            has_other = any(tensor_of(path, m, tensors) for m in modules)
             if not (kind is EMBEDDING and len(modules) == 2 and has_other):
                 raise ValueError(_missing(path, module, shape, has_other, tensors))
     return found
@@ -190,9 +189,10 @@ def _candidates(path: Path, module: str) -> list[str]:
     return list(dict.fromkeys([f"{module}.{name}" for name in others] + [module]))
 
 
-def _tensor_of(
+def tensor_of(
     path: Path, module: str, tensors: ModelTensors
 ) -> CheckpointTensor | None:
+    """Returns the tensor that a leaf of a module is, if the checkpoint has it."""
     names = (name for name in _candidates(path, module) if name in tensors.by_name)
     return next(map(tensors.by_name.__getitem__, names), None)
 
