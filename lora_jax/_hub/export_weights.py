@@ -25,7 +25,7 @@ from lora_jax._engine.source import warn_user
 from lora_jax._hub.checkpoint import CheckpointTensor, check_dtype, check_floating
 from lora_jax._hub.folder_files import new_files, open_folder
 from lora_jax._hub.merge_tensors import merged
-from lora_jax._hub.model_class import CONFIG_FILE
+from lora_jax._hub.model_class import MODEL_CONFIG
 from lora_jax._hub.model_tensors import ModelTensors, open_model
 from lora_jax._hub.module_adapters import split_adapter
 from lora_jax._hub.module_kinds import Linear, ModuleAdapter
@@ -376,7 +376,7 @@ def _copy_files(folder: str, checkpoint: Any, dtype: Any, quantized: bool) -> No
         wanted = any(fnmatchcase(name, pattern) for pattern in COPIED)
         if wanted and os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    config = os.path.join(folder, CONFIG_FILE)
+    config = os.path.join(folder, MODEL_CONFIG)
     if not os.path.isfile(config) or (dtype is None and not quantized):
         return
     with open(config, encoding="utf-8") as file:
