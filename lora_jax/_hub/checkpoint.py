@@ -136,7 +136,7 @@ def _from_torch(x: Any) -> np.ndarray:
     x = x.detach().cpu()
     if str(x.dtype) != "torch.bfloat16":  # which PyTorch does not give to NumPy
         return x.numpy()
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return x.view(torch.int16).numpy().view(jnp.bfloat16)
 
