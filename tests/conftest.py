@@ -5,6 +5,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import sys
 from importlib.metadata import version
 
 import jax
@@ -152,6 +153,30 @@ def close():
             )
 
     return check
+
+
+@pytest.fixture
+def calls():
+    """Returns a function that counts the calls of Python functions in another one.
+
+    The count for twice the leaves shows what is quadratic, on a busy machine too.
+    """
+
+    def count(function):
+        total = 0
+
+        def trace(frame, event, arg):
+            nonlocal total
+            total += event in ("call", "c_call")
+
+        sys.setprofile(trace)
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
+        return total
+
+    return count
 
 
 @dataclasses.dataclass

@@ -17,20 +17,21 @@ from lora_jax._adapters import (
     Axes,
     copy_of,
     find_adapters,
+    is_adapter,
     of_copies,
     of_rank,
 )
 from lora_jax._engine.source import warn_user
-from lora_jax._hub.checkpoint import CheckpointTensor, check_floating
+from lora_jax._hub.checkpoint import CheckpointTensor, check_dtype, check_floating
 from lora_jax._hub.folder_files import new_files, open_folder
 from lora_jax._hub.merge_tensors import merged
-from lora_jax._hub.model_class import CONFIG_FILE
-from lora_jax._hub.model_tensors import is_gguf, open_model
+from lora_jax._hub.model_class import MODEL_CONFIG
+from lora_jax._hub.model_tensors import ModelTensors, open_model
 from lora_jax._hub.module_adapters import split_adapter
 from lora_jax._hub.module_kinds import Linear, ModuleAdapter
 from lora_jax._hub.module_plan import trained_axes, trained_names
 from lora_jax._hub.modules import MappedLeaf, ModuleSlice, leaf_to_torch
-from lora_jax._hub.names import Names
+from lora_jax._hub.names import Names, each_index, name_finder
 from lora_jax._hub.progress import progress
 from lora_jax._hub.safetensors_writer import (
     Entry,
@@ -39,11 +40,20 @@ from lora_jax._hub.safetensors_writer import (
     write_index,
     write_tensors,
 )
-from lora_jax._hub.tensor_sources import Source, find_sources
+from lora_jax._hub.tensor_sources import Source, find_sources, tensor_of
 from lora_jax._merge import MOST
 from lora_jax._processes import agreed, is_first, outline
 from lora_jax._sample import COUNT, differ, values_at
-from lora_jax._tree import Path, PyTree, flatten, is_abstract, listed, path_name, unbox
+from lora_jax._tree import (
+    Path,
+    PyTree,
+    flatten,
+    is_abstract,
+    is_array,
+    listed,
+    path_name,
+    unbox,
+)
 from lora_jax._write import (
     check_finite,
     check_savable,
@@ -122,16 +132,13 @@ def export_weights(
         parts = [part for adapter in adapters.values() for part in adapter]
         for part in parts:
             check_savable(part, leaves[part])
-        if not isinstance(checkpoint, Mapping) and is_gguf(checkpoint):
-            raise ValueError(
-                f"{os.fspath(checkpoint)} is a GGUF, whose tensors have other names "
-                "than a folder for PyTorch. Pass the checkpoint that it was converted "
-                "from."
-            )
-        tensors = open_model(checkpoint)
+        tensors = open_model(checkpoint, gguf=False)
+        for tensor in tensors.each:
+            check_dtype(tensor)
         named = trained_names(leaves, adapters, names)
         known_axes = trained_axes(leaves, adapters, axes)
         sources = find_sources(leaves, named, known_axes, kinds, tensors)
+        _check_frozen(leaves, adapters, names, sources, tensors)
         same["adapters"] = {path_name(p): outline(unbox(leaves[p])) for p in parts}
         same["tensors"] = [[tensor.name, tensor.shape] for tensor in tensors.each]
     leaves |= in_memory(leaves, parts)
@@ -148,6 +155,37 @@ def export_weights(
                     f"Rounding loses most of the updates of {listed(lost)}. To keep "
                     "them, write export_weights(..., dtype=jnp.float32)."
                 )
+
+
+def _check_frozen(
+    leaves: dict[Path, Any],
+    adapters: Adapters,
+    names: Names,
+    sources: Mapping[Path, Source],
+    tensors: ModelTensors,
+) -> None:
+    """Checks that no leaf without an update is a tensor that changes.
+
+    A tree can have a table and a head of their own where the checkpoint has one tensor.
+    """
+    owner = {t.name: p for p, s in sources.items() for t in s.tensors.values()}
+    find = name_finder(names)
+    for path, leaf in leaves.items():
+        if path in adapters or is_adapter(path) or not is_array(unbox(leaf)):
+            continue
+        named, shape = find(path), unbox(leaf).shape
+        if named is None or len(shape) < named.stacked:
+            continue
+        for _, modules in each_index(path, named, shape[: named.stacked]):
+            for module in modules:
+                tensor = tensor_of(path, module, tensors)
+                if tensor is not None and tensor.name in owner:
+                    raise ValueError(
+                        f"{path_name(owner[tensor.name])!r} has an update and "
+                        f"{path_name(path)!r} has none, and both are the tensor "
+                        f"{tensor.name!r}, so that both would change. Pass a "
+                        "checkpoint that is not tied, or leave the update out."
+                    )
 
 
 def _empty_folder(folder: str | os.PathLike[str]) -> str:
@@ -270,7 +308,7 @@ def _write(
             change, to = changes.get(entry.name), jnp.dtype(entry.dtype)
             if change is not None:
                 x = _changed(entry.name, x, change, to, lost)
-            yield np.asarray(x).astype(to, copy=False)
+            yield _cast(entry.name, np.asarray(x), to)
             tick()
 
     with (
@@ -290,7 +328,7 @@ def _changed(
     name: str, x: np.ndarray, change: Change, dtype: Any, lost: list[str]
 ) -> np.ndarray:
     if change.values is not None:
-        return change.values.astype(dtype)
+        return _cast(name, change.values, dtype)
     assert change.adapter is not None
     matrix = change.kind.weight_from_torch(x)
     found = np.asarray(matrix[change.places])
@@ -303,14 +341,29 @@ def _changed(
     leaf = change.leaf
     inputs = leaf.sizes(leaf.axes.inputs)
     y, off, update = merged(x, change.adapter, change.kind, inputs, dtype)
-    if not np.isfinite(y.astype(np.float32)).all():
-        raise ValueError(
-            f"The merged tensor {name!r} is not finite in {dtype.name}. Write "
-            "dtype=jnp.float32, or jnp.bfloat16, which has the same range."
-        )
+    if not np.isfinite(y).all():
+        raise ValueError(_out_of_range(f"The merged tensor {name!r}", dtype))
     if update and math.sqrt(off / update) > MOST:
         lost.append(name)
     return y
+
+
+def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor in a dtype, in which all that is finite must stay so."""
+    if x.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating):
+        return x.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        y = x.astype(dtype)
+    if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+        raise ValueError(_out_of_range(f"The tensor {name!r}", dtype))
+    return y
+
+
+def _out_of_range(what: str, dtype: np.dtype) -> str:
+    return (
+        f"{what} is not finite in {dtype.name}. Write dtype=jnp.float32, or "
+        "jnp.bfloat16, which has the same range."
+    )
 
 
 def _copy_files(folder: str, checkpoint: Any, dtype: Any, quantized: bool) -> None:
@@ -323,7 +376,7 @@ def _copy_files(folder: str, checkpoint: Any, dtype: Any, quantized: bool) -> No
         wanted = any(fnmatchcase(name, pattern) for pattern in COPIED)
         if wanted and os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-    config = os.path.join(folder, CONFIG_FILE)
+    config = os.path.join(folder, MODEL_CONFIG)
     if not os.path.isfile(config) or (dtype is None and not quantized):
         return
     with open(config, encoding="utf-8") as file:

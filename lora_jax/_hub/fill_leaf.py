@@ -22,6 +22,7 @@ from lora_jax._hub.leaf_layout import (
     block_leaf,
     joined,
     layer_dims,
+    layers_of,
     read_plan,
     region_of,
 )
@@ -47,14 +48,6 @@ class Filling(NamedTuple):
     tensors: dict[str, CheckpointTensor]
     form: BlockFormat | None
     equal: tuple[tuple[CheckpointTensor, CheckpointTensor], ...]
-
-    @property
-    def layers(self) -> list[tuple[int, ...]]:
-        return sorted({part.stack_index for part in self.leaf.modules.values()})
-
-    def modules(self, layer: tuple[int, ...]) -> list[str]:
-        modules = self.leaf.modules.items()
-        return [name for name, part in modules if part.stack_index == layer]
 
 
 def as_filling(source: Source) -> Filling:
@@ -103,11 +96,11 @@ def fill_leaf(filling: Filling, target: Any, tick: Callable[[], None]) -> Any:
     ]
     fill = _floats if filling.form is None else _blocks
     finite: list[jax.Array] = []
-    for layer in filling.layers:
-        finite += fill(filling, target, filled, layer)
+    for at, leaf in layers_of(filling.leaf).items():
+        finite += fill(filling._replace(leaf=leaf), target, filled, at)
         for array in filled:
             array.wait()  # or the tensors of all layers would be in memory at once
-        for _ in filling.modules(layer):
+        for _ in leaf.modules:
             tick()
     if not all(map(bool, finite)):
         raise ValueError(
@@ -183,7 +176,10 @@ def _updated(x: jax.Array, part: jax.Array, dims: Any, starts: Any) -> jax.Array
 def _floats(
     filling: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
-    """Fills a layer from plain tensors; returns whether the values are finite."""
+    """Fills a layer, the only one that `filling` has, from plain tensors.
+
+    Returns whether the values are finite, for each device.
+    """
     leaf, stacked = filling.leaf, filling.stacked
     values, *scale = filled
     how = target.format if is_quantized(target) else None
@@ -202,7 +198,7 @@ def _floats(
             (low // n * n, -(-high // n) * n)
             for (low, high), n in zip(region, blocks, strict=True)
         )
-        reads, layout = read_plan(leaf, stacked, layer, wide)
+        reads, layout = read_plan(leaf, stacked, wide)
         tensors = [jax.device_put(read_once(read), device) for read in reads]
         cuts = [
             tuple(
@@ -251,10 +247,10 @@ def _made(
 def _blocks(
     filling: Filling, target: Any, filled: Sequence[_Filled], layer: tuple[int, ...]
 ) -> list[jax.Array]:
-    """Fills a layer from tensors that are stored in blocks, without a change."""
+    """Fills a layer as `_floats` does, from the blocks of tensors, without a change."""
     leaf, form = filling.leaf, filling.form
     assert form is not None
-    read = {name: filling.tensors[name].blocks for name in filling.modules(layer)}
+    read = {name: filling.tensors[name].blocks for name in leaf.modules}
     blocks = {name: get() for name, get in read.items() if get is not None}
     for i, array in enumerate(filled):
         part = block_leaf(leaf, form.size) if i else leaf
@@ -263,7 +259,7 @@ def _blocks(
             region = array.region(device, layer)
             if region is None:
                 continue
-            reads, layout = read_plan(part, filling.stacked, layer, region)
+            reads, layout = read_plan(part, filling.stacked, region)
             tensors = [
                 jax.device_put(blocks[read.module][i][read.part], device)
                 for read in reads

@@ -66,10 +66,11 @@ def with_separate_experts(folder: PeftFolder, modules: Iterable[str]) -> PeftFol
                     tensors[PREFIX + own + suffix] = np.ascontiguousarray(x)
     if not new:
         return folder
-    chosen = config.get("target_modules")
-    if isinstance(chosen, str):  # an expression
-        chosen = [name for name in modules if folder.rules.is_target(name)]
-    config["target_modules"] = [*(chosen or ()), *new]
+    if not folder.rules.has_all_linear:
+        chosen = config.get("target_modules")
+        if isinstance(chosen, str):  # an expression
+            chosen = [name for name in modules if folder.rules.is_target(name)]
+        config["target_modules"] = [*(chosen or ()), *new]
     for field, default, i in (
         ("rank_pattern", "r", 0),
         ("alpha_pattern", "lora_alpha", 1),

@@ -4,13 +4,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._adapters import Axes, copy_of, is_adapter
 from lora_jax._detach import attached
 from lora_jax._engine.dtypes import wider
 from lora_jax._flax_names import is_floating
+from lora_jax._hub.checkpoint import check_floating
 from lora_jax._hub.fused_experts import with_separate_experts
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
 from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
@@ -114,8 +114,7 @@ def import_peft(
 
 
 def _plain_leaves(base: PyTree, dtype: Any) -> dict[Path, Any]:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is floating, found {dtype}.")
+    check_floating(dtype)
     leaves = flatten(base)
     if old := [path for path in leaves if is_adapter(path)]:
         raise ValueError(

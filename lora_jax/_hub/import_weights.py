@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from lora_jax._adapters import Axes, is_adapter
 from lora_jax._engine.quantized import Quantized, quantize_array
 from lora_jax._flax_names import is_floating
-from lora_jax._hub.checkpoint import BlockFormat, check_floating
+from lora_jax._hub.checkpoint import BlockFormat, check_dtype, check_floating
 from lora_jax._hub.fill_leaf import Filling, as_filling, fill_leaf
 from lora_jax._hub.leaf_layout import block_leaf
 from lora_jax._hub.model_tensors import ModelTensors, open_model
@@ -32,6 +32,7 @@ from lora_jax._tree import (
     PyTree,
     flatten,
     is_abstract,
+    is_array,
     is_traced,
     listed,
     path_name,
@@ -143,7 +144,8 @@ def _names_of(leaves: dict[Path, Any], names: Names) -> dict[Path, ModuleNames]:
         p for p, x in leaves.items() if is_abstract(unbox(x)) or is_floating(p, x)
     ]
     named, find = required_names(names, needed), name_finder(names)
-    return {p: found for p in leaves if (found := named.get(p) or find(p))}
+    arrays = [p for p, x in leaves.items() if is_array(unbox(x))]
+    return {p: found for p in arrays if (found := named.get(p) or find(p))}
 
 
 def _check_used(
@@ -214,6 +216,7 @@ def _kept_blocks(
 def _check_castable(filling: Filling, target: Any) -> None:
     """Checks that floats stay floats, and that other numbers keep their values."""
     for tensor in filling.tensors.values():
+        check_dtype(tensor)
         old, new = jnp.dtype(tensor.dtype), jnp.dtype(target.dtype)
         floats = [jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new)]
         if floats[0] != floats[1] or not (floats[0] or jnp.can_cast(old, new)):

@@ -19,7 +19,7 @@ from lora_jax._hub.module_kinds import (
     LINEAR,
     Linear,
 )
-from lora_jax._hub.modules import MappedLeaf
+from lora_jax._hub.modules import MappedLeaf, ModuleSlice
 
 Region = tuple[tuple[int, int], ...]  # (start, stop) along each dimension of a layer
 
@@ -55,13 +55,27 @@ def layer_dims(leaf: MappedLeaf, stacked: int) -> tuple[int, ...]:
     return tuple(d for d in range(len(leaf.shape)) if d not in counted)
 
 
+def layers_of(leaf: MappedLeaf) -> dict[tuple[int, ...], MappedLeaf]:
+    """Returns the leaf with the modules of one layer only, for each layer in order."""
+    modules: dict[tuple[int, ...], dict[str, ModuleSlice]] = {}
+    for name, part in leaf.modules.items():
+        modules.setdefault(part.stack_index, {})[name] = part
+    return {at: leaf._replace(modules=modules[at]) for at in sorted(modules)}
+
+
 def read_plan(
-    leaf: MappedLeaf, stacked: int, at: tuple[int, ...], region: Region
+    leaf: MappedLeaf, stacked: int, region: Region
 ) -> tuple[list[Read], Layout]:
     """Returns what to read for a region of a layer, and how to join it.
 
-    Of inputs, and of outputs, several dimensions of the leaf are one of the tensor. A
-    cut of the first of them is a range there; another cut is made after reading.
+    Several inputs of the leaf are one dimension of the tensor, and so are several
+    outputs. A cut of the first of them is a range there; another cut is made after
+    reading.
+
+    Args:
+      leaf: The leaf, with the modules of this layer only.
+      stacked: How many dimensions the names of its modules count.
+      region: The region of the layer.
     """
     batch, inputs, outputs = leaf.axes.batch[stacked:], *leaf.axes[1:]
     dims = layer_dims(leaf, stacked)
@@ -70,7 +84,6 @@ def read_plan(
         (
             (part.outputs.start or 0, name, part.kind)
             for name, part in leaf.modules.items()
-            if part.stack_index == at
         ),
         key=lambda module: module[0],
     )

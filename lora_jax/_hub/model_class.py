@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-CONFIG_FILE = "config.json"
+MODEL_CONFIG = "config.json"
 
 # The attribute that holds the model without its head, `base_model_prefix` in
 # transformers, by the `model_type` of the config.
@@ -135,7 +135,7 @@ def model_class(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Model
         return ModelClass()
     path = os.fspath(checkpoint)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    path = os.path.join(folder, CONFIG_FILE)
+    path = os.path.join(folder, MODEL_CONFIG)
     if not os.path.isfile(path):
         return ModelClass()
     try:

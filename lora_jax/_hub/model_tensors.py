@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lora_jax._hub.checkpoint import CheckpointTensor, open_checkpoint
+from lora_jax._hub.checkpoint import Checkpoint, CheckpointTensor, open_checkpoint
 from lora_jax._hub.gguf_file import open_gguf
 from lora_jax._hub.model_class import ModelClass, model_class
 from lora_jax._hub.names import similar_names
@@ -53,22 +53,17 @@ class ModelTensors(NamedTuple):
         return head is not None and f"{head}.weight" in names
 
 
-def is_gguf(checkpoint: str | os.PathLike[str]) -> bool:
-    return os.fspath(checkpoint).endswith(".gguf")
-
-
-def open_model(
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any],
-) -> ModelTensors:
-    """Opens a checkpoint: a file, a folder, a GGUF or a mapping.
+def open_model(checkpoint: Checkpoint, *, gguf: bool = True) -> ModelTensors:
+    """Opens a checkpoint: a file, a folder, a mapping or, with `gguf`, a GGUF.
 
     Raises:
       FileNotFoundError: If there is none, or one of its files is missing.
       ValueError: If a file is truncated, or a tensor is quantized in a format that is
         not supported.
     """
-    if not isinstance(checkpoint, Mapping) and is_gguf(checkpoint):
-        each, names = open_gguf(os.fspath(checkpoint))
+    path = "" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+    if gguf and path.endswith(".gguf"):
+        each, names = open_gguf(path)
         held = {tensor.name: tensor for tensor in each}
         by_name = {alias: held[name] for alias, name in names.items()} | held
         return ModelTensors(each, by_name, ModelClass(tied="output.weight" not in held))

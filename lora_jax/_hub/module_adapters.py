@@ -16,7 +16,7 @@ from lora_jax._tree import Path, path_name
 
 
 def is_reversed(path: Path, shape: Shape, stored: Axes, axes: Axes) -> bool:
-    """Whether an adapter with its `own` axes has `lora_b` on the inputs.
+    """Whether an adapter with the axes `stored` has `lora_b` on the inputs.
 
     This happens if `lorafy` took the axes from the order of the dimensions, and the
     function uses them in the other order.

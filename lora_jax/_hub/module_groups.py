@@ -3,6 +3,7 @@
 Those of them without an adapter get one of zeros. The tree has their weights.
 """
 
+import functools
 import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from lora_jax._adapters import Axes, is_adapter
 from lora_jax._flax_names import is_adaptable
 from lora_jax._hub.consumers import Consumer, Group
 from lora_jax._hub.module_plan import ModulePlan
-from lora_jax._hub.names import Names, each_index, last_part, module_names
+from lora_jax._hub.names import Names, each_index, last_part, name_finder
 from lora_jax._tree import Path, path_name, unbox
 
 
@@ -46,19 +47,20 @@ def module_groups(
         does not fit those of its group.
     """
     adapted = dict(_adapted_sizes(plan))
-    others: dict[str, tuple[Path, int]] = {}  # which few exports need
+    others: dict[str, tuple[Path, int]] | None = None  # which few exports need
     found = []
     for row, group in groups:
         for prefix, first in _prefixes(group, adapted).items():
             members = _members(group, prefix, adapted)
             if group.of_experts or not adapted.keys() >= {*members}:
-                others = others or dict(_other_modules(plan, leaves, names, axes))
+                if others is None:
+                    others = dict(_other_modules(plan, leaves, names, axes))
                 members = _members(group, prefix, [*adapted, *others])
             sizes = {}
             for name in members:
                 if name in adapted:
                     sizes[name] = adapted[name]
-                elif name in others:
+                elif others is not None and name in others:
                     sizes[name] = _sizes(group, name, *others[name], first, adapted)
                 elif not _may_be_absent(group, name, modules):
                     raise ValueError(_missing(row, group, name, first, plan))
@@ -104,13 +106,19 @@ def _other_modules(
     axes: Mapping[Path, Axes],
 ) -> Iterator[tuple[str, tuple[Path, int]]]:
     """Yields the weight and the elements of each named module without an adapter."""
+    find = name_finder(names)
+    stacked_dims = functools.cache(functools.partial(_stacked_dims, plan))
     for path, leaf in leaves.items():
         if path in plan.adapted or is_adapter(path) or not is_adaptable(path, leaf):
             continue
-        shape, named = unbox(leaf).shape, module_names(names, path)
+        shape, named = unbox(leaf).shape, find(path)
         if named is None or len(shape) < named.stacked:
             continue
-        stack = [shape[d] for d in _stacked_dims(path, named.stacked, plan, axes)]
+        if path in axes:
+            dims = axes[path].batch[: named.stacked]
+        else:
+            dims = stacked_dims(named.stacked)
+        stack = [shape[d] for d in dims]
         widths = named.sizes or (1,) * len(named.templates)
         size = math.prod(shape) // math.prod(stack)
         for _, parts in each_index(path, named, stack):
@@ -118,12 +126,8 @@ def _other_modules(
                 yield name, (path, size * width // sum(widths))
 
 
-def _stacked_dims(
-    path: Path, stacked: int, plan: ModulePlan, axes: Mapping[Path, Axes]
-) -> tuple[int, ...]:
+def _stacked_dims(plan: ModulePlan, stacked: int) -> tuple[int, ...]:
     """Returns the stacked dimensions of a weight: the same as of adapted ones."""
-    if path in axes:
-        return axes[path].batch[:stacked]
     batches = (weight.axes.batch for weight in plan.adapted.values())
     seen = {batch[:stacked] for batch in batches if len(batch) >= stacked}
     return seen.pop() if len(seen) == 1 else tuple(range(stacked))

@@ -4,8 +4,9 @@ One leaf can be many modules: a stack of layers, a fused query, key and value, o
 table that is also the output head. Each of them is a `ModuleSlice` of the leaf.
 """
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,42 +85,61 @@ def map_weight(
             f"{name!r} is an embedding by its name, and is used as a matrix, with "
             f"{axes}. Write kinds={{{name!r}: 'linear'}}."
         )
-    tied = is_table and parts == 2 and named.sizes is None
-    widths = named.sizes or (n_out // parts,) * parts
-    if is_table and parts > 1 and not tied:
+    if is_table and parts == 2 and named.sizes is None:
+        slices = [(kind, slice(None)), (HEAD, slice(None))]
+    elif is_table and parts > 1:
         raise ValueError(
             f"{name!r} is an embedding. Give it one name, or two: (embedding, tied "
             f"head). Found {named.templates}."
         )
-    if not tied and sum(widths) != n_out:
-        raise ValueError(
-            f"{name!r} has {n_out} outputs, and its parts {named.templates} have "
-            f"{widths}. Write {{name: outputs, ...}} for parts of unequal size."
-        )
+    else:
+        slices = [(kind, part) for part in _split_outputs(path, named, n_out)]
     counts = weight.sizes(axes.batch[: named.stacked])
-    for index, names in each_index(path, named, counts):
-        low = 0
-        for i, (module, width) in enumerate(zip(names, widths, strict=True)):
-            if module in weight.modules:
-                raise ValueError(
-                    f"{name!r} has the name {module!r} twice. Each module has its own."
-                )
-            outputs = slice(None) if tied else slice(low, low + width)
-            module_kind = HEAD if tied and i else kind
-            weight.modules[module] = ModuleSlice(module_kind, index, outputs)
-            low += width
-    return weight
+    return weight._replace(modules=_named_slices(path, named, counts, slices))
 
 
 def map_vector(path: Path, shape: Shape, named: ModuleNames) -> MappedLeaf:
     """Returns the modules of a leaf that each of them keeps as one dimension."""
     dims = tuple(range(len(shape)))
     axes = Axes(dims[: named.stacked], (), dims[named.stacked :])
-    modules = {
-        names[0]: ModuleSlice(VECTOR, index, slice(None))
-        for index, names in each_index(path, named, shape[: named.stacked])
-    }
-    return MappedLeaf(path, shape, axes, modules)
+    vector = MappedLeaf(path, shape, axes, {})
+    parts = _split_outputs(path, named, vector.matrix[2])
+    slices = [(VECTOR, part) for part in parts]
+    counts = shape[: named.stacked]
+    return vector._replace(modules=_named_slices(path, named, counts, slices))
+
+
+def _split_outputs(path: Path, named: ModuleNames, n_out: int) -> list[slice]:
+    """Returns the outputs of each of the names."""
+    parts = len(named.templates)
+    widths = named.sizes or (n_out // parts,) * parts
+    if sum(widths) != n_out:
+        raise ValueError(
+            f"{path_name(path)!r} has {n_out} outputs, and its parts "
+            f"{named.templates} have {widths}. Write {{name: outputs, ...}} for parts "
+            "of unequal size."
+        )
+    ends = itertools.accumulate(widths)
+    return [slice(end - n, end) for n, end in zip(widths, ends, strict=True)]
+
+
+def _named_slices(
+    path: Path,
+    named: ModuleNames,
+    counts: Shape,
+    slices: Sequence[tuple[Linear, slice]],
+) -> dict[str, ModuleSlice]:
+    """Returns the modules of a leaf: the kind and the outputs of each of the names."""
+    modules: dict[str, ModuleSlice] = {}
+    for index, names in each_index(path, named, counts):
+        for module, (kind, outputs) in zip(names, slices, strict=True):
+            if module in modules:
+                raise ValueError(
+                    f"{path_name(path)!r} has the name {module!r} twice. Each module "
+                    "has its own."
+                )
+            modules[module] = ModuleSlice(kind, index, outputs)
+    return modules
 
 
 def leaf_to_torch(leaf: MappedLeaf, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -167,23 +187,39 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
         )
 
 
-def _axes_by_name(path: Path, leaves: dict[Path, Any], stacked: int) -> Axes:
+def _axes_by_name(path: Path, leaves: Mapping[Path, Any], stacked: int) -> Axes:
     """Returns the axes of a stacked weight, by Flax's names for one of the stack."""
-    # The names of others matter only beyond two dimensions.
-    needs_others = len(unbox(leaves[path]).shape) > stacked + 2
-    paths = paths_of_axes(path) if needs_others else [path]
-    near = {other: unbox(leaves.get(other)) for other in paths}
-    one = {
-        other: np.broadcast_to(np.float32(0), x.shape[stacked:])
-        for other, x in near.items()
-        if is_array(x)
-    }
+    one = one_of_stack(path, leaves, stacked)
     if one[path].ndim < 2:
         raise ValueError(
             f"{path_name(path)!r}, of shape {unbox(leaves[path]).shape}, has too few "
             f"dimensions for {stacked} stacked ones. Remove {{layer}} or {{expert}} "
             "from its name."
         )
-    its_axes = axes_of(path, one)
-    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in its_axes)
+    return of_stack(axes_of(path, one), stacked)
+
+
+def one_of_stack(
+    path: Path, leaves: Mapping[Path, Any], stacked: int
+) -> dict[Path, np.ndarray]:
+    """Returns one of a stack, with the leaves that show the axes of one weight.
+
+    The arrays are views that take no memory. Only their shapes are those of the leaves.
+    """
+    # The names of others matter only beyond two dimensions.
+    needs_others = len(unbox(leaves[path]).shape) > stacked + 2
+    near = {
+        other: unbox(leaves.get(other))
+        for other in (paths_of_axes(path) if needs_others else [path])
+    }
+    return {
+        other: np.broadcast_to(np.float32(0), x.shape[stacked:])
+        for other, x in near.items()
+        if is_array(x)
+    }
+
+
+def of_stack(axes: Axes, stacked: int) -> Axes:
+    """Returns the axes of a stack along the first dimensions, by those of one of it."""
+    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in axes)
     return Axes(tuple(range(stacked)), inputs, outputs)

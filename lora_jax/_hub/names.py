@@ -28,7 +28,7 @@ FAMILIES = {
     "model": "layers/0/self_attn/",
 }
 # Their embeddings of tokens, and the heads that share those unless they have a kernel.
-TIED_HEADS = {
+FLAX_HEADS = {
     "bert/embeddings/word_embeddings": "cls/predictions/decoder",
     "transformer/wte": "lm_head",
     "model/embed_tokens": "lm_head",
@@ -78,7 +78,7 @@ def transformers_names(params: PyTree) -> dict[str, Name]:
             f"{listed([*FAMILIES.values()])}. Write the map: names={{path: name}}."
         )
     names: dict[str, Name] = {}
-    for table, head in TIED_HEADS.items():
+    for table, head in FLAX_HEADS.items():
         has_head = head == "lm_head" or "cls/predictions/bias" in paths
         if f"{table}/embedding" in paths and has_head and f"{head}/kernel" not in paths:
             both = table.replace("/", "."), head.replace("/", ".")

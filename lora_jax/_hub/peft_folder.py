@@ -3,13 +3,13 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
+from lora_jax._hub.checkpoint import hub_advice
 from lora_jax._hub.folder_files import (
     check_regular,
     file_now,
@@ -142,11 +142,8 @@ def _advice(path: str) -> str:
         if below:
             choice = os.path.join(path, below[0])
             return f"It has the adapters {', '.join(below)}: pass {choice!r}."
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        return (
-            "If it is the name of a repository on the Hugging Face hub, download it "
-            f"first: folder = huggingface_hub.snapshot_download({path!r})."
-        )
+    elif advice := hub_advice(path):
+        return advice.lstrip()
     return "Pass the folder that PEFT's save_pretrained wrote."
 
 

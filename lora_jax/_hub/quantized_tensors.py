@@ -29,6 +29,8 @@ REFUSED = {
     ".weight_scale_inv": "FP8",
     "_blocks": "MXFP4",
 }
+# Dtypes of such formats, by the start of their names in files, NumPy and PyTorch.
+NARROW = ("F8", "F6", "F4", "FLOAT8_", "FLOAT6_", "FLOAT4_")
 
 
 def logical_tensors(tensors: Iterable[CheckpointTensor]) -> list[CheckpointTensor]:
@@ -63,7 +65,7 @@ def dequantized(blocks: Blocks, form: BlockFormat) -> np.ndarray:
 
 def _check_format(name: str, tensor: CheckpointTensor) -> None:
     found = next((REFUSED[end] for end in REFUSED if name.endswith(end)), None)
-    if found is None and tensor.dtype.startswith(("F8", "F6", "F4")):
+    if found is None and tensor.dtype.upper().startswith(NARROW):
         found = tensor.dtype
     if found is not None:
         raise ValueError(

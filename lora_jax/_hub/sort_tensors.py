@@ -80,14 +80,15 @@ def index_leaves(
         if len(shape) < counted:
             continue
         is_table = isinstance(kind_of[path], Embedding)
+        is_vector = not is_adaptable(path, leaves[path])
         for _, modules in each_index(path, named, shape[:counted]):
-            if len(modules) == 1 or (is_table and len(modules) == 2):
+            if is_vector or len(modules) == 1 or (is_table and len(modules) == 2):
                 kept = {tensor_name(name, path): (name, path) for name in modules}
                 index.tensors.update(kept)
             if is_table and len(modules) == 2:
                 table, head = modules
                 index.tied.update({table: head, head: table})
-        if not is_adaptable(path, leaves[path]):
+        if is_vector:
             continue
         stack = axes[path].batch[:counted] if path in axes else range(counted)
         for _, modules in each_index(path, named, [shape[d] for d in stack]):

@@ -8,19 +8,26 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from lora_jax._adapters import Axes, Shape, is_adapter
 from lora_jax._flax_names import axes_by_name, is_adaptable, own_names
 from lora_jax._hub.checkpoint import CheckpointTensor
 from lora_jax._hub.model_tensors import ModelTensors
 from lora_jax._hub.module_kinds import CONV1D, EMBEDDING, EXPERTS, LINEAR, Linear
 from lora_jax._hub.module_plan import module_kinds
-from lora_jax._hub.modules import MappedLeaf, map_vector, map_weight, tensor_shapes
+from lora_jax._hub.modules import (
+    MappedLeaf,
+    map_vector,
+    map_weight,
+    of_stack,
+    one_of_stack,
+    tensor_shapes,
+)
 from lora_jax._hub.names import ModuleNames, each_index, similar_names
 from lora_jax._hub.tensor_keys import TORCH_LEAVES
-from lora_jax._tree import Path, is_array, leaf_name, path_name, unbox
+from lora_jax._tree import Path, leaf_name, path_name, unbox
+
+# PyTorch's names for the statistics of a batch norm.
+STATISTICS = {"mean": "running_mean", "var": "running_var"}
 
 
 class Source(NamedTuple):
@@ -65,6 +72,7 @@ def find_sources(
     sources = _with_conv1d(sources)
     for source in sources.values():
         _check_shapes(source)
+    _check_one_leaf_each(sources, named)
     return sources
 
 
@@ -89,10 +97,10 @@ def _source(
         axes = _axes(path, leaves, named.stacked, [*found.values()])
         first = next(iter(found.values())).shape
         is_vector = axes is None and first == shape[named.stacked :]
+    named = _with_sizes(named, kind, found, is_vector)
     if is_vector:
         leaf = map_vector(path, shape, named)
     else:
-        named = _with_sizes(named, kind, found)
         leaf = map_weight(path, leaves, named, axes, kind)
     return Source(leaf, named.stacked, found)
 
@@ -108,11 +116,7 @@ def _axes(
     Inputs come first, as in all layers of Flax: the dimensions of a kernel (d, heads,
     size) whose tensor is (heads * size, d) can be divided in one way only.
     """
-    one = {
-        other: jax.ShapeDtypeStruct(unbox(x).shape[stacked:], jnp.float32)
-        for other, x in leaves.items()
-        if is_array(unbox(x))
-    }
+    one = one_of_stack(path, leaves, stacked)
     axes = axes_by_name(path, one)
     if axes is None and all(len(tensor.shape) == 2 for tensor in tensors):
         shape, n_in = one[path].shape, tensors[0].shape[1]
@@ -120,21 +124,22 @@ def _axes(
         cuts = [i for i in dims[1:] if math.prod(shape[:i]) == n_in]
         if len(cuts) == 1:
             axes = Axes((), dims[: cuts[0]], dims[cuts[0] :])
-    if axes is None:
-        return None
-    _, inputs, outputs = (tuple(d + stacked for d in dims) for dims in axes)
-    return Axes(tuple(range(stacked)), inputs, outputs)
+    return axes and of_stack(axes, stacked)
 
 
 def _with_sizes(
-    named: ModuleNames, kind: Linear, tensors: Mapping[str, CheckpointTensor]
+    named: ModuleNames,
+    kind: Linear,
+    tensors: Mapping[str, CheckpointTensor],
+    is_vector: bool,
 ) -> ModuleNames:
-    """Returns the names with the outputs of each part of a fused weight."""
+    """Returns the names with the outputs of each part of a fused weight or bias."""
     parts = len(named.templates)
     if parts < 2 or named.sizes is not None or kind is not LINEAR:
         return named
-    first = [*tensors.values()][:parts]
-    return named._replace(sizes=tuple(tensor.shape[0] for tensor in first))
+    shapes = [tensor.shape for tensor in [*tensors.values()][:parts]]
+    size = math.prod if is_vector else lambda shape: shape[0]
+    return named._replace(sizes=tuple(map(size, shapes)))
 
 
 def _tensors_of(
@@ -144,12 +149,12 @@ def _tensors_of(
     found: dict[str, CheckpointTensor] = {}
     for _, modules in each_index(path, named, shape[: named.stacked]):
         for module in modules:
-            tensor = _tensor_of(path, module, tensors)
+            tensor = tensor_of(path, module, tensors)
             if tensor is not None:
                 found[module] = tensor
                 continue
             # A tied table has two names, and checkpoints store one of them.
-            has_other = any(_tensor_of(path, m, tensors) for m in modules)
+            has_other = any(tensor_of(path, m, tensors) for m in modules)
             if not (kind is EMBEDDING and len(modules) == 2 and has_other):
                 raise ValueError(_missing(path, module, shape, has_other, tensors))
     return found
@@ -177,13 +182,17 @@ def _missing(
 def _candidates(path: Path, module: str) -> list[str]:
     """Returns the names of tensors that a leaf of a module can have, in order."""
     leaf = leaf_name(path)
-    others = [TORCH_LEAVES.get(leaf, leaf), *["weight"] * (leaf != "bias")]
+    if leaf in STATISTICS:
+        others = [STATISTICS[leaf], leaf]
+    else:
+        others = [TORCH_LEAVES.get(leaf, leaf), *["weight"] * (leaf != "bias")]
     return list(dict.fromkeys([f"{module}.{name}" for name in others] + [module]))
 
 
-def _tensor_of(
+def tensor_of(
     path: Path, module: str, tensors: ModelTensors
 ) -> CheckpointTensor | None:
+    """Returns the tensor that a leaf of a module is, if the checkpoint has it."""
     names = (name for name in _candidates(path, module) if name in tensors.by_name)
     return next(map(tensors.by_name.__getitem__, names), None)
 
@@ -225,6 +234,29 @@ def _fitting_kinds(source: Source) -> list[Linear]:
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     fits = lambda kind: tensor_shapes(_of_kind(source.leaf, kind)) == shapes
     return [kind for kind in (LINEAR, CONV1D) if fits(kind)]
+
+
+def _check_one_leaf_each(
+    sources: Mapping[Path, Source], named: Mapping[Path, ModuleNames]
+) -> None:
+    """Checks that leaves of one module are different tensors.
+
+    A leaf of any name may be a module's `weight`, but not next to its `kernel`. Leaves
+    of the same name, or with the name of the tensor itself, may be one tied tensor.
+    """
+    owner: dict[tuple[int, str], Path] = {}
+    for path, source in sources.items():
+        order = named[path].order
+        for module, tensor in source.tensors.items():
+            if order is None or module == tensor.name:
+                continue
+            other = owner.setdefault((order, tensor.name), path)
+            if leaf_name(other) != leaf_name(path):
+                raise ValueError(
+                    f"{path_name(other)!r} and {path_name(path)!r} are both the tensor "
+                    f"{tensor.name!r}, by one pattern of names. Write a pattern for "
+                    "each leaf, with the name of its tensor."
+                )
 
 
 def _check_shapes(source: Source) -> None:

@@ -490,6 +490,22 @@ def test_export_peft_for_sglang_of_a_model_without_a_gate(tmp_path, randomized):
     assert len(read(tmp_path)[1]) == 4
 
 
+def test_export_peft_completes_groups_in_linear_time(tmp_path, calls):
+    """Each leaf may have its own line of the map, and modules without an adapter."""
+
+    def export(n):
+        parts = ("gate_proj", "up_proj")
+        leaf = lambda: {"kernel": np.ones((2, 2), np.float32)}
+        tree = {f"layer_{i}": {part: leaf() for part in parts} for i in range(n)}
+        names = {f"layer_{i}/{p}": f"layers.{i}.{p}" for i in range(n) for p in parts}
+        params = lj.lorafy(tree, rank=1, targets="gate_proj")
+        folder = tmp_path / str(n)
+        return lambda: lj.export_peft(folder, params, names, for_="sglang")
+
+    export(4)()
+    assert calls(export(200)) < 2.2 * calls(export(100))
+
+
 def test_export_peft_for_llama_cpp_has_one_alpha(tmp_path, randomized):
     params = lorafied(randomized, **mixed(*EVERY))
     lj.export_peft(tmp_path, params, NAMES, for_="llama.cpp")

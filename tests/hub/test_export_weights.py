@@ -233,6 +233,11 @@ def test_export_weights_refuses_what_does_not_fit(tmp_path, randomized):
         r"'gpt/lora_a' is not finite": {"params": broken},
         r"base.gguf is a GGUF": {"source": "base.gguf"},
         r"dtype must be floating": {"dtype": jnp.int8},
+        r"'z' is complex64": {"source": tensors | {"z": np.zeros(2, np.complex64)}},
+        r"'z' is not finite in float16": {
+            "dtype": jnp.float16,
+            "source": tensors | {"z": np.full(2, 1e5, np.float32)},
+        },
         r"not finite in float16": {"dtype": jnp.float16, "params": huge(params)},
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -247,6 +252,39 @@ def test_export_weights_refuses_what_does_not_fit(tmp_path, randomized):
     out.write_text("")
     with pytest.raises(ValueError, match=r"is a file"):
         export()
+
+
+def test_export_weights_of_infinities_and_copies_out_of_range(tmp_path):
+    """What is infinite in the checkpoint, like a mask, stays so in any dtype."""
+    torch = {"up.weight": np.ones((3, 4), np.float32), "norm.weight": np.ones(4)}
+    torch["mask"] = np.array([0, -np.inf], np.float32)
+    plain = {"up": {"kernel": jnp.ones((4, 3))}, "norm": {"scale": jnp.ones(4)}}
+    params = lj.lorafy(plain, rank=1, targets="up", also="norm")
+    export = lambda name: lj.export_weights(
+        tmp_path / name, params, {"up": "up", "norm": "norm"}, torch, dtype=jnp.float16
+    )
+    export("small")
+    new = safetensors.numpy.load_file(tmp_path / "small" / "model.safetensors")
+    np.testing.assert_array_equal(new["mask"], torch["mask"].astype(np.float16))
+    params["norm"]["scale_lora_w"] = jnp.full(4, 1e5)
+    with pytest.raises(ValueError, match=r"'norm.weight' is not finite in float16"):
+        export("large")
+    assert os.listdir(tmp_path) == ["small"]
+
+
+def test_export_weights_refuses_to_change_a_leaf_without_an_update(tmp_path):
+    """A tree with a head of its own, and a checkpoint in which it is the table."""
+    table = np.ones((5, 3), np.float32)
+    plain = {"embed": {"embedding": table}, "head": {"kernel": table.T}}
+    params = lj.lorafy(plain, rank=1, targets="head")
+    names = {"embed": "model.embed_tokens", "head": "model.embed_tokens"}
+    with pytest.raises(ValueError, match=r"'head/kernel' has an update and 'embed/em"):
+        lj.export_weights(
+            tmp_path / "out", params, names, {"model.embed_tokens.weight": table}
+        )
+    names["head"] = "lm_head"
+    untied = {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    lj.export_weights(tmp_path / "out", params, names, untied)
 
 
 def huge(params):

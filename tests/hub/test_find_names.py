@@ -549,3 +549,19 @@ def check_damaged(seed):
         assert module not in seen
         seen.add(module)
     assert kind in ("swap", "rows", "columns", "add") or names == UNROLLED
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    {
+        "model.gguf": r"is a GGUF, which only import_weights reads",
+        "pytorch_model.bin": r"is a pickle, .*safe_serialization=True",
+        "google/gemma-2b": r"snapshot_download\('google/gemma-2b'\)",
+    }.items(),
+)
+def test_find_names_explains_what_is_no_checkpoint(tmp_path, monkeypatch, name, match):
+    monkeypatch.chdir(tmp_path)
+    if "/" not in name:
+        (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        lj.find_names({"up": {"kernel": np.ones((2, 3), np.float32)}}, name)

@@ -69,6 +69,22 @@ def test_import_peft_splits_fused_experts(tmp_path, close, parts, targets):
         close(got[name]["kernel"], want.swapaxes(1, 2))
 
 
+def test_import_peft_splits_fused_experts_next_to_all_linear(tmp_path, close):
+    q = np.ones((R, WIDTH), np.float32)
+    linear = {
+        f"base_model.model.m.0.q.lora_{n}.weight": x
+        for n, x in zip("AB", (q, q.T.copy()), strict=True)
+    }
+    updates = write(
+        tmp_path, change=lambda x: x.update(linear), target_modules="all-linear"
+    )
+    base, names, axes = tree("gate_proj", "up_proj", "down_proj")
+    base["q"], names["q"] = {"kernel": jnp.zeros((WIDTH, WIDTH))}, "m.0.q"
+    got = lj.merge(lj.import_peft(tmp_path, base, names, axes=axes))
+    close(got["down_proj"]["kernel"], updates["down_proj"].swapaxes(1, 2))
+    close(got["q"]["kernel"], 1.5 * q.T @ q)
+
+
 def test_import_peft_splits_one_fused_parameter_of_its_own_rank(tmp_path, close):
     config = {"rank_pattern": {"experts.down_proj": R}, "r": 7, "lora_alpha": 2}
     config["alpha_pattern"] = {"down_proj": 3}

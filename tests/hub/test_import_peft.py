@@ -342,7 +342,7 @@ def test_import_peft_refuses_bad_input(tmp_path):
         ValueError, match=r"import_peft\(folder, strip\(params\), names"
     ):
         lj.import_peft(tmp_path, params, NAMES)
-    with pytest.raises(ValueError, match="dtype is floating, found"):
+    with pytest.raises(ValueError, match="dtype must be floating, found"):
         lj.import_peft(tmp_path, base(), NAMES, dtype=jnp.int8)
     wide = base()
     wide["tokens"]["embedding"] = jnp.ones((7, 5))

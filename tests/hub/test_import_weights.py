@@ -309,6 +309,58 @@ def test_import_weights_of_convolutions_experts_and_full_names():
     assert_equal(got, want)
 
 
+def test_import_weights_of_a_fused_bias():
+    """Its parts are as wide as their tensors, which may differ."""
+    rng = np.random.default_rng(0)
+    widths = {"q": 4, "k": 2, "v": 2}
+    torch = {
+        f"{i}.{n}.bias": rng.standard_normal(w)
+        for i in range(2)
+        for n, w in widths.items()
+    }
+    torch |= {
+        f"{i}.{n}.weight": rng.standard_normal((w, 3))
+        for i in range(2)
+        for n, w in widths.items()
+    }
+    s = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    target = {"qkv": {"kernel": s(2, 3, 8), "bias": s(2, 8)}}
+    found = lj.import_weights(
+        torch, target, {"qkv": [f"{{layer}}.{n}" for n in widths]}
+    )
+    for i in range(2):
+        for leaf, name in (("kernel", "weight"), ("bias", "bias")):
+            parts = [torch[f"{i}.{n}.{name}"].T for n in widths]
+            want = np.concatenate(parts, -1).astype(np.float32)
+            np.testing.assert_array_equal(found["qkv"][leaf][i], want)
+
+
+def test_import_weights_of_a_batch_norm_reads_its_statistics():
+    """Not the weight, which has their shape."""
+    values = dict(
+        zip(("weight", "bias", "running_mean", "running_var"), np.eye(4), strict=True)
+    )
+    torch = {f"bn.{name}": x for name, x in values.items()}
+    s = jax.ShapeDtypeStruct((4,), jnp.float32)
+    target = {
+        "params": {"norm": {"scale": s, "bias": s}},
+        "batch_stats": {"norm": {"mean": s, "var": s}},
+    }
+    found = lj.import_weights(torch, target, {"norm": "bn"})
+    got = {**found["params"]["norm"], **found["batch_stats"]["norm"]}
+    for leaf, row in zip(("scale", "bias", "mean", "var"), np.eye(4), strict=True):
+        np.testing.assert_array_equal(got[leaf], row)
+    with pytest.raises(ValueError, match=r"'norm/gamma' and 'norm/beta' are both the"):
+        target = {"norm": {"gamma": s, "beta": s}}
+        lj.import_weights(torch, target, {"norm": "bn"}, ignore=["bn.*"])
+
+
+def test_import_weights_keeps_leaves_that_are_no_arrays():
+    target = {"up": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}, "step": 3}
+    found = lj.import_weights({"up.weight": np.ones((3, 4))}, target, {"*": "{}"})
+    assert found["step"] == 3
+
+
 @pytest.mark.parametrize("leaf", ["embedding", "input_embedding"])
 def test_import_weights_of_a_tied_table_takes_either_tensor(torch, leaf):
     tensors, _ = torch
@@ -464,6 +516,42 @@ def test_import_weights_refuses_formats_by_name(tmp_path):
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
     with pytest.raises(ValueError, match=r"'up.weight' in F8_E4M3"):
         read(file)
+
+
+def test_import_weights_is_linear_in_the_modules(calls):
+    def load(n):
+        torch = {f"m.{i}.up.weight": np.full((3, 4), i, np.float32) for i in range(n)}
+        kernel = {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+        target = {f"m_{i}": {"up": kernel} for i in range(n)}
+        lj.import_weights(torch, target, {"m_*/up": "m.{}.up"})
+
+    load(100), load(200)  # what is compiled is not counted
+    assert calls(lambda: load(200)) < 2.2 * calls(lambda: load(100))
+
+
+def test_import_weights_opens_a_file_once_for_many_tensors(tmp_path, monkeypatch):
+    """Each time its header would be parsed, with all of its names."""
+    from lora_jax._hub import checkpoint as module
+
+    torch = {f"m.{i}.up.weight": np.full((3, 4), i, np.float32) for i in range(50)}
+    target = {"up": {"kernel": jax.ShapeDtypeStruct((50, 4, 3), jnp.float32)}}
+    opened, paths = module._opened, []
+    monkeypatch.setattr(module, "_opened", lambda p: paths.append(p) or opened(p))
+    folder = written(tmp_path, torch, shards=2)
+    lj.import_weights(folder, target, {"up": "m.{layer}.up"})
+    assert len(paths) <= 4 + 50
+    (folder / "model.safetensors.index.json").unlink()
+    safetensors.numpy.save_file(torch, folder / "one.safetensors")
+    paths.clear()
+    found = lj.import_weights(
+        folder / "one.safetensors", target, {"up": "m.{layer}.up"}
+    )
+    assert len(paths) == 2
+    np.testing.assert_array_equal(found["up"]["kernel"][:, 0, 0], np.arange(50.0))
+    monkeypatch.setattr(module, "KEPT", 10 * 48)  # bytes; a tensor has 48
+    paths.clear()
+    lj.import_weights(folder / "one.safetensors", target, {"up": "m.{layer}.up"})
+    assert len(paths) == 1 + 5
 
 
 def test_import_weights_leaves_nothing_behind_if_a_read_fails(torch, tmp_path):

@@ -242,3 +242,24 @@ def test_export_peft_of_biases_of_other_modules(tmp_path, close):
     close(stored["base_model.model.m.norm.bias"], np.arange(4.0))
     got = lj.import_peft(tmp_path / "out", tree, names, axes=AXES)
     close(copies(got), {"norm/bias_lora_w": np.arange(4.0)})
+
+
+def test_peft_has_a_bias_for_each_part_of_a_fused_one(tmp_path):
+    names = {"qkv": {"m.q": 4, "m.k": 2, "m.v": 2}}
+    plain = {"qkv": {"kernel": jnp.ones((3, 8)), "bias": jnp.zeros(8)}}
+    params = lj.lorafy(plain, rank=2, also="*/bias")
+    params["qkv"]["bias_lora_w"] = jnp.arange(8.0)
+    lj.export_peft(tmp_path / "out", params, names)
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for name, part in zip("qkv", np.split(np.arange(8.0), (4, 6)), strict=True):
+        bias = tensors[f"base_model.model.m.{name}.base_layer.bias"]
+        np.testing.assert_array_equal(bias, part)
+    found = lj.import_peft(tmp_path / "out", plain, names)
+    np.testing.assert_array_equal(found["qkv"]["bias_lora_w"], np.arange(8.0))
+    torch = {f"m.{n}.bias": np.zeros(k) for n, k in (("q", 4), ("k", 2), ("v", 2))}
+    torch |= {f"m.{n}.weight": np.ones((len(torch[f"m.{n}.bias"]), 3)) for n in "qkv"}
+    lj.export_weights(tmp_path / "merged", params, names, torch)
+    new = safetensors.numpy.load_file(tmp_path / "merged" / "model.safetensors")
+    both = np.concatenate([new[f"m.{n}.bias"] for n in "qkv"])
+    np.testing.assert_array_equal(both, np.arange(8.0))

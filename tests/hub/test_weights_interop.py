@@ -251,3 +251,27 @@ def test_import_weights_keeps_the_bits_of_bitsandbytes(tmp_path, double, dtype):
         logits(quantized, ids),
         atol=3e-2 if dtype != "float32" else 1e-4,
     )
+
+
+def test_weights_of_a_state_dict_keep_their_dtypes(tmp_path):
+    """PyTorch's own tensors: bfloat16, which NumPy lacks, and whole numbers."""
+    tensors = {
+        "up.weight": torch.randn(3, 4).to(torch.bfloat16).t().contiguous().t(),
+        "steps": torch.tensor([2**40 + 1]),
+        "wide": torch.tensor(0.1, dtype=torch.float64),
+    }
+    target = {"up": {"kernel": jax.ShapeDtypeStruct((4, 3), jnp.bfloat16)}}
+    names, ignore = {"up": "up"}, ["steps", "wide"]
+    params = lj.import_weights(tensors, target, names, ignore=ignore)
+    kernel = np.asarray(params["up"]["kernel"], np.float32)
+    np.testing.assert_array_equal(kernel, tensors["up.weight"].float().numpy().T)
+    params = lj.lorafy(params, rank=1)
+    lj.export_weights(tmp_path / "out", params, names, tensors)
+    from safetensors.torch import load_file
+
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    for name, x in tensors.items():
+        assert new[name].dtype == x.dtype and torch.equal(new[name], x)
+    narrow = {"up.weight": torch.zeros(3, 4).to(torch.float8_e4m3fn)}
+    with pytest.raises(ValueError, match=r"'up.weight' in float8_e4m3fn"):
+        lj.import_weights(narrow, target, names)
