@@ -326,11 +326,12 @@ def principal(params: PyTree) -> PyTree:
         wide = jnp.asarray(w, wider(w.dtype))
         factors = factor_matrices(w.shape, adapter)
         a, b = nearest(weight_matrices(wide, adapter.axes), factors)
-        # The scale stays, and multiplies the product: divide each factor by its root.
+        # The scale stays, and multiplies the product: divide each factor by its root. A
+        # rank whose scale is zero gets nothing.
         scale = jnp.reshape(scale_of_ranks(adapter), (len(a), 1, -1)).astype(a.dtype)
-        root = jnp.sqrt(scale)
-        new_factors = Matrices(a / root, b / jnp.swapaxes(root, 1, 2))
-        adapter = with_matrices(adapter, new_factors)
+        root = jnp.sqrt(jnp.where(scale == 0, 1, jnp.abs(scale)))
+        b = b / jnp.swapaxes(root, 1, 2) * jnp.swapaxes(jnp.sign(scale), 1, 2)
+        adapter = with_matrices(adapter, Matrices(a / root, b))
         rest = wide - delta(align(w, *adapter)).astype(wide.dtype)
         rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}
