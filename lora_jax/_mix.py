@@ -43,9 +43,11 @@ def mix(
 
     It computes what `take(stacked, ids)` does, and copies no factors: those of all n
     adapters stand side by side once, as one adapter of rank n * r, with a scale for
-    each rank. Only the scales differ between examples: r for those of its own adapter,
-    0 for all others. So a batch costs the products of all n adapters, and no memory for
-    each example. With `most=k`, the products of k.
+    each rank. Only the scales differ between examples: those of its own adapter for r
+    ranks, 0 for all others. So each token costs the products of all n adapters, or of k
+    with `most=k`, and no memory for each example. That is better where examples have
+    few tokens and share few adapters, as in decoding; `take` is better for long
+    examples, and for many different adapters.
 
     Gradients go to the factors of each adapter, so that one step trains the adapters of
     several tasks, each with the examples of its own.

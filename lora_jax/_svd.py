@@ -84,6 +84,15 @@ def resize(
       >>> params["lora_a"].shape, params["lora_b"].shape
       ((4, 2), (2, 3))
 
+      A rank whose scale is zero adds nothing and learns nothing. So pruning ranks by
+      scores, as AdaLoRA does, sets scales to zero; a smaller rank is then exact.
+
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, 3)
+      >>> keep = jnp.array([0.9, 0.1, 0.7]) > 0.5  # by scores of your own
+      >>> pruned = params | {"lora_scale": jnp.where(keep, params["lora_scale"], 0.0)}
+      >>> pruned["lora_scale"].shape, lj.resize(pruned, 2)["lora_a"].shape
+      ((3,), (4, 2))
+
     Reference:
       Eckart and Young, "The approximation of one matrix by another of lower rank",
       1936.
