@@ -74,6 +74,7 @@ def test_report_text_reports_which_aims_are_met():
         ["0.500", "1.00", "met"],
         ["1.250", "1.00", "not met"],
         ["2.0e-07", "1e-06", "met"],
+        ["0.0e+00", "1e-06", "met"],
     ]
 
 
