@@ -7,7 +7,8 @@
 Training n adapters at once, by `jax.vmap` over a stack, is compared with n steps one
 after the other, and with one adapter that trains on all of their tokens. A mixed batch,
 in which each example has its own adapter, is compared with the plain forward pass, with
-one adapter for all, and with PEFT's `adapter_names=` on torch, on the same weights. The
+one adapter for all, and with PEFT's `adapter_names=` on torch, on the same weights.
+(many.py compares `take`, which serves the batch here, with `mix`.) The
 contenders take turns in one process: compare the ratios. FLOPs and memory are XLA's own
 counts. If torch or PEFT is not installed, their rows are skipped with a message. Prints
 tables; writes them, the times and a figure into benchmarks/results. Takes about ten

@@ -43,9 +43,11 @@ def mix(
 
     It computes what `take(stacked, ids)` does, and copies no factors: those of all n
     adapters stand side by side once, as one adapter of rank n * r, with a scale for
-    each rank. Only the scales differ between examples: r for those of its own adapter,
-    0 for all others. So a batch costs the products of all n adapters, and no memory for
-    each example. With `most=k`, the products of k.
+    each rank. Only the scales differ between examples: those of its own adapter for r
+    ranks, 0 for all others. So each token costs the products of all n adapters, or of k
+    with `most=k`, and no memory for each example. That is better where examples have
+    few tokens and share few adapters, as in decoding; `take` is better for long
+    examples, and for many different adapters.
 
     Gradients go to the factors of each adapter, so that one step trains the adapters of
     several tasks, each with the examples of its own.
@@ -104,7 +106,7 @@ def mix(
         assert isinstance(adapter, LowRank)
         arrays = arrays_of(adapter, leaves)
         if chosen is not None:
-            arrays = arrays.map(lambda x: jnp.take(x, chosen, axis=0))
+            arrays = arrays.map(lambda x: jnp.take(x, chosen, axis=0, mode="clip"))
         mixed = _side_by_side(arrays, gates)
         dims = factor_dims(unbox(leaves[path]).shape, **mixed.layout)
         examples = (ABSENT,) * (gates.ndim - 1)
@@ -155,18 +157,19 @@ def _gates(ids: Any, n: int, most: int | None) -> tuple[jax.Array | None, jax.Ar
                 f"stack; found {ids.shape}."
             )
         return None, jnp.asarray(ids)
-    index, valid = check_ids(ids, n)
-    if most is None:
-        return None, jax.nn.one_hot(index, n)  # zeros where out of range
-    if type(most) is not int or most < 1:
+    index, _ = check_ids(ids, n)
+    if most is not None and (type(most) is not int or most < 1):
         raise ValueError(f"most must be a whole number above 0, found {most!r}.")
+    gates = jax.nn.one_hot(index, n)  # zeros where out of range
+    if most is None or most >= n:
+        return None, gates
     if not is_traced(index) and len(found := np.unique(np.asarray(index))) > most:
         raise ValueError(
             f"The batch has {len(found)} different adapters, and most={most}. Write "
             f"mix(stacked, ids, most={len(found)})."
         )
-    least = index if valid is None else jnp.where(valid, index, n)
-    chosen = jnp.unique(jnp.ravel(least), size=most, fill_value=n)
-    same = index[..., None] == jnp.reshape(chosen, (*[1] * index.ndim, most))
-    gates = same.astype(jnp.float32)
-    return jnp.minimum(chosen, n - 1), gates
+    # The indices of the batch, in order, then n, which `mix` clips and which has zeros
+    # for gates. `jnp.unique` would be a dozen scans and scatters over the batch.
+    there = jnp.any(jnp.reshape(gates, (-1, n)) > 0, axis=0)
+    chosen = jnp.sort(jnp.where(there, jnp.arange(n), n))[:most]
+    return chosen, jnp.take(gates, chosen, axis=-1, mode="fill", fill_value=0)

@@ -223,10 +223,10 @@ def _mixed_scales(leaves: Mapping[Path, Any]) -> set[Path]:
     found = set()
     for path in leaves:
         parts = adapter_of(path)
-        if parts.a not in leaves or not is_array(unbox(leaves[path])):
-            continue
-        w, *shapes = (unbox(leaves[p]).shape for p in (path, *parts))
-        a, b, scale = shapes
+        arrays = [unbox(leaves.get(p)) for p in (path, *parts)]
+        if not all(is_array(x) for x in arrays):
+            continue  # not a weight with an adapter, or a half of the tree
+        w, a, b, scale = (x.shape for x in arrays)
         if not fits(w, a, b, scale) and fits(w, a, b, scale[1:]):
             found.add(parts.scale)
     return found

@@ -84,6 +84,15 @@ def resize(
       >>> params["lora_a"].shape, params["lora_b"].shape
       ((4, 2), (2, 3))
 
+      A rank whose scale is zero adds nothing and learns nothing. So pruning ranks by
+      scores, as AdaLoRA does, sets scales to zero; a smaller rank is then exact.
+
+      >>> params = lj.lorafy({"kernel": jnp.ones((4, 3))}, 3)
+      >>> keep = jnp.array([0.9, 0.1, 0.7]) > 0.5  # by scores of your own
+      >>> pruned = params | {"lora_scale": jnp.where(keep, params["lora_scale"], 0.0)}
+      >>> pruned["lora_scale"].shape, lj.resize(pruned, 2)["lora_a"].shape
+      ((3,), (4, 2))
+
     Reference:
       Eckart and Young, "The approximation of one matrix by another of lower rank",
       1936.
@@ -326,11 +335,12 @@ def principal(params: PyTree) -> PyTree:
         wide = jnp.asarray(w, wider(w.dtype))
         factors = factor_matrices(w.shape, adapter)
         a, b = nearest(weight_matrices(wide, adapter.axes), factors)
-        # The scale stays, and multiplies the product: divide each factor by its root.
+        # The scale stays, and multiplies the product: divide each factor by its root. A
+        # rank whose scale is zero gets nothing.
         scale = jnp.reshape(scale_of_ranks(adapter), (len(a), 1, -1)).astype(a.dtype)
-        root = jnp.sqrt(scale)
-        new_factors = Matrices(a / root, b / jnp.swapaxes(root, 1, 2))
-        adapter = with_matrices(adapter, new_factors)
+        root = jnp.sqrt(jnp.where(scale == 0, 1, jnp.abs(scale)))
+        b = b / jnp.swapaxes(root, 1, 2) * jnp.swapaxes(jnp.sign(scale), 1, 2)
+        adapter = with_matrices(adapter, Matrices(a / root, b))
         rest = wide - delta(align(w, *adapter)).astype(wide.dtype)
         rest = put_like(rest.astype(w.dtype), tuple(range(w.ndim)), w)
         new |= {path: rebox(leaves[path], rest)}

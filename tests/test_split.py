@@ -242,6 +242,14 @@ LAYOUTS = {  # weight, A, B, scale
     "stack": ((5, 4, 3), (5, 4, 2), (5, 2, 3), (5,)),
     "heads": ((4, 2, 3), (4, 2), (2, 2, 3), ()),
     "aligned": ((3, 2, 5, 4), (3, 1, 5, 1, 2), (3, 2, 1, 4, 2), (3,)),
+    "matrix, scales of ranks": ((4, 3), (4, 2), (2, 3), (2,)),
+    "stack, scales of ranks": ((5, 4, 3), (5, 4, 2), (5, 2, 3), (5, 2)),
+    "aligned, scales of ranks": (
+        (3, 2, 5, 4),
+        (3, 1, 5, 1, 6),
+        (3, 2, 1, 4, 6),
+        (3, 6),
+    ),
 }
 
 
@@ -255,6 +263,8 @@ def test_fits_refuses_every_other_size(layout):
         for wrong in [*changed, (7, *shape), (*shape, 7)]:
             if name == "kernel" and wrong == shape[1:] and shapes["lora_scale"]:
                 continue  # several adapters in a stack, over one layer
+            if name == "lora_scale" and "ranks" in layout and wrong == shape[:-1]:
+                continue  # one scale for all ranks
             with pytest.raises(ValueError, match="'m/kernel' does not fit"):
                 lj.count(tree(**shapes | {name: wrong}))
 

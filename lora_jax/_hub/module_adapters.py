@@ -127,7 +127,8 @@ def _as_matrices(weight: MappedLeaf, adapter: LowRank[np.ndarray]) -> list[np.nd
     """Returns a (batch..., in, r), b, the scale and the magnitude, if there is one."""
     axes, r = adapter.axes, adapter.a.shape[-1]
     stored = factor_dims(weight.shape, **adapter.layout)
-    ordered = factor_dims(weight.shape, **adapter.layout | {"aligned": False})
+    unaligned = dataclasses.replace(adapter, aligned=False)
+    ordered = factor_dims(weight.shape, **unaligned.layout)
     arrays = zip(adapter, stored, ordered, strict=False)
     a, b, scale, *magnitude = (_reordered(x, dims, order) for x, dims, order in arrays)
     batch = weight.sizes(axes.batch)

@@ -8,6 +8,7 @@ import sys
 import finetune
 import jax
 import jax.numpy as jnp
+import many
 import many_adapters
 import memory
 import numpy as np
@@ -454,7 +455,9 @@ def test_main_without_a_gpu_ends_with_instructions(capsys, monkeypatch):
     assert "There is no gpu in this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [finetune, many_adapters, memory, speed, to_peft])
+@pytest.mark.parametrize(
+    "script", [finetune, many, many_adapters, memory, speed, to_peft]
+)
 def test_options_help_has_each_default_once(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = script.options().format_help()

@@ -38,6 +38,21 @@ LAYOUTS = {
         "xyizr,fhwdr,->fhid",
     ),
     "aligned batch": ((4, 3, 5), (4, 3, 1, 2), (1, 3, 5, 2), (3,), "ilxr,ylor,l->ilo"),
+    "scales of ranks": ((4, 2, 3), (4, 2), (2, 2, 3), (2,), "ir,rhd,r->ihd"),
+    "stack, scales of ranks": (
+        (3, 4, 5),
+        (3, 4, 2),
+        (3, 2, 5),
+        (3, 2),
+        "lir,lro,lr->lio",
+    ),
+    "aligned, scales of ranks": (
+        (4, 3, 5),
+        (4, 3, 1, 2),
+        (1, 3, 5, 2),
+        (3, 2),
+        "ilxr,ylor,lr->ilo",
+    ),
 }
 
 
