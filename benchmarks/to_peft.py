@@ -35,7 +35,8 @@ import training
 from data import reviews
 from matplotlib.figure import Figure
 from models import smollm2
-from models.architectures import Model, llama_names
+from models.architectures import Model
+from models.folder import names as module_names
 from option_types import (
     DefaultsFormatter,
     existing_file,
@@ -384,7 +385,7 @@ def figure(path: Path, results: dict[str, Any]) -> None:
 
 def export(params: dict, path: Path, args: argparse.Namespace) -> None:
     """Writes the adapters into a folder in PEFT's format."""
-    names = llama_names(smollm2.ARCH, scanned=not args.unrolled)
+    names = module_names(smollm2.ARCH, scanned=not args.unrolled)
     settings = dict(base_model=smollm2.HUB, task_type="CAUSAL_LM")
     lj.export_peft(path, params, names, **settings)
 

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data import wheels
-from models.architectures import ARCHITECTURES, Architecture, Model, llama_names
+from models import folder
+from models.architectures import ARCHITECTURES, Architecture, Model
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -86,7 +87,7 @@ def load(
     model = build(arch, scanned, remat)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    params = lj.import_weights(file, like, llama_names(arch, scanned=scanned))
+    params = lj.import_weights(file, like, folder.names(arch, scanned))
     kept = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lj.Quantized))
     if not quantized and any(isinstance(x, lj.Quantized) for x in kept):
         params = lj.dequantize(params)

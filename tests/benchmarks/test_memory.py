@@ -15,8 +15,8 @@ import pytest
 import speed
 import to_peft
 import training
-from models import architectures
 from models.architectures import ARCHITECTURES, GPT2, Architecture, Model
+from models.attention import rotate, speeds
 
 import lora_jax as lj
 
@@ -175,7 +175,7 @@ def test_nbytes_of_int4_is_half_a_byte_per_element():
 
 def test_rotate_makes_products_depend_on_distances_only():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
-    rotated = lambda x: architectures.rotate(jnp.tile(x, (1, 6, 1)), 100.0)[0]
+    rotated = lambda x: rotate(jnp.tile(x, (1, 6, 1)), speeds(8, 100.0))[0]
     products = rotated(x) @ rotated(y).T
     np.testing.assert_allclose(products[2, 0], products[5, 3], rtol=1e-5)
     np.testing.assert_allclose(products[4, 4], jnp.vdot(x, y), rtol=1e-5)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import architectures, smollm2
+from models import folder, smollm2
+from models.attention import rotate, speeds
 
 import lora_jax as lj
 
@@ -123,7 +124,7 @@ def test_load_keeps_rotated_products(tiny, tmp_path):
 
     def split(name):
         y = (x @ attention[name]["kernel"]).reshape(1, time, -1, size)
-        return np.asarray(architectures.rotate(jnp.asarray(y), wavelength))[0]
+        return np.asarray(rotate(jnp.asarray(y), speeds(size, wavelength)))[0]
 
     def products(rotated):  # of each query with the key of its group
         q, k = rotated("query"), np.repeat(rotated("key"), 2, 1)
@@ -290,7 +291,7 @@ def test_load_dequantizes_types_that_are_not_supported(tiny, tmp_path):
 def test_import_weights_quantizes_what_a_gguf_has_in_other_types(path):
     model, want, _ = smollm2.load(path)
     like = jax.eval_shape(lambda: want)
-    names = architectures.llama_names(model.arch)
+    names = folder.names(model.arch)
     got = lj.import_weights(path, like, names, how="int8")
     w = got["blocks"]["mlp"]["up"]["kernel"]
     assert w.format == "int8"
