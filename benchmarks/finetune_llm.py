@@ -122,7 +122,7 @@ def options() -> argparse.ArgumentParser:
         description="Fine-tunes a language model from a Hugging Face folder with LoRA.",
         formatter_class=DefaultsFormatter,
     )
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     default = "default: SmolLM2-135M-Instruct, from the package index"
     add("folder", type=model_folder, nargs="?", help=f"the model; {default}")
     lines = "JSON lines of messages or text; default: film reviews"

@@ -56,8 +56,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     if not exists(folder):
         raise ValueError(
-            f"{folder} has no checkpoint of a stopped run: write its --output, or leave "
-            "out --resume."
+            f"{folder} has no checkpoint of a stopped run: write its --output, or "
+            "leave out --resume."
         )
     return json.loads((folder / NAME / FILES[2]).read_text(encoding="utf-8"))
 
