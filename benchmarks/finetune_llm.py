@@ -604,8 +604,8 @@ def sample(job: Job, params: Any, args: argparse.Namespace) -> str:
     lengths = np.array([ids.shape[1]], np.int32)
     ends = job.format.special.get("eos_token")
     stop = None if ends is None else job.format.tokenizer.token_to_id(ends)
-    new = generate(job.model, params, ids, lengths, args.sample, stop=stop)
-    tokens = np.asarray(new)[0].tolist()
+    found = generate(job.model, params, ids, lengths, args.sample, stop=stop)
+    tokens = np.asarray(found.ids)[0, lengths[0] : found.lengths[0]].tolist()
     return job.format.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
@@ -614,7 +614,8 @@ def sample(job: Job, params: Any, args: argparse.Namespace) -> str:
 
 def sizes(parts: dict[str, int]) -> str:
     """Returns the memory of a step as text."""
-    show = lambda n: f"{n / 1e9:.3g} GB"
+    size, unit = (1e9, "GB") if parts["peak"] > 1e8 else (1e6, "MB")
+    show = lambda n: f"{n / size:.3g} {unit}"
     rest = ", ".join(
         f"{show(parts[name])} {name}"
         for name in ("parameters", "optimizer", "temporaries")
