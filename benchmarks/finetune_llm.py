@@ -174,22 +174,20 @@ def model_folder(text: str) -> Path:
     return Path(text)
 
 
-def complete(args: argparse.Namespace) -> None:
-    """Fills in the defaults that depend on other options or on the devices.
+def complete(args: argparse.Namespace, count: int) -> None:
+    """Fills in the defaults that depend on other options, for `count` devices.
 
     Raises:
       ValueError: If two options do not fit each other.
     """
     cpu = jax.default_backend() == "cpu"
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
-    args.every = args.every or max(1, args.steps // 4)
     if args.chunk is None:
         args.chunk = max(n for n in range(1, 129) if args.length % n == 0)
     if args.length % args.chunk:
         raise ValueError(
             f"--chunk {args.chunk} does not divide --length {args.length}."
         )
-    count = len(jax.devices())
     if args.batch % count:
         raise ValueError(
             f"--batch {args.batch} cannot be split over {count} devices: write a "
@@ -207,7 +205,8 @@ def prepare(args: argparse.Namespace) -> Job:
       OSError: If a file cannot be read, written or fetched.
       ValueError: If an option, the model's folder or the data is wrong.
     """
-    complete(args)
+    complete(args, len(jax.devices()))
+    args.every = args.every or max(1, args.steps // 4)
     check_output(args)
     path = args.folder
     if path is not None:  # before the data
@@ -510,7 +509,8 @@ def run(parser: argparse.ArgumentParser, job: Job, args: argparse.Namespace) -> 
     before = (
         sample(job, lj.combine(now.state[0], frozen), args) if not now.losses else None
     )
-    now = fit(parser, compiled, now, frozen, evaluation, job, args)
+    with exit_without_memory(args, compiled.memory):
+        now = fit(parser, compiled, now, frozen, evaluation, job, args)
     done = f"after all {args.steps} steps, while the files were written"
     with script.phase(done):
         job = job._replace(params=lj.combine(now.state[0], frozen))
@@ -676,20 +676,27 @@ def progress(
 
 
 @contextlib.contextmanager
-def exit_without_memory(args: argparse.Namespace) -> Iterator[None]:
-    """Ends the program with advice if the device's memory is not sufficient."""
+def exit_without_memory(
+    args: argparse.Namespace, parts: dict[str, int] | None = None
+) -> Iterator[None]:
+    """Ends the program with advice if the device's memory is not sufficient.
+
+    `parts` is the step's memory, once it is known; see `training.memory`.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(memory_advice(str(error), args))
+        sys.exit(memory_advice(str(error), args, parts))
 
 
-def memory_advice(text: str, args: argparse.Namespace) -> str:
+def memory_advice(
+    text: str, args: argparse.Namespace, parts: dict[str, int] | None
+) -> str:
     """Returns which options need less memory, with what is known of the step's."""
     found = memory.refusal(text)
-    known = ""
+    known = f": XLA plans {sizes(parts)} for the step" if parts else ""
     if found["peak"]:
         known = f": the step needs {found['peak'] / 1e9:.1f} GB, and there are "
         known += f"{found['limit'] / 1e9:.1f} GB"
