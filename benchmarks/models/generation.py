@@ -16,7 +16,7 @@ class Generated(NamedTuple):
     """The texts with their continuations.
 
     Attributes:
-      ids: (batch, time + steps). A text and its continuation are adjacent; zeros follow.
+      ids: (batch, time + steps). Each text, its continuation, and zeros.
       lengths: The number of tokens of each text with its continuation, (batch,).
     """
 

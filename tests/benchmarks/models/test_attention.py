@@ -42,13 +42,13 @@ def made(arch, scanned=True, **options):
 def test_model_computes_each_segment_as_a_text_of_its_own(kind, scanned):
     _, params, apply = made(KINDS[kind], scanned)
     got = jax.jit(apply)(params, IDS, SEGMENTS)
-    parts = {(0, 0): 5, (0, 5): 9, (0, 9): 10, (1, 0): 12}
-    run = jax.jit(apply)
-    for (row, start), end in parts.items():
-        want = run(params, IDS[row : row + 1, start:end])
-        np.testing.assert_allclose(got[row, start:end], want[0], atol=1e-5)
+    whole = jax.jit(apply)(params, IDS)
+    np.testing.assert_allclose(got[1], whole[1], atol=1e-5)
+    np.testing.assert_allclose(got[0, :5], whole[0, :5], atol=1e-5)
+    moved = np.roll(IDS, -5, 1)  # what follows the second text does not matter
+    second = jax.jit(apply)(params, moved)[0, :4]
+    np.testing.assert_allclose(got[0, 5:9], second, atol=1e-5)
     assert np.isfinite(got).all()
-    whole = run(params, IDS)
     assert np.abs(whole[0, 5:9] - got[0, 5:9]).max() > 1e-2
 
 
@@ -82,9 +82,17 @@ def flash(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("scanned", [True, False])
-@pytest.mark.parametrize("segments", [None, SEGMENTS])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "segments", "scanned"),
+    [
+        ("llama", None, True),
+        ("mistral", None, True),
+        ("gemma2", None, True),
+        ("gemma3", None, True),
+        ("gemma3", None, False),
+        ("gemma3", SEGMENTS, True),
+    ],
+)
 def test_model_calls_flash_attention_for_the_same_result(
     flash, randomized, kind, segments, scanned
 ):
@@ -155,6 +163,5 @@ def test_model_without_windows_is_scanned_without_flags():
             for eqn in jax.make_jaxpr(apply)(params, IDS).eqns
             if eqn.primitive.name == "scan"
         )
-        inputs = scan.invars[scan.params["num_consts"] + scan.params["num_carry"] :]
-        counted[kind] = len(inputs) - len(jax.tree.leaves(params["blocks"]))
+        counted[kind] = sum(x.aval.dtype == bool for x in scan.invars)
     assert counted == {"llama": 0, "mistral": 0, "gemma3": 1}
