@@ -199,14 +199,14 @@ def activation(config: Config) -> str:
     return ACTIVATIONS[found]
 
 
-def biases(config: Config, kind: str) -> tuple[str, ...]:
-    """Returns the dense layers that have a bias."""
+def biases(config: Config, kind: str) -> bool | tuple[str, ...]:
+    """Returns the dense layers that have a bias, or False."""
     if kind == "qwen2":
         return ("query", "key", "value")
     attention = "attention_bias" in config.defaults and config.flag("attention_bias")
     mlp = "mlp_bias" in config.defaults and config.flag("mlp_bias")
     found = ("query", "key", "value", "out") if attention else ()
-    return (*found, "gate", "up", "down") if mlp else found
+    return (*found, "gate", "up", "down") if mlp else found or False
 
 
 def gemma(config: Config) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def rope(config: Config, kind: str) -> dict[str, Any]:
     given = mapping(config, "rope_parameters", config.fields["rope_parameters"])
     for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
         if config.has(name):
-            config.refuse(name, config.fields[name], "no field beside rope_parameters")
+            config.refuse(name, config.fields[name], "no field next to rope_parameters")
     if kind != "gemma3_text":
         wavelength, scaling = rope_entry(config, "rope_parameters", given, "rope_theta")
         return dict(rope=wavelength, scaling=scaling)

@@ -3,8 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import training
+from jax.sharding import Mesh
 from models import folder
+
+import lora_jax as lj
 
 pytestmark = pytest.mark.usefixtures("third_party")
 
@@ -115,4 +120,93 @@ def test_load_gives_the_logits_of_transformers(saved, name, scanned):
     got = jax.jit(apply(model))(params, IDS)
     assert got.dtype == jnp.float32
     assert np.abs(want).max() > 0.5
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3_scaled"])
+def test_training_on_a_mesh_gives_the_steps_of_one_device(saved, name):
+    """Eight devices share the weights and the batch."""
+    path, _ = saved(name)
+    mesh = Mesh(np.array(jax.devices()), "devices")
+    rows = np.random.default_rng(0).integers(1, 96, (8, 17))
+    found = []
+    for sharding in (None, mesh):
+        model, params = load(path, sharding=sharding)
+        if sharding is not None:
+            kernel = params["blocks"]["mlp"]["up"]["kernel"]
+            assert kernel.sharding.shard_shape(kernel.shape) == (3, 32, 6)
+        found.append(train(model, adapted(model, params), rows))
+    (losses, one), (sharded, other) = found
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(sharded, losses, rtol=1e-4)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+def test_load_quantizes_on_the_way(saved):
+    path, plain = saved("llama3.2")
+    mesh = Mesh(np.array(jax.devices()), "devices")
+    for sharding in (None, mesh):
+        model, params = load(path, how="nf4", table="int8", sharding=sharding)
+        kernel = params["blocks"]["mlp"]["up"]["kernel"]
+        assert (kernel.format, params["tokens"]["embedding"].format) == ("nf4", "int8")
+    assert not kernel.values.sharding.is_fully_replicated
+    rows = np.random.default_rng(0).integers(1, 96, (8, 17))
+    losses, _ = train(model, adapted(model, params), rows)
+    assert losses[-1] < losses[0]
+
+
+def adapted(model, params):
+    """Returns the parameters with adapters at all kernels of the layers."""
+    ids = jax.ShapeDtypeStruct((8, 16), jnp.int32)
+    axes = lj.find_axes(apply(model), folder.shapes(model), ids)
+    return lj.lorafy(params, 2, targets=["blocks*/*/kernel"], axes=axes)
+
+
+def train(model, params, rows, steps=3):
+    """Returns the losses of a few steps, and the adapters after them."""
+    fn = lj.lora(apply(model))
+    run = lambda adapters, base, ids: fn(lj.combine(adapters, base), ids)
+    tx = optax.sgd(0.5)
+    adapters, base = lj.split(params)
+    step = jax.jit(training.step(run, tx))
+    state, losses = (adapters, tx.init(adapters)), []
+    for _ in range(steps):
+        state, loss = step(state, base, rows[:, :-1], rows[:, 1:])
+        losses.append(float(loss))
+    return losses, state[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # from PEFT
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_peft_loads_the_exported_adapter(saved, randomized, tmp_path, name):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+
+    path, plain = saved(name)
+    model, params = load(path)
+    axes = lj.find_axes(apply(model), params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    params = randomized(adapted(model, params))
+    got = jax.jit(lj.lora(apply(model)))(params, IDS)
+    names = folder.names(model.arch)
+    lj.export_peft(tmp_path, params, names, task_type="CAUSAL_LM")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    want = torch_logits(peft.PeftModel.from_pretrained(base, tmp_path).eval(), IDS)
+    assert np.abs(want - plain).max() > 0.1
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    back = lj.import_peft(tmp_path, lj.strip(params), names, axes=axes)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+
+
+def test_merged_weights_load_as_a_folder_again(saved, randomized, tmp_path):
+    path, _ = saved("gemma2")
+    model, params = load(path, scanned=False)
+    params = randomized(adapted(model, params))
+    names = folder.names(model.arch, scanned=False)
+    lj.export_weights(tmp_path / "merged", params, names, path)
+    merged, new = load(tmp_path / "merged")
+    got = jax.jit(apply(merged))(new, IDS)
+    want = jax.jit(lj.lora(apply(model)))(params, IDS)
     np.testing.assert_allclose(got, want, atol=1e-4)
