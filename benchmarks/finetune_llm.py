@@ -59,7 +59,7 @@ import lora_jax as lj
 
 FLOATS, QUANTIZED = ["bfloat16", "float16", "float32"], ["nf4", "int8", "int4"]
 AXIS = "devices"
-QUESTION = "Is this film review positive or negative? Answer with one word.\n\n"
+QUESTION = "Is this film review positive or negative?"
 WORDS = "negative", "positive"  # by label
 # A stopped run continues to the same losses only with the same values of these.
 FIXED = (
@@ -129,8 +129,8 @@ def options() -> argparse.ArgumentParser:
     add("--data", type=existing_file, help=lines)
     add_training(parser)
     held = "examples to evaluate on, which are not trained; 0: none"
-    add("--eval", type=integer_from(0), default=64, help=held)
-    every = "steps between evaluations, which save the run too; default: a quarter"
+    add("--eval", type=integer_from(0), default=48, help=held)
+    every = "steps between evaluations, which save the run too; default: a third"
     add("--every", type=integer_from(1), help=every)
     add("--sample", type=integer_from(1), default=48, help="tokens to generate at most")
     add("--resume", action="store_true", help="continue the stopped run in --output")
@@ -155,12 +155,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     dtype = "of the activations; default: float32 on CPUs, else bfloat16"
     add("--dtype", choices=FLOATS, help=dtype)
     add("--length", type=integer_from(2), default=512, help="tokens in a row")
-    add("--batch", type=integer_from(1), default=2, help="rows at a time")
+    add("--batch", type=integer_from(1), default=1, help="rows at a time")
     add("--accumulate", type=integer_from(1), default=1, help="batches in each step")
     add("--steps", type=integer_from(1), default=60, help="steps of the optimizer")
     add("--rate", type=positive, default=1e-3, help="peak learning rate")
     add("--clip", type=positive, default=1.0, help="the gradient's largest norm")
-    add("--remat", action=switch, default=True, help="keep only each layer's input")
+    remat = "keep only each layer's input; default: if a folder is given"
+    add("--remat", action=switch, help=remat)
     chunk = "tokens of a row whose logits exist at a time; default: at most 128"
     add("--chunk", type=integer_from(1), help=chunk)
     seed = "seed of the data's order and of the new adapters"
@@ -182,6 +183,8 @@ def complete(args: argparse.Namespace, count: int) -> None:
     """
     cpu = jax.default_backend() == "cpu"
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    if args.remat is None:  # SmolLM2 is small enough to do without, which saves time
+        args.remat = getattr(args, "folder", "") is not None
     if args.chunk is None:
         args.chunk = max(n for n in range(1, 129) if args.length % n == 0)
     if args.length % args.chunk:
@@ -206,7 +209,7 @@ def prepare(args: argparse.Namespace) -> Job:
       ValueError: If an option, the model's folder or the data is wrong.
     """
     complete(args, len(jax.devices()))
-    args.every = args.every or max(1, args.steps // 4)
+    args.every = args.every or max(1, args.steps // 3)
     check_output(args)
     path = args.folder
     if path is not None:  # before the data
@@ -271,7 +274,8 @@ def read_records(args: argparse.Namespace) -> list[chat.Record]:
         chat.record(
             {
                 "messages": [
-                    {"role": "user", "content": QUESTION + text},
+                    {"role": "system", "content": QUESTION},
+                    {"role": "user", "content": text},
                     {"role": "assistant", "content": WORDS[label]},
                 ]
             },
