@@ -240,6 +240,7 @@ def prepare(args: argparse.Namespace, **changed: Any) -> Job:
     model = Model(
         *(arch, args.scan, args.remat, jnp.dtype(args.dtype), jnp.dtype(args.dtype)),
         keep=lambda x: jax.lax.with_sharding_constraint(x, split_over(mesh, AXIS)),
+        attention=None if args.device == "gpu" else "xla",  # not that of a GPU here
     )
     run = lambda method, params, x: model.apply({"params": params}, x, method=method)
     apply = functools.partial(run, None)

@@ -1,7 +1,7 @@
 """Causal attention with windows, segments, soft caps and rotary positions.
 
-Without a cap it is `jax.nn.dot_product_attention`: on GPUs cuDNN's flash attention
-where it applies, which never materializes the weights of all pairs of tokens.
+On GPUs it is cuDNN's flash attention where that computes the same, which never
+materializes the weights of all pairs of tokens.
 """
 
 import functools
@@ -92,11 +92,6 @@ class Mask(NamedTuple):
     local: bool | jax.Array = True
     segments: jax.Array | None = None
 
-    @property
-    def is_static(self) -> bool:
-        """Whether it depends on no array, so that flash attention can skip blocks."""
-        return self.segments is None and isinstance(self.local, bool)
-
     def pairs(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the mask (batch or 1, 1, to, from) for indices (batch or 1, time)."""
         back = queries[:, :, None] - keys[:, None]
@@ -106,6 +101,11 @@ class Mask(NamedTuple):
         if self.segments is not None:
             allowed &= self.segments[:, :, None] == self.segments[:, None]
         return allowed[:, None]
+
+    def all_pairs(self, time: int) -> jax.Array:
+        """Returns the mask of a text of that length."""
+        index = jnp.arange(time, dtype=jnp.int32)[None]
+        return self.pairs(index, index)
 
 
 def attend(
@@ -131,32 +131,27 @@ def attend(
     """
     if mask is None:
         return attend_to(q, k, v, None, scale=scale, most=most)
-    how = implementation or ("cudnn" if flash_applies(q, mask) else "xla")
-    if mask.is_static and not most:
-        return windowed(q, k, v, mask, scale, how)
-    if how == "cudnn" and mask.segments is None and not most:
-        # cuDNN needs a static window: only one of the branches is executed.
-        branch = lambda local: (
-            lambda *qkv: windowed(*qkv, mask._replace(local=local), scale, how)
-        )
-        return jax.lax.cond(mask.local, branch(True), branch(False), q, k, v)
-    index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    pairs = mask.pairs(index, index)
-    return attend_to(q, k, v, pairs, scale=scale, most=most, how=how)
+    if implementation is None and flash_applies(q, mask):
+        implementation = "cudnn"
+    if implementation == "cudnn" and not most:
+        return flash(q, k, v, mask, scale)
+    return attend_to(q, k, v, mask.all_pairs(q.shape[1]), scale=scale, most=most)
 
 
-def windowed(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, how: str
-) -> jax.Array:
-    """Returns causal attention with a static window, or with none."""
-    window = (mask.window - 1, 0) if mask.window and mask.local else None
-    return jax.nn.dot_product_attention(
-        *(q, k, v),
-        scale=scale,
-        is_causal=True,
-        local_window_size=window,
-        implementation=how,
+def flash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> Any:
+    """Returns the attention of all tokens of a text, computed by cuDNN."""
+    run = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
     )
+    if mask.segments is not None:
+        return run(q, k, v, mask=mask.all_pairs(q.shape[1]))
+    window = (mask.window - 1, 0) if mask.window else None
+    full = functools.partial(run, is_causal=True)
+    local = functools.partial(full, local_window_size=window)
+    if isinstance(mask.local, bool):
+        return (local if mask.local else full)(q, k, v)
+    # cuDNN needs a static window: only one of the branches is executed.
+    return jax.lax.cond(mask.local, local, full, q, k, v)
 
 
 def attend_to(
@@ -167,13 +162,12 @@ def attend_to(
     *,
     scale: float,
     most: float = 0.0,
-    how: str = "xla",
 ) -> jax.Array:
-    """Returns attention to the keys of a mask (batch or 1, 1, to, from); None: all."""
-    if not most:
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=pairs, scale=scale, implementation=how
-        )
+    """Returns attention to the keys of a mask (batch or 1, 1, to, from); None: all.
+
+    XLA's part of `jax.nn.dot_product_attention` computes the same, but has no cap, and
+    for float16 asks for a precision that CPUs and TPUs do not support (JAX 0.12).
+    """
     batch, time, heads, size = q.shape
     q = q.reshape(batch, time, k.shape[2], -1, size)
     # (batch, group, head of the group, to, from)

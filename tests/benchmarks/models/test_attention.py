@@ -74,8 +74,8 @@ def flash(monkeypatch):
     plain = jax.nn.dot_product_attention
 
     def run(*args, implementation, **options):
-        if implementation == "cudnn":
-            calls.append(options)
+        assert implementation == "cudnn"
+        calls.append(options)
         return plain(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", run)
@@ -165,3 +165,14 @@ def test_model_without_windows_is_scanned_without_flags():
         )
         counted[kind] = sum(x.aval.dtype == bool for x in scan.invars)
     assert counted == {"llama": 0, "mistral": 0, "gemma3": 1}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_model_in_16_bits_is_close_to_float32(dtype):
+    _, params, apply = made(KINDS["llama"])
+    want = apply(params, IDS)
+    half = Model(KINDS["llama"], True, True, dtype, dtype)
+    low = jax.tree.map(lambda x: x.astype(dtype), params)
+    got = jax.jit(half.apply)({"params": low}, IDS)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - want).mean() < 0.05 * np.abs(want).mean()

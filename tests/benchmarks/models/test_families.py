@@ -144,7 +144,7 @@ def test_training_on_a_mesh_gives_the_steps_of_one_device(saved, name):
 
 
 def test_load_quantizes_on_the_way(saved):
-    path, plain = saved("llama3.2")
+    path, _ = saved("llama3.2")
     mesh = Mesh(np.array(jax.devices()), "devices")
     for sharding in (None, mesh):
         model, params = load(path, how="nf4", table="int8", sharding=sharding)
@@ -178,7 +178,7 @@ def train(model, params, rows, steps=3):
 
 
 @pytest.mark.filterwarnings("ignore")  # from PEFT
-@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_scaled"])
 def test_peft_loads_the_exported_adapter(saved, randomized, tmp_path, name):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     import transformers
