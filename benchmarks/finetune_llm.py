@@ -64,7 +64,8 @@ WORDS = "negative", "positive"  # by label
 # A stopped run continues to the same losses only with the same values of these.
 FIXED = (
     *("rank", "alpha", "rslora", "targets", "base", "table", "dtype", "length"),
-    *("batch", "accumulate", "steps", "rate", "remat", "chunk", "eval", "seed"),
+    *("batch", "accumulate", "steps", "rate", "clip", "remat"),
+    *("chunk", "eval", "seed"),
 )
 
 
@@ -575,6 +576,7 @@ def stop_at_nan(
     """Ends the program after it wrote the last good adapter, which the step kept."""
     with script.staged(args.output) as new:
         lj.save(new / "adapter.safetensors", params)
+    run_state.remove(args.output)  # to continue it would end in the same step
     kept = f"that of step {step}" if step else "the initial one"
     parser.exit(
         1,
