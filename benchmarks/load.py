@@ -23,7 +23,8 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from models.architectures import ARCHITECTURES, Architecture, Model, llama_names
+from models.architectures import ARCHITECTURES, Architecture, Model
+from models.folder import names as module_names
 from script import exit_on_error, exit_on_interrupt, phase, staged, write_json
 
 import lora_jax as lj
@@ -84,9 +85,9 @@ def read(folder: Path, arch: Architecture, method: str) -> dict[str, float]:
     jax.block_until_ready(jnp.zeros(8))  # starts the backend
     before, begun = peak(), time.perf_counter()
     if method == "import_weights":
-        params = lj.import_weights(folder, like, llama_names(arch), how=HOW)
+        params = lj.import_weights(folder, like, module_names(arch), how=HOW)
     else:
-        params = eager(folder, like, llama_names(arch))
+        params = eager(folder, like, module_names(arch))
     jax.block_until_ready(params)
     seconds = time.perf_counter() - begun
     # Two codes of 4 bits are in a byte.

@@ -518,7 +518,8 @@ def programs(
         lj.lorafy, plain, args.rank, targets=["blocks*/*/kernel"], axes=axes
     )
     parts = functools.partial(run, "hidden"), functools.partial(run, "logits")
-    loss = lj.lora(training.loss_in_chunks(*parts, math.gcd(32, args.sequence)))
+    chunk = math.gcd(32, args.sequence)
+    loss = training.loss_in_chunks(*parts, chunk, adapted=True)
     tx = optax.adamw(speed.RATE)
     step = training.update(speed.on_split_params(loss), tx)
     # A server needs only the logits of the last token.

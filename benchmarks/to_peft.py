@@ -35,7 +35,9 @@ import training
 from data import reviews
 from matplotlib.figure import Figure
 from models import smollm2
-from models.architectures import Model, llama_names
+from models.architectures import Model
+from models.folder import names as module_names
+from models.generation import generate
 from option_types import (
     DefaultsFormatter,
     existing_file,
@@ -300,7 +302,7 @@ def evaluate(
     apply: Apply, params: dict, job: Job, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Returns the held-out loss, in nats per token, and a sample of text."""
-    ids = smollm2.generate(apply, params, jnp.asarray(job.prompt), args.tokens)[0]
+    ids = generate(job.model, params, job.prompt, None, args.tokens).ids[0]
     text = job.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     # The model may start another sentence after the end of the first one.
     sample = text.split(END)[0]
@@ -384,7 +386,7 @@ def figure(path: Path, results: dict[str, Any]) -> None:
 
 def export(params: dict, path: Path, args: argparse.Namespace) -> None:
     """Writes the adapters into a folder in PEFT's format."""
-    names = llama_names(smollm2.ARCH, scanned=not args.unrolled)
+    names = module_names(smollm2.ARCH, scanned=not args.unrolled)
     settings = dict(base_model=smollm2.HUB, task_type="CAUSAL_LM")
     lj.export_peft(path, params, names, **settings)
 

@@ -1,10 +1,11 @@
 """The training step of all methods, and the memory that XLA allocates for it."""
 
 import argparse
+import functools
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+import lora_jax as lj
 
 
 def step(
@@ -44,6 +47,53 @@ def update(
     return step
 
 
+def accumulated_update(
+    loss: Callable[..., jax.Array], tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Returns one training step of a decoder on one batch or several.
+
+    The gradients of the batches are summed by `scan`. Each loss is divided by the
+    number of trained tokens of all batches, not of its own, so that the sum is the
+    gradient of one large batch. If the loss or the gradient is not finite, the state
+    stays as it was: it is donated, so the caller has no copy of it.
+
+    Args:
+      loss: `loss(params, *inputs, labels, total=...)`, from `loss_in_chunks`.
+      tx: The optimizer of the trainable parameters.
+
+    Returns:
+      `step((trainable, optimizer state), frozen, batch)`, for a batch of arrays
+      (batches, rows, time), the last of them the labels. It returns the new state, and
+      the mean loss and the gradient's norm.
+    """
+
+    def step(state, frozen, batch):
+        trainable, optimizer = state
+        total = count_trained(batch[-1])
+        own = jax.value_and_grad(
+            lambda trainable, *part: loss(
+                lj.combine(trainable, frozen), *part, total=total
+            )
+        )
+        if len(batch[-1]) == 1:  # no loop around the one over layers
+            value, grads = own(trainable, *(x[0] for x in batch))
+        else:
+            add = lambda sums, part: (
+                jax.tree.map(jnp.add, sums, own(trainable, *part)),
+                None,
+            )
+            zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
+            (value, grads), _ = jax.lax.scan(add, zeros, tuple(batch))
+        norm = optax.tree.norm(grads)
+        updates, new = tx.update(grads, optimizer, trainable)
+        new = optax.apply_updates(trainable, updates), new
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+        return new, {"loss": jnp.where(finite, value, jnp.nan), "norm": norm}
+
+    return step
+
+
 def loss(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns `loss(*args, labels)`, the mean cross-entropy of `apply(*args)`."""
 
@@ -58,6 +108,9 @@ def loss_in_chunks(
     hidden: Callable[..., jax.Array],
     head: Callable[[Any, jax.Array], jax.Array],
     chunk: int,
+    *,
+    adapted: bool = False,
+    modules: Sequence[str] = ("tokens", "head"),
 ) -> Callable[..., jax.Array]:
     """Returns the loss of a decoder, computed from a chunk of the logits at a time.
 
@@ -66,36 +119,79 @@ def loss_in_chunks(
     sequence exist at a time, and the backward pass computes them again. Up to
     rounding, the loss is the same.
 
+    With `adapted` the parameters may have adapters and quantized weights, and the
+    result is not to be wrapped in `lj.lora` again. A quantized head is dequantized once
+    per step, before the loop over the chunks. `lj.lora` of the loop would do it in
+    every iteration, forward and backward. `hidden` gets the weights as they are stored,
+    also a table that is the head too.
+
     Args:
       hidden: `hidden(params, *inputs)` returns the input of the head, (batch, time,
         width).
       head: `head(params, states)` returns the logits of a part of it.
       chunk: The number of tokens, which must divide the time.
+      adapted: Whether the parameters may have adapters and quantized weights.
+      modules: With `adapted`, the first keys of the parameters that `head` reads. It
+        gets no others, and of these those that exist.
 
     Returns:
-      `loss(params, *inputs, labels)`, for labels (batch, time).
+      `loss(params, *inputs, labels, total=None)`, for labels (batch, time): the sum of
+      the losses of all tokens whose label is not negative, divided by `total`, or by
+      their number.
     """
+    known, used = lambda params: params, head
+    if adapted:
+        hidden = lj.lora(hidden, unused="ignore")
+        known = functools.partial(head_parameters, modules=modules)
+        with_adapters = lj.lora(head, unused="ignore")
+        used = lambda params, x: (
+            with_adapters if has_adapters(params) else head  # which `lora` refuses
+        )(params, x)
 
-    def loss(params, *batch):
+    def loss(params, *batch, total=None):
         *inputs, labels = batch
+        own = known(params)
         apart = (
             lambda x: jnp.moveaxis(  # (batch, time, ...) -> (n, batch, chunk, ...)
                 jnp.reshape(x, (len(x), -1, chunk, *x.shape[2:])), 1, 0
             )
         )
 
-        def add(total, part):
+        def add(sum, part):
             states, labels = part
-            return total + cross_entropy(head(params, states), labels).sum(), None
+            trained = labels >= 0
+            # Every label must be a word, also where its loss is not counted.
+            losses = cross_entropy(used(own, states), jnp.maximum(labels, 0))
+            return sum + jnp.where(trained, losses, 0).sum(), None
 
         # XLA eliminates no common subexpressions across loop iterations, so the
         # barriers of `prevent_cse` are not needed.
         add = jax.checkpoint(add, prevent_cse=False)
         parts = apart(hidden(params, *inputs)), apart(labels)
-        total, _ = jax.lax.scan(add, jnp.zeros(()), parts)
-        return total / labels.size
+        sum, _ = jax.lax.scan(add, jnp.zeros(()), parts)
+        return sum / (count_trained(labels) if total is None else total)
 
     return loss
+
+
+def count_trained(labels: jax.Array) -> jax.Array:
+    """Returns the number of labels that are not negative, in float32, at least 1."""
+    return jnp.maximum((labels >= 0).sum(), 1).astype(jnp.float32)
+
+
+def head_parameters(params: Any, modules: Sequence[str]) -> Any:
+    """Returns the parameters of the head, with adapters, and as floats."""
+    own = {name: params[name] for name in modules if name in params}
+    stored = jax.tree.leaves(own, is_leaf=lambda x: isinstance(x, lj.Quantized))
+    quantized = any(isinstance(x, lj.Quantized) for x in stored)
+    return lj.dequantize(own) if quantized else own
+
+
+def has_adapters(params: Any) -> bool:
+    """Returns whether a leaf of the parameters is that of an adapter."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    names = [jax.tree_util.keystr(path[-1:], simple=True) for path in paths]
+    return any(name.endswith(("lora_a", "lora_w")) for name in names)
 
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels

@@ -1,19 +1,28 @@
-"""Published transformers in plain Flax Linen: GPT-2, Llama 3, Gemma 2 and ViT.
+"""Published transformers in plain Flax Linen: GPT-2, Llama, Qwen, Gemma and ViT.
 
 One block serves all of them; `Architecture` describes the differences, with Llama's
 defaults. The layers are stacked by `nn.scan`, or separate. This file has no code for
-LoRA. Omitted are features without influence on shapes and memory: Llama's scaling of
-rotary frequencies for long texts, Gemma's windows of 4,096 tokens, and dropout.
+LoRA, and dropout is omitted.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from models.attention import (
+    Mask,
+    RopeScaling,
+    attend,
+    attend_to,
+    cap,
+    positions_in,
+    rotate,
+    speeds,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +38,33 @@ class Architecture:
     head_dim: int | None = None  # default: width / heads
     positions: int = 0  # learned positions; 0: rotary embeddings
     rope: float = 10_000.0  # the slowest rotary wavelength
-    norm: str = "rms"  # or "layer"
+    scaling: RopeScaling | None = None  # of the rotary frequencies
+    window: int = 0  # tokens to which a local layer attends
+    local: tuple[bool, ...] = (True,)  # the layers with the window, repeated
+    local_rope: float | None = None  # instead of `rope` and `scaling` in these
+    query_scale: float | None = None  # default: 1 / sqrt(head_dim)
+    head_norm: bool = False  # normalize the queries and keys of each head
+    norm: str = "rms"  # "layer", or "offset": rms with the gain 1 + scale
     post_norm: bool = False  # normalize also after attention and MLP
     epsilon: float = 1e-5
     gated: bool = True  # act(x W) * (x V) instead of act(x W)
     activation: str = "silu"
-    bias: bool = False
+    bias: bool | tuple[str, ...] = False  # of all dense layers, or of those named
     tied: bool = True  # the token embedding is also the head
     scaled_embedding: bool = False  # by sqrt(width)
     attention_cap: float = 0.0  # cap * tanh(x / cap); 0: no cap
     logit_cap: float = 0.0
     patch: int = 0  # pixels; 0: a decoder of tokens
     image: int = 0
+
+    @property
+    def size(self) -> int:
+        """The elements of a head's queries, keys and values."""
+        return self.head_dim or self.width // self.heads
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer attends to the window only."""
+        return self.window > 0 and self.local[layer % len(self.local)]
 
 
 GPT2 = dict(norm="layer", gated=False, activation="gelu", bias=True)
@@ -49,7 +73,12 @@ ARCHITECTURES = {
     # https://huggingface.co/openai-community/gpt2-medium/blob/main/config.json
     "gpt2-medium": Architecture(24, 1024, 16, 4096, 50257, positions=1024, **GPT2),
     # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
-    "llama-3.2-1b": Architecture(16, 2048, 32, 8192, 128256, kv_heads=8, rope=5e5),
+    "llama-3.2-1b": Architecture(
+        *(16, 2048, 32, 8192, 128256),
+        kv_heads=8,
+        rope=5e5,
+        scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+    ),
     # https://huggingface.co/meta-llama/Meta-Llama-3-8B/blob/main/config.json
     "llama-3-8b": Architecture(
         32, 4096, 32, 14336, 128256, kv_heads=8, rope=5e5, tied=False
@@ -65,6 +94,9 @@ ARCHITECTURES = {
         *(26, 2304, 8, 9216, 256000),
         kv_heads=4,
         head_dim=256,
+        window=4096,
+        local=(True, False),
+        norm="offset",
         post_norm=True,
         epsilon=1e-6,
         activation="gelu",
@@ -83,26 +115,26 @@ ARCHITECTURES = {
 }
 
 
-def llama_names(arch: Architecture, *, scanned: bool = True) -> dict[str, Any]:
-    """Returns the PyTorch module of each leaf of a Llama, for all of lora_jax's files.
+class Context(NamedTuple):
+    """What all layers share, besides the parameters.
 
-    It is the map of `import_weights`, `export_weights`, `export_peft` and
-    `import_peft`.
+    Attributes:
+      positions: The positions of the tokens, (batch or 1, time). None: 0, 1, 2...
+      segments: The segment of each token, (batch, time). None: one text in each row.
     """
-    ours, theirs = ("blocks", "{layer}") if scanned else ("blocks_*", "{}")
-    attention = dict(query="q_proj", key="k_proj", value="v_proj", out="o_proj")
-    parts = {f"attention/{a}": f"self_attn.{b}" for a, b in attention.items()}
-    parts |= {f"mlp/{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    parts |= {"attention_norm": "input_layernorm"}
-    parts |= {"mlp_norm": "post_attention_layernorm"}
-    names: dict[str, Any] = {
-        f"{ours}/{a}": f"model.layers.{theirs}.{b}" for a, b in parts.items()
-    }
-    if arch.tied:
-        names |= {"tokens": ("model.embed_tokens", "lm_head")}
-    else:
-        names |= {"tokens": "model.embed_tokens", "head": "lm_head"}
-    return names | {"norm": "model.norm"}
+
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier tokens, (batch, time, groups, size), in their order.
+
+    The layers are stacked in front, or it is a list of one for each layer.
+    """
+
+    keys: jax.Array
+    values: jax.Array
 
 
 class Model(nn.Module):
@@ -114,6 +146,7 @@ class Model(nn.Module):
     dtype: Any = jnp.bfloat16
     param_dtype: Any = jnp.bfloat16
     keep: Callable[[jax.Array], jax.Array] = lambda x: x  # shards activations
+    attention: str | None = None  # "xla" or "cudnn"; default: cuDNN where it applies
 
     def setup(self):
         arch = self.arch
@@ -130,14 +163,19 @@ class Model(nn.Module):
         if arch.positions:
             self.positions = nn.Embed(arch.positions, arch.width, **dtypes)
         block = nn.remat(Block, prevent_cse=not self.scanned) if self.remat else Block
-        args = arch, dtypes, self.keep
+        args = arch, dtypes, self.keep, self.attention
         if self.scanned:
             stack = nn.scan(
-                block, {"params": 0}, split_rngs={"params": True}, length=arch.layers
+                block,
+                {"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=arch.layers,
             )
             self.blocks = stack(*args)
         else:
-            self.blocks = [block(*args) for _ in range(arch.layers)]
+            layers = range(arch.layers)
+            self.blocks = [block(*args, arch.is_local(layer)) for layer in layers]
         self.norm = norm(arch, dtypes)
         if arch.patch or not arch.tied:
             product = functools.partial(
@@ -147,22 +185,68 @@ class Model(nn.Module):
                 *(arch.vocab, arch.patch > 0), **dtypes, dot_general=product
             )
 
-    def __call__(self, x):
-        return self.logits(self.hidden(x))
+    def __call__(self, x, segments=None, positions=None):
+        """Returns the logits in float32.
 
-    def hidden(self, x):
+        Args:
+          x: Tokens or images.
+          segments: Of rows that hold several texts: the text of each token, (batch,
+            time), from 1, and 0 for padding. A token attends only to its own text.
+          positions: The positions of the tokens, (batch, time). Default: those in each
+            text.
+        """
+        return self.logits(self.hidden(x, segments, positions))
+
+    def hidden(self, x, segments=None, positions=None):
         """Returns the head's input: (batch, time, width); of images (batch, width)."""
+        if segments is not None and positions is None:
+            positions = positions_in(segments)
+        return self.run(x, Context(positions, segments), None)[0]
+
+    def continued(self, x, positions, cache):
+        """Returns the head's input, and the keys and values of these tokens alone.
+
+        Args:
+          x: Tokens (batch, time): the first ones of texts, for an empty cache, else one
+            for each text.
+          positions: Their positions, (batch, time).
+          cache: From `empty_cache`, or with the keys and values of all positions before
+            these at their indices. What it has at others is not used.
+        """
+        return self.run(x, Context(positions), cache)
+
+    def empty_cache(self, batch, time=0):
+        """Returns a cache of zeros; one of no time is for the first tokens."""
+        arch = self.arch
+        shape = batch, time, arch.kv_heads or arch.heads, arch.size
+        zeros = lambda *layers: Cache(
+            *(jnp.zeros((*layers, *shape), self.dtype) for _ in Cache._fields)
+        )
+        if self.scanned:
+            return zeros(arch.layers)
+        return [zeros() for _ in range(arch.layers)]
+
+    def run(self, x, context, cache):
         arch = self.arch
         x = self.embed_image(x) if arch.patch else self.tokens(x)
         if arch.scaled_embedding:
             x *= jnp.sqrt(arch.width).astype(x.dtype)
         if arch.positions:
-            x += self.positions(jnp.arange(x.shape[1]))[None]
+            at = context.positions
+            x += self.positions(jnp.arange(x.shape[1])[None] if at is None else at)
         x = self.keep(x)
-        for block in [self.blocks] if self.scanned else self.blocks:
-            x, _ = block(x, None)
+        if self.scanned:
+            # Layers that are all alike get no flag, so that their scan has no input.
+            local = [arch.is_local(layer) for layer in range(arch.layers)]
+            flags = jnp.array(local) if len({*local}) > 1 else None
+            x, new = self.blocks(x, (flags, cache), context)
+        else:
+            new = []
+            for i, block in enumerate(self.blocks):
+                x, kept = block(x, (None, cache and cache[i]), context)
+                new.append(kept)
         x = self.norm(x)
-        return x[:, 0] if arch.patch else x
+        return (x[:, 0] if arch.patch else x), new
 
     def logits(self, x):
         """Applies the head to the output of `hidden`, or to some of its tokens."""
@@ -190,47 +274,88 @@ class Part(nn.Module):
     keep: Callable[[jax.Array], jax.Array]
 
     def dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(features, self.arch.bias, name=name, **self.dtypes)
+        bias = self.arch.bias
+        bias = bias if isinstance(bias, bool) else name in bias
+        return nn.Dense(features, bias, name=name, **self.dtypes)
 
 
 class Block(Part):
     """Attention and an MLP, each added to the residual stream."""
 
+    attention: str | None = None
+    local: bool | None = None  # whether the window applies; None: that of layer 0
+
     @nn.compact
-    def __call__(self, x, _):
-        for name, part in (("attention", Attention), ("mlp", MLP)):
-            h = norm(self.arch, self.dtypes, f"{name}_norm")(x)
-            h = part(self.arch, self.dtypes, self.keep, name=name)(h)
-            if self.arch.post_norm:
-                h = norm(self.arch, self.dtypes, f"{name}_post_norm")(h)
-            x = self.keep(x + h)
-        return x, None  # nothing for a scan to stack
+    def __call__(self, x, layer, context):
+        """Returns x and, if there is a cache, the keys and values of these tokens.
+
+        Args:
+          x: (batch, time, width).
+          layer: A traced boolean if only some layers are local, else None; and the
+            layer's cache, or None.
+          context: What all layers share.
+        """
+        args = self.arch, self.dtypes, self.keep
+        flag, cache = layer
+        if flag is None:
+            flag = self.arch.is_local(0) if self.local is None else self.local
+        attend = Attention(*args, self.attention, name="attention")
+        h, new = attend(self.before("attention", x), flag, cache, context)
+        x = self.after("attention", x, h)
+        h = MLP(*args, name="mlp")(self.before("mlp", x))
+        return self.after("mlp", x, h), new
+
+    def before(self, part: str, x: jax.Array) -> jax.Array:
+        return norm(self.arch, self.dtypes, f"{part}_norm")(x)
+
+    def after(self, part: str, x: jax.Array, h: jax.Array) -> jax.Array:
+        if self.arch.post_norm:
+            h = norm(self.arch, self.dtypes, f"{part}_post_norm")(h)
+        return self.keep(x + h)
 
 
 class Attention(Part):
+    attention: str | None = None
+
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, local, cache, context):
         arch, (batch, time, _) = self.arch, x.shape
-        size = arch.head_dim or arch.width // arch.heads
         groups = arch.kv_heads or arch.heads
-        split = lambda x: self.keep(x).reshape(batch, time, groups, -1, size)
-        q = split(self.dense(arch.heads * size, "query")(x))
-        k = split(self.dense(groups * size, "key")(x))
-        v = split(self.dense(groups * size, "value")(x))
+        split = lambda x: self.keep(x).reshape(batch, time, -1, arch.size)
+        q = split(self.dense(arch.heads * arch.size, "query")(x))
+        k = split(self.dense(groups * arch.size, "key")(x))
+        v = split(self.dense(groups * arch.size, "value")(x))
+        if arch.head_norm:
+            q = norm(arch, self.dtypes, "query_norm")(q)
+            k = norm(arch, self.dtypes, "key_norm")(k)
         if not (arch.positions or arch.patch):
-            q, k = rotate(q, arch.rope), rotate(k, arch.rope)
-        # (batch, group, head of the group, to, from)
-        weights = jnp.einsum(
-            *("btghd,bsgd->bghts", q, k[:, :, :, 0]),
-            preferred_element_type=jnp.float32,
-        )
-        weights = cap(weights * size**-0.5, arch.attention_cap)
-        if not arch.patch:
-            before = jnp.tril(jnp.ones((time, time), bool))
-            weights = jnp.where(before[None, None, None], weights, -jnp.inf)
-        weights = jax.nn.softmax(weights).astype(v.dtype)
-        y = jnp.einsum("bghts,bsgd->btghd", weights, v[:, :, :, 0])
-        return self.dense(arch.width, "out")(y.reshape(batch, time, -1))
+            speed = self.speed(local)
+            q, k = (rotate(x, speed, context.positions) for x in (q, k))
+        scale = arch.query_scale or arch.size**-0.5
+        options = dict(scale=scale, most=arch.attention_cap)
+        mask = None if arch.patch else Mask(arch.window, local, context.segments)
+        if cache is None or cache.keys.shape[1] == 0:
+            y = attend(q, k, v, mask, **options, implementation=self.attention)
+        else:
+            slots = jnp.arange(cache.keys.shape[1], dtype=jnp.int32)[None]
+            at = context.positions
+            # The positions from the first token on belong to these tokens.
+            before = jnp.where(slots < at[:, :1], slots, jnp.iinfo(jnp.int32).max)
+            pairs = mask.pairs(at, jnp.concatenate([before, at], 1))
+            join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1)
+            keys, values = join(cache.keys, k), join(cache.values, v)
+            y = attend_to(q, keys, values, pairs, **options)
+        y = self.dense(arch.width, "out")(y.reshape(batch, time, -1))
+        return y, None if cache is None else Cache(k, v)
+
+    def speed(self, local):
+        """Returns the angles per token of the rotary pairs."""
+        arch = self.arch
+        everywhere = speeds(arch.size, arch.rope, arch.scaling)
+        if arch.local_rope is None:
+            return everywhere
+        nearby = speeds(arch.size, arch.local_rope)
+        return jnp.where(local, nearby, everywhere)
 
 
 class MLP(Part):
@@ -246,25 +371,28 @@ class MLP(Part):
         return self.dense(arch.width, "down")(h)
 
 
+class OffsetNorm(nn.Module):
+    """RMS normalization with the gain 1 + scale, for the checkpoints of Gemma."""
+
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        zeros, width = nn.initializers.zeros, x.shape[-1]
+        scale = self.param("scale", zeros, (width,), self.param_dtype)
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        gain = 1 + scale.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), width)
+        return (x * gain).astype(self.dtype)
+
+
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "offset": OffsetNorm}
+
+
 def norm(
     arch: Architecture, dtypes: dict[str, Any], name: str | None = None
 ) -> nn.Module:
     """Returns the architecture's normalization layer."""
-    kind = nn.RMSNorm if arch.norm == "rms" else nn.LayerNorm
-    return kind(epsilon=arch.epsilon, name=name, **dtypes)
-
-
-def rotate(x: jax.Array, wavelength: float) -> jax.Array:
-    """Rotates pairs of x (batch, time, ..., size) by angles that grow with time."""
-    half = x.shape[-1] // 2
-    speed = wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * speed
-    angle = angle.reshape(1, x.shape[1], *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def cap(x: jax.Array, most: float) -> jax.Array:
-    """Bounds x smoothly by `most`; 0 means no bound."""
-    return most * jnp.tanh(x / most) if most else x
+    return NORMS[arch.norm](epsilon=arch.epsilon, name=name, **dtypes)

@@ -10,9 +10,8 @@ The 61 norms are in float32.
 """
 
 import contextlib
-import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data import wheels
-from models.architectures import ARCHITECTURES, Architecture, Model, llama_names
+from models import folder
+from models.architectures import ARCHITECTURES, Architecture, Model
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -86,7 +86,7 @@ def load(
     model = build(arch, scanned, remat)
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    params = lj.import_weights(file, like, llama_names(arch, scanned=scanned))
+    params = lj.import_weights(file, like, folder.names(arch, scanned))
     kept = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lj.Quantized))
     if not quantized and any(isinstance(x, lj.Quantized) for x in kept):
         params = lj.dequantize(params)
@@ -207,41 +207,7 @@ def tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     return made
 
 
-# Generated text, and transformers' model of the same file.
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def generate(
-    apply: Callable[[Any, jax.Array], jax.Array],
-    params: Any,
-    ids: jax.Array,
-    steps: int,
-) -> jax.Array:
-    """Continues each text greedily, with the most likely next token at each step.
-
-    Every step runs the entire text again, which is simple and fast enough for a sample.
-
-    Args:
-      apply: `apply(params, ids)` returns the logits (batch, time, vocab). Equal
-        functions of equal shapes compile once.
-      params: The parameters of `apply`.
-      ids: The starts of the texts, (batch, time), all of one length.
-      steps: The number of tokens to add.
-
-    Returns:
-      The ids (batch, time + steps).
-    """
-    batch, length = ids.shape
-
-    def step(i, ids):
-        logits = jax.lax.dynamic_index_in_dim(apply(params, ids), i - 1, 1, False)
-        token = logits.argmax(-1).astype(ids.dtype)
-        return jax.lax.dynamic_update_index_in_dim(ids, token, i, 1)
-
-    # The padding has no effect, because no token attends to a later one.
-    padding = jnp.zeros((batch, steps), ids.dtype)
-    ids = jnp.concatenate([ids, padding], 1)
-    return jax.lax.fori_loop(length, length + steps, step, ids)
+# transformers' model of the same file.
 
 
 def torch_model(path: Path | None = None) -> Any:

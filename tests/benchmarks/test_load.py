@@ -7,7 +7,8 @@ import jax
 import load
 import numpy as np
 import pytest
-from models.architectures import ARCHITECTURES, Architecture, Model, llama_names
+from models.architectures import ARCHITECTURES, Architecture, Model
+from models.folder import names as module_names
 
 import lora_jax as lj
 
@@ -24,7 +25,7 @@ def test_both_methods_read_the_same_tree(tmp_path, monkeypatch, tied):
     assert about["largest"] == 2 * 128 * 64
     assert len([*tmp_path.glob("*.safetensors")]) > 2
     like = jax.eval_shape(Model(arch).init, jax.random.key(0), np.ones((1, 2), int))
-    names = llama_names(arch)
+    names = module_names(arch)
     got = lj.import_weights(tmp_path, like, names, how=load.HOW)
     want = load.eager(tmp_path, like, names)
     assert jax.tree.structure(got) == jax.tree.structure(want)

@@ -16,8 +16,8 @@ import pytest
 import speed
 import to_peft
 import training
-from models import architectures
 from models.architectures import ARCHITECTURES, GPT2, Architecture, Model
+from models.attention import rotate, speeds
 
 import lora_jax as lj
 
@@ -147,15 +147,15 @@ def test_loss_in_chunks_equals_the_loss_on_quantized_weights(name, table):
         loss = lambda adapters: fn(lj.combine(adapters, base), *batch)
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
-    in_chunks = drawn(name, *given, "--chunk=4")[0].loss
+    in_chunks = drawn(name, *given, "--chunk=4")[0].adapted_loss
     merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
-    assert_same(found(lj.lora(in_chunks)), found(merged))
+    assert_same(found(in_chunks), found(merged))
 
 
 def test_loss_in_chunks_never_computes_all_logits():
     job, params, batch = drawn("llama", "--base=nf4", "--table=int8", "--chunk=2")
     adapters, base = lj.split(params)
-    loss = lambda *x: lj.lora(job.loss)(lj.combine(*x), *batch)
+    loss = lambda *x: job.adapted_loss(lj.combine(*x), *batch)
     text = str(jax.make_jaxpr(jax.grad(loss))(adapters, base))
     assert "f32[3,2,30]" in text
     assert "[3,8,30]" not in text
@@ -176,7 +176,7 @@ def test_nbytes_of_int4_is_half_a_byte_per_element():
 
 def test_rotate_makes_products_depend_on_distances_only():
     x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 8))
-    rotated = lambda x: architectures.rotate(jnp.tile(x, (1, 6, 1)), 100.0)[0]
+    rotated = lambda x: rotate(jnp.tile(x, (1, 6, 1)), speeds(8, 100.0))[0]
     products = rotated(x) @ rotated(y).T
     np.testing.assert_allclose(products[2, 0], products[5, 3], rtol=1e-5)
     np.testing.assert_allclose(products[4, 4], jnp.vdot(x, y), rtol=1e-5)

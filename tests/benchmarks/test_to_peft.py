@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 import to_peft
-from models import smollm2
-from models.architectures import llama_names
+from models import folder, smollm2
 
 import lora_jax as lj
 
@@ -48,7 +47,7 @@ def test_main_end_to_end(given, tmp_path, capsys, tiny_smollm2):
     to_peft.main(given("--no-check"))
     output = tmp_path / "new" / "output"
     base = smollm2.load(tmp_path / "tiny.gguf").params
-    params = lj.import_peft(output / "adapter", base, llama_names(smollm2.ARCH))
+    params = lj.import_peft(output / "adapter", base, folder.names(smollm2.ARCH))
     kernels = params["blocks"]["mlp"]["down"], params["blocks"]["attention"]["key"]
     assert all(abs(kernel["lora_b"]).max() > 0 for kernel in kernels)
     config = json.loads((output / "adapter" / "adapter_config.json").read_text())

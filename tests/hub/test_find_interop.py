@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from models import smollm2
-from models.architectures import llama_names
+from models import folder, smollm2
 
 import lora_jax as lj
 
@@ -220,7 +219,7 @@ def test_smollm2_in_its_gguf_and_in_the_folder_made_of_it(tmp_path, randomized):
     base, out = tmp_path / "base", tmp_path / "out"
     smollm2.torch_model(None).save_pretrained(base, safe_serialization=True)
     model, params, _ = smollm2.load()
-    names = llama_names(model.arch)
+    names = folder.names(model.arch)
     got = lj.import_weights(base, jax.eval_shape(lambda: params), names)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(x, y)

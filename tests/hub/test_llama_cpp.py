@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import architectures
+from models.folder import names as module_names
 
 import lora_jax as lj
 
@@ -136,7 +137,7 @@ def adapted(tmp_path, randomized):
         model = architectures.Model(arch, dtype=jnp.float32, param_dtype=jnp.float32)
         ids = jnp.asarray([IDS])
         like = jax.eval_shape(model.init, jax.random.key(0), ids)
-        names = architectures.llama_names(arch)
+        names = module_names(arch)
         base = lj.import_weights(tmp_path / "base", like, names)
         axes = lj.find_axes(model.apply, like, ids)
         params = randomized(lj.lorafy(base, rank, axes=axes, **options))

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from models import architectures
+from models.folder import names as module_names
 
 import lora_jax as lj
 
@@ -227,7 +228,7 @@ def test_find_names_of_a_tied_llama_gives_peft_every_adapter(
         arch, scanned=scanned, dtype=jnp.float32, param_dtype=jnp.float32
     )
     like = jax.eval_shape(flax.init, jax.random.key(0), IDS)
-    by_hand = architectures.llama_names(arch, scanned=scanned)
+    by_hand = module_names(arch, scanned=scanned)
     params = lj.import_weights(source, like, by_hand)
     names = lj.find_names(params, source)
     assert names["tokens/embedding"] == ("model.embed_tokens", "lm_head")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from models import architectures
+from models.folder import names as module_names
 
 import lora_jax as lj
 
@@ -158,7 +159,7 @@ def test_import_weights_gives_the_logits_of_transformers(
     )
     ids = np.arange(12).reshape(2, 6)
     like = jax.eval_shape(flax.init, jax.random.key(0), ids)
-    names = architectures.llama_names(arch, scanned=scanned)
+    names = module_names(arch, scanned=scanned)
     base = tmp_path / "base"
     params = lj.import_weights(base, like, names)
     np.testing.assert_allclose(flax.apply(params, ids), logits(model, ids), atol=1e-4)

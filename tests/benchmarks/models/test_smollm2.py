@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import architectures, smollm2
+from models import folder, smollm2
+from models.attention import rotate, speeds
 
 import lora_jax as lj
 
@@ -123,7 +124,7 @@ def test_load_keeps_rotated_products(tiny, tmp_path):
 
     def split(name):
         y = (x @ attention[name]["kernel"]).reshape(1, time, -1, size)
-        return np.asarray(architectures.rotate(jnp.asarray(y), wavelength))[0]
+        return np.asarray(rotate(jnp.asarray(y), speeds(size, wavelength)))[0]
 
     def products(rotated):  # of each query with the key of its group
         q, k = rotated("query"), np.repeat(rotated("key"), 2, 1)
@@ -215,28 +216,6 @@ def test_tokenizer_refuses_other_kinds(tiny, name, value, message):
         smollm2.tokenizer(tiny.fields)
 
 
-def test_generate_appends_the_most_likely_tokens():
-    """The model predicts the sum of the last two tokens."""
-
-    def apply(params, ids):
-        before = jnp.pad(ids, ((0, 0), (1, 0)))[:, :-1]
-        return params * jax.nn.one_hot(ids + before, 50)
-
-    ids = jnp.array([[1, 1], [2, 5]], jnp.int32)
-    made = smollm2.generate(apply, jnp.float32(1), ids, 4)
-    assert made.tolist() == [[1, 1, 2, 3, 5, 8], [2, 5, 7, 12, 19, 31]]
-
-
-def test_generate_agrees_with_the_logits_of_the_result(path):
-    model, params, _ = smollm2.load(path)
-    fn = lambda params, ids: model.apply({"params": params}, ids)
-    ids = jnp.array([[5, 9, 14], [70, 7, 7]], jnp.int32)
-    made = smollm2.generate(fn, params, ids, 5)
-    # No token attends to a later one, so the final text gives the logits of each step.
-    logits = jax.jit(fn)(params, made)
-    np.testing.assert_array_equal(logits[:, 2:-1].argmax(-1), made[:, 3:])
-
-
 # The file, and other readers of it.
 
 
@@ -290,7 +269,7 @@ def test_load_dequantizes_types_that_are_not_supported(tiny, tmp_path):
 def test_import_weights_quantizes_what_a_gguf_has_in_other_types(path):
     model, want, _ = smollm2.load(path)
     like = jax.eval_shape(lambda: want)
-    names = architectures.llama_names(model.arch)
+    names = folder.names(model.arch)
     got = lj.import_weights(path, like, names, how="int8")
     w = got["blocks"]["mlp"]["up"]["kernel"]
     assert w.format == "int8"
