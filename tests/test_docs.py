@@ -1,0 +1,53 @@
+"""The documentation: its code runs, its links exist, and it lists the entire API."""
+
+import pathlib
+import re
+
+import pytest
+
+import lora_jax as lj
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted((DOCS / "pages").rglob("*.md"))
+WITH_CODE = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
+# Warnings at import, of Keras, Haiku and tunix.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_docs_code_prints_its_output(path, run_page):
+    run_page(path)
+
+
+def test_docs_training_of_a_split_tree_copies_no_frozen_weight(run_page):
+    names = run_page(DOCS / "pages/guides/training.md")
+    step, adapters, state, frozen = (
+        names[name] for name in ("step", "adapters", "state", "frozen")
+    )
+    del step, adapters, state, frozen
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_docs_links_exist(path):
+    """MkDocs checks them too; this also works without it."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8"))
+    made = {"notebooks", "changelog.md"}  # by docs/hooks.py
+    for link in links:
+        if not made & {*pathlib.PurePath(link).parts}:
+            assert (path.parent / link).is_file(), link
+
+
+def test_docs_reference_lists_the_entire_api():
+    text = (DOCS / "pages/api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: lora_jax\.(\w+)$", text, re.MULTILINE)
+    public = {name for name in vars(lj) if name[0] != "_"}
+    assert sorted(listed) == sorted(public)
+
+
+def test_docs_list_every_page_and_notebook():
+    config = (DOCS / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.relative_to(DOCS / "pages").as_posix() for path in PAGES}
+    pages |= {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    listed = set(re.findall(r"[\w/]+\.(?:md|ipynb)", config))
+    assert pages <= listed
