@@ -73,4 +73,4 @@ from lora_jax._hub.find_names import find_names as find_names
 from lora_jax._hub.import_weights import import_weights as import_weights
 from lora_jax._hub.export_weights import export_weights as export_weights
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -1,10 +1,12 @@
 """Runs the tests with strict JAX settings: no promotion of dtypes or ranks."""
 
+import ast
 import dataclasses
 import hashlib
 import os
 import pathlib
 import platform
+import re
 import sys
 from importlib.metadata import version
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
@@ -177,6 +180,46 @@ def calls():
         return total
 
     return count
+
+
+# A block of Python on a page, and the block of text after it, which it prints.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+
+
+@pytest.fixture
+def run_page(tmp_path, monkeypatch, capsys, third_party):
+    """Returns a function that runs the code of a page, in an empty folder.
+
+    A block prints the text block after it, or what its comments say:
+    `print(x)  # (2, 3)`. Pages that import a package which is not installed are
+    skipped. A folder "checkpoint" has the weights that the pages import.
+    """
+
+    def run(path, names=None):
+        names = {} if names is None else names
+        blocks = BLOCK.findall(path.read_text(encoding="utf-8"))
+        for code, _ in blocks:
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names]
+                else:
+                    modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+                for module in modules:
+                    pytest.importorskip(module.split(".")[0])
+        for code, text in blocks:
+            exec(compile(code, path.name, "exec"), names)
+            comments = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.MULTILINE)
+            expected = text or "".join(f"{line}\n" for line in comments)
+            assert capsys.readouterr().out == expected, code
+        return names
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    layer = "model.layers.{}.self_attn.q_proj.weight"
+    draw = lambda i: np.random.default_rng(i).normal(size=(64, 64)).astype(np.float32)
+    tensors = {layer.format(i): draw(i) for i in range(2)}
+    safetensors.numpy.save_file(tensors, tmp_path / "checkpoint/model.safetensors")
+    return run
 
 
 @dataclasses.dataclass

@@ -30,8 +30,8 @@ HUB = (
 MODULES = (
     "_engine _tree _layouts _adapters _arguments _patterns _flax_names _targets "
     "_processes _leaves _lorafy _state _quantize _axes _lora _explain _layers _split "
-    "_optimizer _merge _live _module _checks _arithmetic _stack _matrices _svd _detach "
-    "_factor_axes _foreign _adopt _sample _write _save _hub"
+    "_optimizer _merge _live _module _checks _arithmetic _stack _mix _matrices _svd "
+    "_detach _factor_axes _foreign _adopt _sample _write _save _hub"
 ).split()
 PACKAGES = {"_engine": ENGINE, "_hub": HUB}
 ORDER = [

@@ -1,7 +1,7 @@
 """The programs that load a folder in PEFT's format, and what each of them takes.
 
 A row of `CONSUMERS` holds the rules of one program, as its source has them in the
-version that the row names. docs/consumers.md prints the rows.
+version that the row names. docs/pages/guides/consumers.md prints the rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -813,7 +813,7 @@ def test_export_peft_lists_the_programs_that_it_knows(tmp_path, for_):
 
 
 def test_consumers_page_is_that_of_the_docs():
-    page = (ROOT / "docs" / "consumers.md").read_text()
+    page = (ROOT / "docs/pages/guides/consumers.md").read_text()
     assert consumers_page() in page
     for row in CONSUMERS.values():
         assert row.source and row.version in page
