@@ -164,15 +164,14 @@ def test_main_keeps_the_last_good_adapter_if_the_loss_is_nan(
     removed = []
     monkeypatch.setattr(finetune_llm, "Compiled", compiled)
     monkeypatch.setattr(finetune_llm.run_state, "remove", removed.append)
-    given = "--base=nf4", "--table=int8"
     with pytest.raises(SystemExit) as error:
-        run(files, tmp_path, *given)
+        run(files, tmp_path)
     assert error.value.code == 1
     shown = capsys.readouterr().err
     assert "not finite in step 4. The adapter in" in shown
     assert "that of step 3. Write a smaller --rate" in shown
     assert removed == [tmp_path]
-    _, base = folders.load(files / "model", *("nf4", "int8"), dtype=jnp.float32)
+    _, base = folders.load(files / "model", dtype=jnp.float32)
     kept = lj.load(tmp_path / "adapter.safetensors", base)
     saved = lj.load(tmp_path / "checkpoint" / "adapter.safetensors", base)
     for x, y in zip(*map(jax.tree.leaves, (kept, saved)), strict=True):
@@ -210,9 +209,9 @@ def test_step_of_several_batches_equals_one_large_batch(files, randomized):
 
 
 def test_decoder_loss_equals_optax_on_all_logits(files, randomized):
-    """With a head that is quantized, adapted, and the token embedding too."""
+    """On quantized weights, with a head that is adapted and the token embedding too."""
     given = "--targets", "query", "tokens/embedding"
-    job, args = job_of(files, *given, table="int8", chunk=16)
+    job, args = job_of(files, *given, base="nf4", table="int8", chunk=16)
     params = randomized(job.params)
     adapters, base = lj.split(params)
     rows = [x[:2] for x in job.train]
