@@ -150,26 +150,26 @@ def loss_in_chunks(
 
     def loss(params, *batch, total=None):
         *inputs, labels = batch
-        own = known(params)
+        head_params = known(params)
         apart = (
             lambda x: jnp.moveaxis(  # (batch, time, ...) -> (n, batch, chunk, ...)
                 jnp.reshape(x, (len(x), -1, chunk, *x.shape[2:])), 1, 0
             )
         )
 
-        def add(sum, part):
+        def add(added, part):
             states, labels = part
             trained = labels >= 0
             # Every label must be a word, also where its loss is not counted.
-            losses = cross_entropy(used(own, states), jnp.maximum(labels, 0))
-            return sum + jnp.where(trained, losses, 0).sum(), None
+            losses = cross_entropy(used(head_params, states), jnp.maximum(labels, 0))
+            return added + jnp.where(trained, losses, 0).sum(), None
 
         # XLA eliminates no common subexpressions across loop iterations, so the
         # barriers of `prevent_cse` are not needed.
         add = jax.checkpoint(add, prevent_cse=False)
         parts = apart(hidden(params, *inputs)), apart(labels)
-        sum, _ = jax.lax.scan(add, jnp.zeros(()), parts)
-        return sum / (count_trained(labels) if total is None else total)
+        added, _ = jax.lax.scan(add, jnp.zeros(()), parts)
+        return added / (count_trained(labels) if total is None else total)
 
     return loss
 

@@ -147,15 +147,15 @@ def test_loss_in_chunks_equals_the_loss_on_quantized_weights(name, table):
         loss = lambda adapters: fn(lj.combine(adapters, base), *batch)
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
-    in_chunks = drawn(name, *given, "--chunk=4")[0].adapted_loss
+    in_chunks = drawn(name, *given, "--chunk=4")[0].loss
     merged = lambda params, *batch: job.loss(lj.merge(params), *batch)
-    assert_same(found(in_chunks), found(merged))
+    assert_same(found(lj.lora(in_chunks)), found(merged))
 
 
 def test_loss_in_chunks_never_computes_all_logits():
     job, params, batch = drawn("llama", "--base=nf4", "--table=int8", "--chunk=2")
     adapters, base = lj.split(params)
-    loss = lambda *x: job.adapted_loss(lj.combine(*x), *batch)
+    loss = lambda *x: lj.lora(job.loss)(lj.combine(*x), *batch)
     text = str(jax.make_jaxpr(jax.grad(loss))(adapters, base))
     assert "f32[3,2,30]" in text
     assert "[3,8,30]" not in text
