@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, Sharding
 
 ERROR_BYTES = 1000  # of an error message, sent to the other processes
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -99,26 +98,16 @@ def gathered(x: Any) -> Any:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def put(x: Any, sharding: Sharding) -> jax.Array:
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns what `jax.device_put` does, also if the sharding spans processes.
 
     Every process must have all of `x`, unless `x` itself spans processes.
     """
     here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if isinstance(x, jax.Array) and here and not _is_moved(x.sharding):
-        x = np.asarray(x)
     if sharding.is_fully_addressable or not here:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
-def _is_moved(sharding: Sharding) -> bool:
-    """Whether `jax.device_put` moves an array from here to its devices in any order.
-
-    It fails with an AssertionError for a sharding of XLA, which names no mesh.
-    """
-    return isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1
 
 
 def first_found(values: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
