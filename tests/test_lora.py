@@ -770,8 +770,8 @@ def test_lora_moves_factors_with_their_weight(moved, close):
     w = jax.device_put(np.eye(D, dtype=np.float32), start)
     params = lj.lorafy({"w": w}, 2, targets="*")
     params["w_lora_b"] = params["w_lora_b"] + 1
-    x = jax.device_put(X, there if moved == "device" else sharding.device_set.pop())
-    x = jax.device_put(X, NamedSharding(mesh, P())) if moved == "sharded" else x
+    at = NamedSharding(mesh, P()) if moved == "sharded" else here
+    x = jax.device_put(X, there if moved == "device" else at)
     fn = lambda p, x: x @ jax.device_put(p["w"], end)
     merged = np.eye(D) + params["w_lora_a"] @ params["w_lora_b"] / 2 * 2
     adapted = lora(fn, materialize="error")
