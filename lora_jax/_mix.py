@@ -15,13 +15,11 @@ from lora_jax._adapters import (
     LowRank,
     adapter_of,
     arrays_of,
-    check_adapter,
     factor_dims,
-    find_adapters,
     scale_of_ranks,
 )
 from lora_jax._leaves import new_leaf
-from lora_jax._stack import check_ids, no_stack
+from lora_jax._stack import check_ids, find_stack
 from lora_jax._tree import (
     Path,
     PyTree,
@@ -89,10 +87,7 @@ def mix(
       https://arxiv.org/abs/2310.18547
     """
     leaves = flatten(stacked)
-    adapters = find_adapters(leaves, stacks=True)
-    n = check_adapter(leaves, *next(iter(adapters.items())))
-    if n is None:
-        raise ValueError(no_stack(next(iter(adapters.values())).trained[0]))
+    adapters, n = find_stack(leaves)
     for path, adapter in adapters.items():
         if isinstance(adapter, FullCopy) or adapter.magnitude is not None:
             kind = "a trained copy" if isinstance(adapter, FullCopy) else "magnitudes"

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lora_jax._adapters import (
+    Adapters,
     FullCopy,
     LowRank,
     adapter_of,
@@ -149,10 +150,7 @@ def take(stacked: PyTree, ids: ArrayLike | Sequence[int]) -> PyTree:
       (3, 4, 2)
     """
     leaves = flatten(stacked)
-    adapters = find_adapters(leaves, stacks=True)
-    n = check_adapter(leaves, *next(iter(adapters.items())))
-    if n is None:
-        raise ValueError(no_stack(next(iter(adapters.values())).trained[0]))
+    adapters, n = find_stack(leaves)
     index, valid = check_ids(ids, n)
     several = index.shape[0] if index.ndim else None
 
@@ -213,7 +211,7 @@ def in_axes(stacked: PyTree) -> PyTree:
         )
     mapped = _mixed_scales(leaves) or set(arrays)
     if single := [path for path in mapped if not np.ndim(arrays[path])]:
-        raise ValueError(no_stack(single[0]))
+        raise ValueError(_no_stack(single[0]))
     check_stack({path: arrays[path].shape[0] for path in mapped})
     return unflatten(stacked, {path: 0 if path in mapped else None for path in leaves})
 
@@ -276,7 +274,21 @@ def _padded(
     return LowRank(*parts, **first.layout | {"rank_scales": rank_scales})
 
 
-def no_stack(path: Path) -> str:
+def find_stack(leaves: Mapping[Path, Any]) -> tuple[Adapters, int]:
+    """Returns the adapters of a stack, and their number.
+
+    Raises:
+      ValueError: As `find_adapters`, or if each weight has a single adapter.
+    """
+    adapters = find_adapters(leaves, stacks=True)
+    path, adapter = next(iter(adapters.items()))
+    n = check_adapter(leaves, path, adapter)
+    if n is None:
+        raise ValueError(_no_stack(adapter.trained[0]))
+    return adapters, n
+
+
+def _no_stack(path: Path) -> str:
     return (
         f"{path_name(path)!r} belongs to one adapter, not to a stack. Write "
         "stack([one, two, ...]), or lorafy(..., stack=n)."
