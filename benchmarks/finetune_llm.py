@@ -41,7 +41,6 @@ import script
 import training
 from data import chat, reviews, smollm2_folder
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
 from models import folder as folders
 from models.architectures import Architecture, Model
 from models.generation import generate
@@ -758,11 +757,10 @@ def summary(found: dict[str, Any]) -> str:
     """Returns the losses and the samples, before and after training."""
     lines = []
     if found["held"]:
-        first, *_, last = [*found["held"].values()] * 2
-        last = [*found["held"].values()][-1]
+        held = [*found["held"].values()]
         lines.append(
-            f"held-out loss {first:.3f} before, {last:.3f} after {found['step']} steps "
-            f"of {found['step_s']:.2f} s"
+            f"held-out loss {held[0]:.3f} before, {held[-1]:.3f} after "
+            f"{found['step']} steps of {found['step_s']:.2f} s"
         )
     lines.append(show_text("prompt", found["prompt"]))
     if found["before"] is not None:
@@ -780,17 +778,9 @@ def show_text(name: str, text: str) -> str:
 
 def figure(path: Path, found: dict[str, Any]) -> None:
     """Draws the losses of all steps, their running mean and the held-out ones."""
-    losses, ink, other = found["losses"], report.LINES["lora"], report.LINES["full"]
-    width = len(losses) // 5 | 1
-    mean = report.smooth(np.asarray(losses), width)
-    made = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
-    axes = made.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=report.INK, length=3)
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=ink, alpha=0.3, linewidth=0.9)
-    axes.plot(steps, mean, color=ink, linewidth=2.2)
-    ends = {"training": (mean[-1], ink)}
+    ink, other = report.LINES["lora"], report.LINES["full"]
+    made, axes, end = report.token_losses(found["losses"])
+    ends = {"training": (end, ink)}
     if found["held"]:
         at, values = zip(*sorted(found["held"].items()), strict=True)
         axes.plot(at, values, "o-", color=other, clip_on=False, zorder=3)
@@ -799,12 +789,6 @@ def figure(path: Path, found: dict[str, Any]) -> None:
     places = report.spread([y for y, _ in ends.values()], 0.06 * (top - bottom))
     for (text, (_, color)), y in zip(ends.items(), places, strict=True):
         report.label_right(axes, text, y, color)
-    axes.set_xlim(0, len(losses))
-    axes.set_xlabel("step", color=report.INK)
-    note = f"faint: every step; bold: the mean of the {width} steps around it"
-    report.title(axes, "Loss of the next token, nats", note)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
     made.savefig(path)
 
 

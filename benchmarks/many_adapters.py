@@ -555,12 +555,9 @@ def programs(
 
 def measure(lowered: Any, sizes: dict[str, int], on_tpu: bool) -> dict[str, Any]:
     """Returns the bytes of a lowered program, like `measure` in memory.py."""
-    try:
-        made = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return sizes | memory.refusal(str(error))
+    made, refusal = memory.compile_or_refusal(lowered)
+    if made is None:
+        return sizes | refusal
     # XLA's own peak excludes the temporaries on CPU.
     peak = (
         made.memory_analysis().peak_memory_in_bytes

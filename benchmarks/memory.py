@@ -43,6 +43,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from models.architectures import ARCHITECTURES, Architecture, Model
+from models.fsdp import by_batch, distribute
 from option_types import DefaultsFormatter, folder, integer_from, targets_error
 from tqdm import tqdm
 
@@ -238,7 +239,7 @@ def prepare(args: argparse.Namespace, **changed: Any) -> Job:
         )
     model = Model(
         *(arch, args.scan, args.remat, jnp.dtype(args.dtype), jnp.dtype(args.dtype)),
-        keep=lambda x: jax.lax.with_sharding_constraint(x, split_over(mesh, AXIS)),
+        keep=by_batch(mesh),
         attention=None if args.device == "gpu" else "xla",  # not that of a GPU here
     )
     run = lambda method, params, x: model.apply({"params": params}, x, method=method)
@@ -368,23 +369,6 @@ def split_over(mesh: Mesh, *names: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
-def distribute(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Splits each kernel and embedding over all chips, and replicates the rest."""
-
-    def shard(path, x):
-        names = [None] * x.ndim
-        # Stacked layers are not split along the stack, so that each layer is gathered
-        # in its own loop iteration. Embeddings are not split along tokens, because
-        # XLA would then sum each lookup over the chips.
-        first = x.ndim - 1 if path[-1].key == "embedding" else path[0].key == "blocks"
-        even = [d for d in range(first, x.ndim) if x.shape[d] % mesh.size == 0]
-        if path[-1].key in ("kernel", "embedding") and even:
-            names[max(even, key=lambda d: x.shape[d])] = AXIS
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split_over(mesh, *names))
-
-    return jax.tree_util.tree_map_with_path(shard, params)
-
-
 def lower(job: Job, name: str, n: int) -> tuple[Any, tuple[Any, Any, Any]]:
     """Returns the lowered step of a method on a batch of n, and its argument shapes."""
     if name == "full":
@@ -401,17 +385,24 @@ def lower_step(
 ) -> tuple[Any, tuple[Any, Any, Any]]:
     """Returns the lowered step and shapes for `loss(trainable, frozen, *batch)`."""
     tx = optax.adamw(1e-3)
+    state = trainable, optimizer_shapes(tx, trainable, job.mesh)
+    batch = batch_of(job, n)
+    step = jax.jit(training.update(loss, tx), donate_argnums=0)
+    return step.lower(state, frozen, *batch), (state, frozen, batch)
+
+
+def optimizer_shapes(
+    tx: optax.GradientTransformation, trainable: Any, mesh: Mesh
+) -> Any:
+    """Returns the shapes of an optimizer state that is sharded like its parameters."""
     put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    optimizer = optax.tree_map_params(
+    return optax.tree_map_params(
         tx,
         lambda x, like: put(x, like.sharding),
         jax.eval_shape(tx.init, trainable),
         trainable,
-        transform_non_params=lambda x: put(x, split_over(job.mesh)),
+        transform_non_params=lambda x: put(x, split_over(mesh)),
     )
-    state, batch = (trainable, optimizer), batch_of(job, n)
-    step = jax.jit(training.update(loss, tx), donate_argnums=0)
-    return step.lower(state, frozen, *batch), (state, frozen, batch)
 
 
 def measure(job: Job, name: str, n: int) -> dict[str, Any]:
@@ -423,12 +414,9 @@ def measure(job: Job, name: str, n: int) -> dict[str, Any]:
     XLA names.
     """
     lowered, (state, frozen, batch) = lower(job, name, n)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        parts = training.parts(state, frozen) | refusal(str(error))
+    compiled, refused = compile_or_refusal(lowered)
+    if compiled is None:
+        parts = training.parts(state, frozen) | refused
     else:
         parts = training.memory(compiled, state, frozen, batch)
         if job.args.device.startswith("tpu"):
@@ -438,6 +426,16 @@ def measure(job: Job, name: str, n: int) -> dict[str, Any]:
     if parts["peak"] is not None:
         rest = parts["peak"] - parts["parameters"] - parts["optimizer"]
     return parts | {"temporaries": rest, "batch": n}
+
+
+def compile_or_refusal(lowered: Any) -> tuple[Any, dict[str, int | None]]:
+    """Returns the compiled program, or `None` and what `refusal` reads of the error."""
+    try:
+        return lowered.compile(), {}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, refusal(str(error))
 
 
 def refusal(text: str) -> dict[str, int | None]:

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import memory
 import numpy as np
-import optax
 import script
 import training
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from models import folder as folders
+from models import fsdp
 from models.architectures import ARCHITECTURES, Architecture, Model
 from option_types import DefaultsFormatter, folder, integer_from
 
@@ -107,13 +107,9 @@ def prepare(args: argparse.Namespace) -> Step:
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     finetune_llm.complete(args, mesh.size)
     dtypes = jnp.dtype(args.dtype), finetune_llm.param_dtype(args)
-    keep = {"keep": folders.by_batch(mesh)} if mesh.size > 1 else {}
+    keep = {"keep": fsdp.by_batch(mesh)} if mesh.size > 1 else {}
     model = Model(arch, True, args.remat, *dtypes, **keep)
-    place = folders.fsdp(mesh)
-    shapes = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.update(sharding=place(folders.leaf_path(path), x)),
-        folders.shapes(model),
-    )
+    shapes = fsdp.distribute(folders.shapes(model), mesh)
     axes = finetune_llm.find_axes(model.clone(keep=lambda x: x), shapes)
     base = args.base if args.base in finetune_llm.QUANTIZED else None
     if formats := folders.formats_of(arch, base, args.table):
@@ -165,12 +161,9 @@ def describe(parts: dict[str, Any]) -> str:
 def measure(step: Step, n: int) -> dict[str, Any]:
     """Returns the parts of the step's memory on each chip, for `n` rows at a time."""
     state, frozen, batch = arguments(step, n)
-    try:
-        compiled = lower(step, state, frozen, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return training.parts(state, frozen) | memory.refusal(str(error))
+    compiled, refusal = memory.compile_or_refusal(lower(step, state, frozen, batch))
+    if compiled is None:
+        return training.parts(state, frozen) | refusal
     parts = training.memory(compiled, state, frozen, batch)
     if step.args.device.startswith("tpu"):
         parts["peak"] = compiled.memory_analysis().peak_memory_in_bytes
@@ -183,18 +176,10 @@ def arguments(step: Step, n: int) -> tuple[Any, Any, Any]:
     """Returns the shapes of the step's state, frozen weights and batch."""
     tx = finetune_llm.optimizer(step.args)
     trainable, frozen = lj.split(step.params)
-    on = lambda x, *axes: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(step.mesh, PartitionSpec(*axes))
-    )
-    state = optax.tree_map_params(
-        tx,
-        lambda x, like: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding),
-        jax.eval_shape(tx.init, trainable),
-        trainable,
-        transform_non_params=on,
-    )
+    state = memory.optimizer_shapes(tx, trainable, step.mesh)
     rows = step.args.accumulate, n, step.args.length
-    batch = on(jax.ShapeDtypeStruct(rows, jnp.int32), None, finetune_llm.AXIS)
+    place = memory.split_over(step.mesh, None, finetune_llm.AXIS)
+    batch = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place)
     return (trainable, state), frozen, (batch,) * 4
 
 

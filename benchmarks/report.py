@@ -157,6 +157,30 @@ def draw_losses(
     axes.set_axisbelow(True)
 
 
+def token_losses(losses: Sequence[float]) -> tuple[Figure, Axes, float]:
+    """Draws the losses of a decoder's steps and their running mean.
+
+    Returns:
+      The figure, its axes, and the mean at the last step.
+    """
+    width = len(losses) // 5 | 1
+    mean = smooth(np.asarray(losses), width)
+    made = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+    axes = made.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, length=3)
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color=LINES["lora"], alpha=0.3, linewidth=0.9)
+    axes.plot(steps, mean, color=LINES["lora"], linewidth=2.2)
+    axes.set_xlim(0, len(losses))
+    axes.set_xlabel("step", color=INK)
+    note = f"faint: every step; bold: the mean of the {width} steps around it"
+    title(axes, "Loss of the next token, nats", note)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return made, axes, mean[-1]
+
+
 def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws one bar of stacked parts for every method, with labels at the last bar."""
     stack(axes, [x["memory"] for x in found.values()], "MB", 0)

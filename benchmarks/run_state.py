@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,14 +23,6 @@ import lora_jax as lj
 
 NAME = "checkpoint"
 FILES = "adapter.safetensors", "optimizer.safetensors", "run.json"
-
-
-class Saved(NamedTuple):
-    """What a checkpoint holds."""
-
-    params: Any  # with adapters
-    optimizer: Any
-    run: dict[str, Any]
 
 
 def save(folder: Path, params: Any, optimizer: Any, run: Mapping[str, Any]) -> None:

@@ -33,7 +33,6 @@ import report
 import script
 import training
 from data import reviews
-from matplotlib.figure import Figure
 from models import smollm2
 from models.architectures import Model
 from models.folder import names as module_names
@@ -349,16 +348,8 @@ def summary(results: dict[str, Any]) -> str:
 def figure(path: Path, results: dict[str, Any]) -> None:
     """Draws the training losses, their running mean and the held-out loss to a PNG."""
     losses, ink, other = results["losses"], report.LINES["lora"], report.LINES["full"]
+    made, axes, end = report.token_losses(losses)
     ends = [results[name]["loss"] for name in ("before", "after")]
-    width = len(losses) // 5 | 1
-    mean = report.smooth(np.asarray(losses), width)
-    made = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
-    axes = made.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=report.INK, length=3)
-    steps = np.arange(1, len(losses) + 1)
-    axes.plot(steps, losses, color=ink, alpha=0.3, linewidth=0.9)
-    axes.plot(steps, mean, color=ink, linewidth=2.2)
     axes.plot([0, len(losses)], ends, "o", color=other, clip_on=False, zorder=3)
     axes.annotate(
         f"held-out {ends[0]:.2f}",
@@ -369,15 +360,9 @@ def figure(path: Path, results: dict[str, Any]) -> None:
         fontweight="bold",
     )
     bottom, top = axes.get_ylim()
-    places = report.spread([ends[1], mean[-1]], 0.06 * (top - bottom))
+    places = report.spread([ends[1], end], 0.06 * (top - bottom))
     report.label_right(axes, f"held-out {ends[1]:.2f}", places[0], other)
     report.label_right(axes, "training", places[1], ink)
-    axes.set_xlim(0, len(losses))
-    axes.set_xlabel("step", color=report.INK)
-    note = f"faint: every step; bold: the mean of the {width} steps around it"
-    report.title(axes, "Loss of the next token, nats", note)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
     made.savefig(path)
 
 

@@ -70,16 +70,16 @@ def accumulated_update(
     def step(state, frozen, batch):
         trainable, optimizer = state
         total = count_trained(batch[-1])
-        own = jax.value_and_grad(
+        gradients = jax.value_and_grad(
             lambda trainable, *part: loss(
                 lj.combine(trainable, frozen), *part, total=total
             )
         )
         if len(batch[-1]) == 1:  # no loop around the one over layers
-            value, grads = own(trainable, *(x[0] for x in batch))
+            value, grads = gradients(trainable, *(x[0] for x in batch))
         else:
             add = lambda sums, part: (
-                jax.tree.map(jnp.add, sums, own(trainable, *part)),
+                jax.tree.map(jnp.add, sums, gradients(trainable, *part)),
                 None,
             )
             zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable)
@@ -181,10 +181,14 @@ def count_trained(labels: jax.Array) -> jax.Array:
 
 def head_parameters(params: Any, modules: Sequence[str]) -> Any:
     """Returns the parameters of the head, with adapters, and as floats."""
-    own = {name: params[name] for name in modules if name in params}
-    stored = jax.tree.leaves(own, is_leaf=lambda x: isinstance(x, lj.Quantized))
-    quantized = any(isinstance(x, lj.Quantized) for x in stored)
-    return lj.dequantize(own) if quantized else own
+    head = {name: params[name] for name in modules if name in params}
+    return lj.dequantize(head) if has_quantized(head) else head
+
+
+def has_quantized(params: Any) -> bool:
+    """Returns whether a leaf of the parameters is a quantized weight."""
+    quantized = lambda x: isinstance(x, lj.Quantized)
+    return any(map(quantized, jax.tree.leaves(params, is_leaf=quantized)))
 
 
 def has_adapters(params: Any) -> bool:

@@ -5,7 +5,6 @@ in bfloat16 like the original checkpoint, with the file's tokenizer and chat tem
 so that it can be read like any folder of the hub.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import script
 from data import wheels
 from models import folder, smollm2
 from models.architectures import Architecture
@@ -55,7 +55,9 @@ def write(gguf: Path, target: Path) -> None:
     special = {name: token(name) for name in ("bos_token", "eos_token")}
     template = smollm2.field(fields, "tokenizer.chat_template")
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-    dump(target / "tokenizer_config.json", tokenizer | {"chat_template": template})
+    script.write_json(
+        target / "tokenizer_config.json", tokenizer | {"chat_template": template}
+    )
     tensors = dict(torch_tensors(loaded.params, arch))
     safetensors.numpy.save_file(tensors, target / "model.safetensors", {"format": "pt"})
     config = {
@@ -76,7 +78,7 @@ def write(gguf: Path, target: Path) -> None:
         "bos_token_id": smollm2.field(fields, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": smollm2.field(fields, "tokenizer.ggml.eos_token_id"),
     }
-    dump(target / "config.json", config)
+    script.write_json(target / "config.json", config)
 
 
 def torch_tensors(params: Mapping[str, Any], arch: Architecture) -> Any:
@@ -91,8 +93,3 @@ def torch_tensors(params: Mapping[str, Any], arch: Architecture) -> Any:
             w = np.asarray(layer).astype(ml_dtypes.bfloat16)
             w = w.T if last == "kernel" else w
             yield f"{name.format(layer=i)}.weight", np.ascontiguousarray(w)
-
-
-def dump(path: Path, found: Any) -> None:
-    """Writes a JSON file."""
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

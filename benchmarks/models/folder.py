@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
+from models import fsdp
 from models.architectures import Architecture, Model
 from models.attention import RopeScaling
 
@@ -448,13 +449,14 @@ def load(
     """
     arch = read_config(path)
     param_dtype = param_dtype or dtype
-    keep = {"keep": by_batch(sharding)} if isinstance(sharding, Mesh) else {}
+    keep = {"keep": fsdp.by_batch(sharding)} if isinstance(sharding, Mesh) else {}
     model = Model(arch, scanned, remat, dtype, param_dtype, **keep)
     like = shapes(model)
-    if sharding is not None:
-        place = fsdp(sharding) if isinstance(sharding, Mesh) else sharding
+    if isinstance(sharding, Mesh):
+        like = fsdp.distribute(like, sharding)
+    elif sharding is not None:
         like = jax.tree_util.tree_map_with_path(
-            lambda path, x: x.update(sharding=place(leaf_path(path), x)), like
+            lambda path, x: x.update(sharding=sharding(leaf_path(path), x)), like
         )
     formats = how if isinstance(how, Mapping) else formats_of(arch, how, table)
     if isinstance(how, Mapping) and table:
@@ -483,37 +485,3 @@ def formats_of(
 
 def leaf_path(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def fsdp(mesh: Mesh) -> Callable[[str, Any], Sharding]:
-    """Returns the sharding of each leaf: kernels and tables are split over the mesh.
-
-    Stacked layers are not split along the stack, so that each layer is gathered in its
-    own iteration, and tables are split along their features, so that lookups need no
-    sum over the devices.
-    """
-    (axis,) = mesh.axis_names
-
-    def place(path: str, x: Any) -> Sharding:
-        leaf = path.rpartition("/")[2]
-        first = int(path.startswith("blocks/"))
-        if leaf == "embedding":
-            first = x.ndim - 1
-        even = [d for d in range(first, x.ndim) if x.shape[d] % mesh.size == 0]
-        parts = [None] * x.ndim
-        if leaf in ("kernel", "embedding") and even:
-            parts[max(even, key=lambda d: x.shape[d])] = axis
-        return NamedSharding(mesh, PartitionSpec(*parts))
-
-    return place
-
-
-def by_batch(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function that splits activations by examples, if they divide evenly."""
-    place = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
-
-    def keep(x: jax.Array) -> jax.Array:
-        even = x.shape[0] % mesh.size == 0
-        return jax.lax.with_sharding_constraint(x, place) if even else x
-
-    return keep

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import training
 from models.architectures import Model
 
 import lora_jax as lj
@@ -88,7 +89,7 @@ def _generate(params, ids, lengths, stops, temperature, key, *, model, steps):
     """Runs the texts once, then single tokens. Without a key it samples nothing."""
     batch, time = ids.shape
     run = functools.partial(_next_logits, model)
-    if _needs_lora(params):
+    if training.has_adapters(params) or training.has_quantized(params):
         run = lj.lora(run)
 
     def choose(logits, step):
@@ -126,15 +127,6 @@ def _generate(params, ids, lengths, stops, temperature, key, *, model, steps):
         (jnp.int32(1), *state, token, cache),
     )
     return Generated(state[1], state[2])
-
-
-def _needs_lora(params):
-    """Whether some parameters are adapters or quantized."""
-    quantized = lambda x: isinstance(x, lj.Quantized)
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=quantized)
-    return any(
-        quantized(x) or "lora_" in jax.tree_util.keystr(path[-1:]) for path, x in leaves
-    )
 
 
 def _next_logits(model, params, ids, positions, cache, last):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import training
 from data import wheels
 from models import folder
 from models.architectures import ARCHITECTURES, Architecture, Model
@@ -87,8 +88,7 @@ def load(
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     params = lj.import_weights(file, like, folder.names(arch, scanned))
-    kept = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, lj.Quantized))
-    if not quantized and any(isinstance(x, lj.Quantized) for x in kept):
+    if not quantized and training.has_quantized(params):
         params = lj.dequantize(params)
     return Loaded(model, params, tokenizer(fields))
 
