@@ -39,7 +39,7 @@ from lora_jax._hub.module_plan import (
 )
 from lora_jax._hub.modules import MappedLeaf, leaf_to_torch
 from lora_jax._hub.names import Names
-from lora_jax._hub.peft_config import new_config
+from lora_jax._hub.peft_config import TIED_BY_PEFT, new_config
 from lora_jax._hub.peft_folder import (
     TORCH_DTYPES,
     adapter_folder,
@@ -212,7 +212,7 @@ def export_peft(
         adapted = [
             leaf for leaf in plan.adapted.values() if leaf.modules.keys() & found
         ]
-        if any(map(_is_tied, (*adapted, *copied.values()))):
+        if any(map(_peft_ties, (*adapted, *copied.values()))):
             config["ensure_weight_tying"] = True
         if is_first():
             write_folder(target, config, tensors)
@@ -330,8 +330,15 @@ def _own_modules(copied: Mapping[Path, MappedLeaf]) -> set[str]:
     }
 
 
-def _is_tied(leaf: MappedLeaf) -> bool:
-    return any(part.kind is HEAD for part in leaf.modules.values())
+def _peft_ties(leaf: MappedLeaf) -> bool:
+    """Whether PEFT can keep a table and its head equal: it knows them by two names.
+
+    For tables of other names, as BERT's `word_embeddings`, it warns that there is
+    nothing to tie. The factors of both are in the file.
+    """
+    is_tied = any(part.kind is HEAD for part in leaf.modules.values())
+    lasts = {name.rpartition(".")[2] for name in leaf.modules}
+    return is_tied and not lasts.isdisjoint(TIED_BY_PEFT)
 
 
 def _bias(plan: ModulePlan, adapted: Container[str]) -> str:

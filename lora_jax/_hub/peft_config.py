@@ -28,6 +28,8 @@ UNDERSTOOD = {
     *"ensure_weight_tying trainable_token_indices".split(),
 }
 BIASES = ("none", "lora_only", "all")  # those that are trained in full
+# The last names of modules that PEFT takes for a table and its head, to tie them.
+TIED_BY_PEFT = ("embed_tokens", "lm_head")
 # The types of fields: a test of the value, and its description.
 _whole = lambda n: type(n) is int and 0 < n < 2**31
 _real = lambda x: type(x) in (int, float) and abs(x) < 1e30  # within a float32

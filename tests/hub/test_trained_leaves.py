@@ -151,6 +151,20 @@ def test_export_peft_of_a_tied_table(tmp_path, close, randomized):
     close(copies(imported(tmp_path / "whole", tied=True)), {"embed/lora_w": TABLE + 1})
 
 
+@pytest.mark.parametrize("options", [{}, {"also": "embed"}])
+def test_export_peft_of_a_tied_table_that_peft_does_not_know(
+    tmp_path, close, randomized, options
+):
+    """PEFT ties by two names, and warns where a model has neither: BERT's, say."""
+    names = TIED_NAMES | {"embed": ("m.word_embeddings", "cls.decoder")}
+    targets = "q" if options else ["q", "embed"]
+    params = randomized(lj.lorafy(base(True), 2, targets=targets, axes=AXES, **options))
+    lj.export_peft(tmp_path / "out", params, names)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert "ensure_weight_tying" not in config
+    close(lj.import_peft(tmp_path / "out", base(True), names, axes=AXES), params)
+
+
 # Some rows of a table.
 
 
