@@ -7,7 +7,7 @@ import math
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import Adapters, Axes, of_rank
+from lora_jax._adapters import Adapters, Axes, is_adapter, of_rank
 from lora_jax._flax_names import check_axes, is_adaptable, own_names
 from lora_jax._hub.module_adapters import is_reversed
 from lora_jax._hub.module_kinds import EXPERTS, KINDS, VECTOR, Linear
@@ -58,7 +58,7 @@ def plan_modules(
       ValueError: If a leaf does not fit its names or its kind, or its dimensions or its
         layout in PyTorch are not known.
     """
-    kind_of = module_kinds(kinds, named)
+    kind_of = module_kinds(kinds, leaves)
     weights = {
         path: map_weight(path, leaves, named[path], axes.get(path), kind_of[path])
         for path in adapted
@@ -133,10 +133,14 @@ def trained_axes(
 
 
 def module_kinds(
-    kinds: Mapping[str, str] | None, paths: Iterable[Path]
+    kinds: Mapping[str, str] | None, leaves: Iterable[Path]
 ) -> dict[Path, Linear]:
-    """Returns the kind of module of each leaf: by Flax's names, or by `kinds`."""
-    paths, found = list(paths), {}
+    """Returns the kind of module of each leaf: by Flax's names, or by `kinds`.
+
+    A pattern may be that of any leaf of the tree, with an adapter or without: the same
+    `kinds` serve for reading the model, training it and writing a part of it.
+    """
+    paths, found = [path for path in leaves if not is_adapter(path)], {}
     if not isinstance(kinds or {}, Mapping):
         raise TypeError(f"kinds is {{pattern: kind}}, found {type(kinds).__name__}.")
     for path in paths:

@@ -74,7 +74,7 @@ def index_leaves(
     for path, leaf in leaves.items():
         if is_array(unbox(leaf)) and (named := named_as(path)):
             index.named[path] = named
-    kind_of = module_kinds(kinds, index.named)
+    kind_of = module_kinds(kinds, leaves)
     for path, named in index.named.items():
         shape, counted = unbox(leaves[path]).shape, named.stacked
         if len(shape) < counted:

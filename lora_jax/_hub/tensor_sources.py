@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_jax._adapters import Axes, Shape, is_adapter
+from lora_jax._adapters import Axes, Shape
 from lora_jax._flax_names import axes_by_name, is_adaptable, own_names
 from lora_jax._hub.checkpoint import CheckpointTensor
 from lora_jax._hub.model_tensors import ModelTensors
@@ -63,8 +63,7 @@ def find_sources(
     Raises:
       ValueError: If a tensor is missing or has another shape, or a layout is not known.
     """
-    # A pattern of `kinds` may be of a leaf that is not asked for.
-    kind_of = module_kinds(kinds, [path for path in leaves if not is_adapter(path)])
+    kind_of = module_kinds(kinds, leaves)
     sources = {
         path: _source(path, leaves, found, kind_of[path], axes.get(path), tensors)
         for path, found in named.items()

@@ -54,7 +54,7 @@ def trained_tensors(
       ValueError: If a tensor is not trained by the config and not that of the base, or
         no leaf can hold what is trained.
     """
-    kind_of = module_kinds(kinds, index.named)
+    kind_of = module_kinds(kinds, leaves)
 
     def mapped(path: Path) -> MappedLeaf:
         given = axes.get(path)

@@ -383,6 +383,21 @@ def test_export_peft_of_an_embedding_used_as_a_matrix(tmp_path):
     assert update(tmp_path, "lm_head").shape == (5, 3)
 
 
+def test_kinds_may_be_those_of_weights_without_adapters(tmp_path):
+    """Reading the model, writing the adapter and reading it take the same options."""
+    kinds = {"table": "embedding", "head": "linear"}
+    base = {"table": {"w": jnp.ones((5, 3))}, "head": {"w": jnp.ones((3, 4))}}
+    names, axes = {"head": "lm_head"}, {"head/w": lj.Axes((), (0,), (1,))}
+    params = lj.lorafy(base, 1, targets="head", axes=axes)
+    lj.export_peft(tmp_path, params, names, kinds=kinds)
+    lj.import_peft(tmp_path, base, names, axes=axes, kinds=kinds)
+    for each in ({"tables": "embedding"}, {"head/w_lora_a": "linear"}):
+        with pytest.raises(ValueError, match=r"No .* matches '.*' of kinds"):
+            lj.export_peft(tmp_path, params, names, kinds=each, overwrite=True)
+        with pytest.raises(ValueError, match=r"No .* matches '.*' of kinds"):
+            lj.import_peft(tmp_path, base, names, axes=axes, kinds=each)
+
+
 def test_export_peft_writes_the_base_model_as_a_string(tmp_path):
     params = lj.lorafy({"a": one(8, 8)}, 1)
     lj.export_peft(tmp_path, params, {"a": "a"}, base_model=tmp_path)
