@@ -192,7 +192,7 @@ def run_page(tmp_path, monkeypatch, capsys, third_party):
 
     A block prints the text block after it, or what its comments say:
     `print(x)  # (2, 3)`. Pages that import a package which is not installed are
-    skipped. A folder "checkpoint" has the weights that the pages import.
+    skipped. The folders "checkpoint" and "llama" have weights that pages import.
     """
 
     def run(path, names=None):
@@ -219,7 +219,28 @@ def run_page(tmp_path, monkeypatch, capsys, third_party):
     draw = lambda i: np.random.default_rng(i).normal(size=(64, 64)).astype(np.float32)
     tensors = {layer.format(i): draw(i) for i in range(2)}
     safetensors.numpy.save_file(tensors, tmp_path / "checkpoint/model.safetensors")
+    (tmp_path / "llama").mkdir()
+    safetensors.numpy.save_file(tiny_llama(), tmp_path / "llama/model.safetensors")
     return run
+
+
+def tiny_llama():
+    """Returns the tensors of a Llama of one layer, with 2 heads of 8, one for keys."""
+    attention = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16)}
+    attention |= {"o_proj": (16, 16)}
+    mlp = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+    shapes = {
+        "embed_tokens": (32, 16),
+        **{f"layers.0.self_attn.{name}": shape for name, shape in attention.items()},
+        **{f"layers.0.mlp.{name}": shape for name, shape in mlp.items()},
+    }
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"model.{name}.weight": rng.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    norms = "layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"
+    return tensors | {f"model.{name}.weight": np.ones(16, np.float32) for name in norms}
 
 
 @dataclasses.dataclass
