@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import memory
+import llm_memory
 import numpy as np
 import optax
 import report
@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 import lora_jax as lj
 
-FLOATS, QUANTIZED = ["bfloat16", "float16", "float32"], ["nf4", "int8", "int4"]
+FLOATS = ["bfloat16", "float16", "float32"]
 AXIS = "devices"
 QUESTION = "Is this film review positive or negative?"
 WORDS = "negative", "positive"  # by label
@@ -103,11 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = options()
     args = parser.parse_args(argv)
     with script.exit_on_interrupt(parser, args.output):
-        with script.exit_on_error(parser, OSError), exit_without_memory(args):
+        with script.exit_on_error(parser, OSError), llm_memory.exit_without(args):
             with script.phase("before training"):
                 job = prepare(args)
                 trial_export(job)
-        with exit_without_memory(args):
+        with llm_memory.exit_without(args):
             run(parser, job, args)
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s in all; the files are in {args.output}")
@@ -149,9 +149,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     default = ["blocks*/*/kernel"]
     add("--targets", nargs="+", default=default, help="patterns of what to adapt")
     base = "format of the frozen weights, quantized ones of the kernels; default: dtype"
-    add("--base", choices=[*QUANTIZED, *FLOATS], help=base)
+    add("--base", choices=[*folders.QUANTIZED, *FLOATS], help=base)
     table = "format of the token embedding and the head"
-    add("--table", choices=QUANTIZED, help=table)
+    add("--table", choices=folders.QUANTIZED, help=table)
     dtype = "of the activations; default: float32 on CPUs, else bfloat16"
     add("--dtype", choices=FLOATS, help=dtype)
     add("--length", type=integer_from(2), default=512, help="tokens in a row")
@@ -232,7 +232,7 @@ def prepare(args: argparse.Namespace) -> Job:
     mesh = Mesh(np.array(devices), AXIS) if len(devices) > 1 else None
     model, base = folders.load(
         path,
-        args.base if args.base in QUANTIZED else None,
+        args.base if args.base in folders.QUANTIZED else None,
         args.table,
         remat=args.remat,
         dtype=jnp.dtype(args.dtype),
@@ -508,12 +508,12 @@ def run(parser: argparse.ArgumentParser, job: Job, args: argparse.Namespace) -> 
         job, now, frozen = start(job, args)
         print(lj.count(job.params))
         compiled = compile_step(job, now.state, frozen, args)
-        print(f"one step: {sizes(compiled.memory)}")
+        print(f"one step: {llm_memory.sizes(compiled.memory)}")
     evaluation = Evaluation(job, args)
     before = (
         sample(job, lj.combine(now.state[0], frozen), args) if not now.losses else None
     )
-    with exit_without_memory(args, compiled.memory):
+    with llm_memory.exit_without(args, compiled.memory):
         now = fit(parser, compiled, now, frozen, evaluation, job, args)
     done = f"after all {args.steps} steps, while the files were written"
     with script.phase(done):
@@ -614,36 +614,7 @@ def sample(job: Job, params: Any, args: argparse.Namespace) -> str:
     return job.format.tokenizer.decode(tokens, skip_special_tokens=False)
 
 
-# Progress, and errors of memory.
-
-
-def sizes(parts: dict[str, int]) -> str:
-    """Returns the memory of a step as text."""
-    size, unit = (1e9, "GB") if parts["peak"] > 1e8 else (1e6, "MB")
-    show = lambda n: f"{n / size:.3g} {unit}"
-    rest = ", ".join(
-        f"{show(parts[name])} {name}"
-        for name in ("parameters", "optimizer", "temporaries")
-    )
-    return f"{show(parts['peak'])} of memory ({rest})"
-
-
-def used_memory() -> str:
-    """Returns the largest memory in use so far, of a device or of this process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return f"{stats['peak_bytes_in_use'] / 1e9:.2f} GB on the device"
-    return f"{peak_resident() / 1e9:.2f} GB"
-
-
-def peak_resident() -> int:
-    """Returns the largest resident memory of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Progress.
 
 
 @contextlib.contextmanager
@@ -659,7 +630,7 @@ def progress(
         text = f"loss {statistics.mean(now.losses[-10:]):.3f}, {rate:,.0f} tokens/s"
         if now.held:
             text += f", held-out {[*now.held.values()][-1]:.3f}"
-        return f"{text}, {used_memory()}"
+        return f"{text}, {llm_memory.used()}"
 
     def line(now: Run) -> None:
         done = len(now.losses)
@@ -680,50 +651,6 @@ def progress(
         yield show
 
 
-@contextlib.contextmanager
-def exit_without_memory(
-    args: argparse.Namespace, parts: dict[str, int] | None = None
-) -> Iterator[None]:
-    """Ends the program with advice if the device's memory is not sufficient.
-
-    `parts` is the step's memory, once it is known; see `training.memory`.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(memory_advice(str(error), args, parts))
-
-
-def memory_advice(
-    text: str, args: argparse.Namespace, parts: dict[str, int] | None
-) -> str:
-    """Returns which options need less memory, with what is known of the step's."""
-    found = memory.refusal(text)
-    known = f": XLA plans {sizes(parts)} for the step" if parts else ""
-    if found["peak"]:
-        known = f": the step needs {found['peak'] / 1e9:.1f} GB, and there are "
-        known += f"{found['limit'] / 1e9:.1f} GB"
-    advice = []
-    if args.batch > len(jax.devices()):
-        half = max(len(jax.devices()), args.batch // 2)
-        advice.append(f"--batch {half} --accumulate {2 * args.accumulate}")
-    if not args.remat:
-        advice.append("--remat")
-    if args.base not in QUANTIZED:
-        advice.append("--base nf4")
-    if args.table is None:
-        advice.append("--table int8")
-    if args.chunk and args.chunk > 32:
-        advice.append("--chunk 32")
-    advice.append(f"--length {max(2, args.length // 2)}")
-    return (
-        f"finetune_llm.py: not enough memory{known}. Write, from the first on, "
-        f"{', then '.join(advice)}. plan_llm.py predicts a step's memory"
-    )
-
-
 # Results.
 
 
@@ -738,7 +665,7 @@ def finish(
         "before": before,
         "after": sample(job, job.params, args),
         "step_s": statistics.median(steady),
-        "peak_resident": peak_resident(),
+        "peak_resident": llm_memory.peak_resident(),
         "trainable": lj.count(job.params).trainable,
     }
     with script.staged(args.output) as new:
@@ -748,7 +675,7 @@ def finish(
             folder = job.format.folder
             lj.export_weights(new / "merged", job.params, job.names, folder)
         script.write_json(new / "finetune_llm.json", found)
-        figure(new / "finetune_llm.png", found)
+        report.held_losses(new / "finetune_llm.png", found["losses"], found["held"])
     run_state.remove(args.output)
     print(summary(found))
 
@@ -774,22 +701,6 @@ def show_text(name: str, text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     text = text if len(text) < 600 else f"... {text[-590:]}"
     return textwrap.fill(f"{name}: {text}", 80, subsequent_indent="  ")
-
-
-def figure(path: Path, found: dict[str, Any]) -> None:
-    """Draws the losses of all steps, their running mean and the held-out ones."""
-    ink, other = report.LINES["lora"], report.LINES["full"]
-    made, axes, end = report.token_losses(found["losses"])
-    ends = {"training": (end, ink)}
-    if found["held"]:
-        at, values = zip(*sorted(found["held"].items()), strict=True)
-        axes.plot(at, values, "o-", color=other, clip_on=False, zorder=3)
-        ends[f"held-out {values[-1]:.2f}"] = values[-1], other
-    bottom, top = axes.get_ylim()
-    places = report.spread([y for y, _ in ends.values()], 0.06 * (top - bottom))
-    for (text, (_, color)), y in zip(ends.items(), places, strict=True):
-        report.label_right(axes, text, y, color)
-    made.savefig(path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import finetune_llm
 import jax
 import jax.numpy as jnp
+import llm_memory
 import memory
 import numpy as np
 import script
@@ -111,7 +112,7 @@ def prepare(args: argparse.Namespace) -> Step:
     model = Model(arch, True, args.remat, *dtypes, **keep)
     shapes = fsdp.distribute(folders.shapes(model), mesh)
     axes = finetune_llm.find_axes(model.clone(keep=lambda x: x), shapes)
-    base = args.base if args.base in finetune_llm.QUANTIZED else None
+    base = args.base if args.base in folders.QUANTIZED else None
     if formats := folders.formats_of(arch, base, args.table):
         shapes = lj.quantize(shapes, formats, axes=axes)
     return Step(model, mesh, finetune_llm.adapt(shapes, args, axes), args)
@@ -151,7 +152,7 @@ def plan(step: Step) -> dict[str, Any]:
 def describe(parts: dict[str, Any]) -> str:
     """Returns the memory of a step as text."""
     if "refused" not in parts:
-        return finetune_llm.sizes(parts)
+        return llm_memory.sizes(parts)
     if parts["peak"] is None:
         return "XLA refuses it"
     needed, limit = (parts[name] / 1e9 for name in ("peak", "limit"))
@@ -199,7 +200,7 @@ def take_steps(step: Step) -> dict[str, Any]:
     (trainable, _), frozen, batch = shapes
     compiled = lower(step, *shapes).compile()
     parts = training.memory(compiled, *shapes)
-    print(f"XLA plans {finetune_llm.sizes(parts)}", flush=True)
+    print(f"XLA plans {llm_memory.sizes(parts)}", flush=True)
     trainable, frozen = (
         jax.tree_util.tree_map_with_path(random_leaf, x) for x in (trainable, frozen)
     )
@@ -211,7 +212,7 @@ def take_steps(step: Step) -> dict[str, Any]:
     rows = ids, np.ones_like(ids), positions, np.roll(ids, -1, -1)
     rows = jax.device_put(rows, batch[0].sharding)
     found: dict[str, Any] = {"plan": parts, "seconds": [], "losses": []}
-    resident = finetune_llm.peak_resident()
+    resident = llm_memory.peak_resident()
     for _ in range(step.args.run):
         began, busy = time.perf_counter(), time.process_time()
         state, value = compiled(state, frozen, rows)
@@ -220,13 +221,13 @@ def take_steps(step: Step) -> dict[str, Any]:
         busy = time.process_time() - busy
         print(
             f"loss {found['losses'][-1]:.3f}, {found['seconds'][-1]:.1f} s, {busy:.1f} "
-            f"s of CPU time; {finetune_llm.used_memory()} at most, "
+            f"s of CPU time; {llm_memory.used()} at most, "
             f"{resident / 1e9:.2f} GB before the first step",
             flush=True,
         )
     stats = jax.devices()[0].memory_stats() or {}
     return found | {
-        "peak_resident": finetune_llm.peak_resident(),
+        "peak_resident": llm_memory.peak_resident(),
         "peak_bytes_in_use": stats.get("peak_bytes_in_use"),
     }
 

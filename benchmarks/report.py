@@ -181,6 +181,22 @@ def token_losses(losses: Sequence[float]) -> tuple[Figure, Axes, float]:
     return made, axes, mean[-1]
 
 
+def held_losses(path: Path, losses: Sequence[float], held: Mapping[int, float]) -> None:
+    """Draws the losses of all steps, their running mean, and held-out ones by step."""
+    ink, other = LINES["lora"], LINES["full"]
+    made, axes, end = token_losses(losses)
+    ends = {"training": (end, ink)}
+    if held:
+        at, values = zip(*sorted(held.items()), strict=True)
+        axes.plot(at, values, "o-", color=other, clip_on=False, zorder=3)
+        ends[f"held-out {values[-1]:.2f}"] = values[-1], other
+    bottom, top = axes.get_ylim()
+    places = spread([y for y, _ in ends.values()], 0.06 * (top - bottom))
+    for (text, (_, color)), y in zip(ends.items(), places, strict=True):
+        label_right(axes, text, y, color)
+    made.savefig(path)
+
+
 def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws one bar of stacked parts for every method, with labels at the last bar."""
     stack(axes, [x["memory"] for x in found.values()], "MB", 0)
