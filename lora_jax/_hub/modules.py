@@ -180,6 +180,15 @@ def _check_stack(weight: MappedLeaf, named: ModuleNames, kind: Linear) -> None:
             "{expert} where the name has its number; or, if PyTorch has all experts in "
             f"one parameter of three dimensions, kinds={{{name!r}: 'experts'}}."
         )
+    if found < counted:
+        inputs, outputs = weight.axes.inputs, weight.axes.outputs
+        raise ValueError(
+            f"The name {named.templates[0]!r} of {name!r}, of shape {weight.shape}, "
+            f"counts {counted} stacked dimensions, and its axes have {found}: its "
+            f"dimensions {inputs} are inputs and {outputs} outputs. If it is a stack "
+            "of layers, write axes=find_axes(fn, params, *args), in lorafy too; if "
+            "not, remove {layer} or {expert} from the name."
+        )
     if kind is EXPERTS and (len(named.templates) > 1 or found <= counted):
         raise ValueError(
             f"{name!r}, of shape {weight.shape}, is no parameter of experts: it needs "
