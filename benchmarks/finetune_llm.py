@@ -290,6 +290,8 @@ def split(
 ) -> tuple[list[chat.Record], list[chat.Record]]:
     """Splits the records at random into a training and a held-out part.
 
+    Their order is random too: a row has several, and those of a file may be sorted.
+
     Raises:
       ValueError: If nothing would be left to train on.
     """
@@ -299,7 +301,7 @@ def split(
             f"to train on. Write --eval {len(records) // 10}."
         )
     order = np.random.default_rng(args.seed).permutation(len(records))
-    held, train = order[: args.eval], np.sort(order[args.eval :])
+    held, train = order[: args.eval], order[args.eval :]
     return [records[i] for i in train], [records[i] for i in held]
 
 

@@ -281,6 +281,16 @@ def test_main_on_several_devices_equals_one(files, whole, tmp_path, monkeypatch)
     )
 
 
+def test_split_shuffles_a_sorted_file(files, tmp_path):
+    """A row has several records, and those of one kind would all be in one batch."""
+    args = finetune_llm.options().parse_args(options(files, tmp_path, eval=20))
+    records = [*range(100)]
+    train, held = finetune_llm.split(records, args)
+    assert sorted(train + held) == records and len(held) == 20
+    for i in range(0, 80, 10):  # one of ten may be from one half by chance: 2 in 1000
+        assert min(train[i : i + 10]) < 50 <= max(train[i : i + 10])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
