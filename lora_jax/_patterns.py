@@ -19,6 +19,7 @@ from lora_jax._tree import Path, components, is_array, listed, path_name, unbox
 Patterns = str | Iterable[str]
 Selector = Patterns | Callable[[str, Any], bool]
 
+WILDCARDS = frozenset("*?[")
 # PyTorch's and PEFT's names of modules that have other names in Flax.
 TORCH_NAMES = ("all-linear", "*_proj", "*.*", "c_attn", "c_fc", "c_proj", "fc[12]")
 
@@ -29,14 +30,30 @@ def matches(pattern: str, path: Path) -> bool:
     A key that is itself a path, "layers.q.kernel", has the components of the nested
     tree, and a pattern may be written with its separators or with slashes.
     """
-    name = path_name(path)  # may contain a bracket, "w[0,1]", which fnmatch interprets
-    if name == pattern or fnmatchcase(f"/{name}/", f"*/{pattern}/*"):
+    return _fits(pattern, _spellings(path))
+
+
+def _spellings(path: Path) -> tuple[str, ...]:
+    """The path as text, and the path of the nested tree if that differs."""
+    name, nested = path_name(path), "/".join(components(path))
+    return (name,) if nested == name else (name, nested)
+
+
+def _fits(pattern: str, spellings: Sequence[str]) -> bool:
+    name, *nested = spellings
+    # A name may contain a bracket, "w[0,1]", which fnmatch interprets.
+    if name == pattern or _is_run(pattern, name):
         return True
-    nested = "/".join(components(path))
-    if nested == name:
+    if not nested:
         return False
     written = {pattern, pattern.replace(".", "/"), "/".join(components((pattern,)))}
-    return any(fnmatchcase(f"/{nested}/", f"*/{p}/*") for p in written)
+    return any(_is_run(each, *nested) for each in written)
+
+
+def _is_run(pattern: str, name: str) -> bool:
+    if WILDCARDS.isdisjoint(pattern):  # as fnmatch does, in a tenth of its time
+        return f"/{pattern}/" in f"/{name}/"
+    return fnmatchcase(f"/{name}/", f"*/{pattern}/*")
 
 
 def as_patterns(patterns: Patterns, name: str) -> tuple[str, ...]:
@@ -71,10 +88,17 @@ def match_each(
     Raises:
       ValueError: If a pattern matches no path.
     """
+    spelled = [_spellings(path) for path in paths]
+    names, written = {name for each in spelled for name in each}, set(patterns)
     for pattern in patterns:
-        if not any(matches(pattern, path) for path in paths):
+        if pattern not in names and not any(_fits(pattern, each) for each in spelled):
             raise ValueError(_no_match(pattern, paths, name, leaves or {}))
-    return [path for path in paths if any(matches(p, path) for p in patterns)]
+    return [
+        path
+        for path, each in zip(paths, spelled, strict=True)
+        if not written.isdisjoint(each)
+        or any(_fits(pattern, each) for pattern in patterns)
+    ]
 
 
 def select(
@@ -97,16 +121,21 @@ def by_pattern(
     patterns = as_patterns(values, name)
     stripped = dict(zip(patterns, values.values(), strict=True))
     first = {
-        path: next(p for p in patterns if matches(p, path))
+        path: _first(patterns, _spellings(path))
         for path in match_each(patterns, chosen, name)
     }
+    used = set(first.values())
     for pattern in patterns:
-        if pattern not in first.values():
+        if pattern not in used:
             raise ValueError(
                 f"The {name} of {pattern!r} is never used: earlier patterns match all "
                 "that it does, and the first wins. Put it before them."
             )
     return {path: stripped[pattern] for path, pattern in first.items()}
+
+
+def _first(patterns: Sequence[str], spellings: Sequence[str]) -> str:
+    return next(pattern for pattern in patterns if _fits(pattern, spellings))
 
 
 def collapsed(paths: Iterable[Path]) -> list[str]:
