@@ -110,7 +110,10 @@ class LoRA(nnx.Module):
 
     Attributes:
       model: The copy of the model, with the adapters in it.
-      dropout, unused, materialize, rngs: As given. They can be set.
+      dropout: As given, as the next three are. They can be set.
+      unused: As given.
+      materialize: As given.
+      rngs: As given.
       deterministic: Whether the dropout of the adapters is off; `module.eval()` and
         `module.train()` set it, as they do in the model.
 
