@@ -200,7 +200,9 @@ def held_losses(path: Path, losses: Sequence[float], held: Mapping[int, float]) 
 def draw_memory(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws one bar of stacked parts for every method, with labels at the last bar."""
     stack(axes, [x["memory"] for x in found.values()], "MB", 0)
-    labels = [f"{NAMES[name]}\ntrains {x['trainable']:,}" for name, x in found.items()]
+    labels = [
+        f"{NAMES[name]}\n{x['trainable']:,} trainable" for name, x in found.items()
+    ]
     below(axes, labels, [LINES[name] for name in found])
     title(axes, "Memory of one training step, MB", "what XLA allocates for it")
 
