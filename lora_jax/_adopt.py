@@ -58,7 +58,7 @@ def adopt(
     alpha: Number | Mapping[str, Number] | None = None,
     axes: Mapping[str, Axes] | None = None,
 ) -> PyTree:
-    """Makes the adapters of another JAX library adapters of this one.
+    """Converts the adapters of another JAX library to those of this library.
 
     `lora(fn)` of the plain model computes on the result what the other library computes
     on `params`: the factors get our names and our order of dimensions, and `lora_scale`

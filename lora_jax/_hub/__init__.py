@@ -22,10 +22,10 @@ In reading order:
   safetensors_writer.py  safetensors files, written tensor by tensor
   peft_config.py      PEFT's adapter_config.json
   peft_folder.py      PEFT's folder: the config and the tensors of an adapter
-  export_checks.py    the checks that PEFT loads an export as it was meant
+  export_checks.py    the checks that PEFT loads an export as intended
   model_class.py      the class of a checkpoint's model, and the names of its modules
   consumers.py        the programs that load PEFT's format, and what each takes
-  consumer_checks.py  the checks that these programs load an export as it was meant
+  consumer_checks.py  the checks that these programs load an export as intended
   module_groups.py    the modules that a program loads only together, and their sizes
   fit_factors.py      factors as a program reads them: zeros, one rank, one alpha
   export_peft.py      `export_peft`

@@ -1,4 +1,4 @@
-"""The checks that each program that an export is for loads it as it was meant."""
+"""The checks that the programs an export is for load it as intended."""
 
 import os
 import re

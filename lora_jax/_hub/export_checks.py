@@ -1,4 +1,4 @@
-"""The checks of an export's plan: PEFT must load it as it was meant.
+"""The checks of an export's plan: PEFT must load it as intended.
 
 PEFT goes by names and their ends, and leaves out without a warning what it does not
 find.

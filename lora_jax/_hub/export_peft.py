@@ -122,7 +122,7 @@ def export_peft(
       task_type: PEFT's, such as "CAUSAL_LM", for the config.
       fan_in_fan_out: Whether the PyTorch layers store (inputs, outputs), as GPT-2's do.
       for_: The programs that the folder is for, one or several of "peft", "vllm",
-        "sglang" and "llama.cpp". What one of them does not load as it was meant is
+        "sglang" and "llama.cpp". An adapter that one of them would skip or misread is
         refused; the guide "What loads where" has the rules, with their versions.
         For SGLang all ranks are padded with zeros to one, and all scales but one
         multiplied into B. It loads q, k and v only together, and gate and up: those
