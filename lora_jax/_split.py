@@ -121,8 +121,8 @@ def mask(params: PyTree) -> PyTree:
 
     For `optax.masked`, `optax.freeze` and the like; `adapters_only` needs no mask. Use
     it, or `labels`, or `nnx.LoRAParam` in an nnx module, instead of a filter of your
-    own: `".*lora.*"` also selects `lora_scale`. A scale has no gradient, but an optimizer
-    with weight decay, such as `optax.adamw`, shrinks every leaf that it gets.
+    own: `".*lora.*"` also selects `lora_scale`. A scale has no gradient, but an
+    optimizer with weight decay, such as `optax.adamw`, shrinks every leaf that it gets.
     (`optax.masked` passes the gradients of the other leaves on as updates, while
     `optax.partition` with `labels` sets them to zero.)
 
