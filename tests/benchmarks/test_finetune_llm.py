@@ -287,7 +287,7 @@ def test_split_shuffles_a_sorted_file(files, tmp_path):
     records = [*range(100)]
     train, held = finetune_llm.split(records, args)
     assert sorted(train + held) == records and len(held) == 20
-    for i in range(0, 80, 10):  # one of ten may be from one half by chance: 2 in 1000
+    for i in range(0, 80, 10):  # ten of one half by chance: 2 in 1,000
         assert min(train[i : i + 10]) < 50 <= max(train[i : i + 10])
 
 
