@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import llm_memory
+import memory
 import numpy as np
 import optax
 import report
@@ -149,9 +150,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     default = ["blocks*/*/kernel"]
     add("--targets", nargs="+", default=default, help="patterns of what to adapt")
     base = "format of the frozen weights, quantized ones of the kernels; default: dtype"
-    add("--base", choices=[*folders.QUANTIZED, *FLOATS], help=base)
+    add("--base", choices=[*memory.QUANTIZED, *FLOATS], help=base)
     table = "format of the token embedding and the head"
-    add("--table", choices=folders.QUANTIZED, help=table)
+    add("--table", choices=memory.QUANTIZED, help=table)
     dtype = "of the activations; default: float32 on CPUs, else bfloat16"
     add("--dtype", choices=FLOATS, help=dtype)
     add("--length", type=integer_from(2), default=512, help="tokens in a row")
@@ -232,7 +233,7 @@ def prepare(args: argparse.Namespace) -> Job:
     mesh = Mesh(np.array(devices), AXIS) if len(devices) > 1 else None
     model, base = folders.load(
         path,
-        args.base if args.base in folders.QUANTIZED else None,
+        args.base if args.base in memory.QUANTIZED else None,
         args.table,
         remat=args.remat,
         dtype=jnp.dtype(args.dtype),

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import jax
 import memory
-from models.folder import QUANTIZED
 
 
 def sizes(parts: dict[str, int]) -> str:
@@ -68,7 +67,7 @@ def advice(text: str, args: argparse.Namespace, parts: dict[str, int] | None) ->
         options.append(f"--batch {half} --accumulate {2 * args.accumulate}")
     if not args.remat:
         options.append("--remat")
-    if args.base not in QUANTIZED:
+    if args.base not in memory.QUANTIZED:
         options.append("--base nf4")
     if args.table is None:
         options.append("--table int8")

@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace) -> Step:
     model = Model(arch, True, args.remat, *dtypes, **keep)
     shapes = fsdp.distribute(folders.shapes(model), mesh)
     axes = finetune_llm.find_axes(model.clone(keep=lambda x: x), shapes)
-    base = args.base if args.base in folders.QUANTIZED else None
+    base = args.base if args.base in memory.QUANTIZED else None
     if formats := folders.formats_of(arch, base, args.table):
         shapes = lj.quantize(shapes, formats, axes=axes)
     return Step(model, mesh, finetune_llm.adapt(shapes, args, axes), args)

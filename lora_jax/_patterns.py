@@ -89,15 +89,14 @@ def match_each(
       ValueError: If a pattern matches no path.
     """
     spelled = [_spellings(path) for path in paths]
-    names, written = {name for each in spelled for name in each}, set(patterns)
+    names, written = {name for name, *_ in spelled}, set(patterns)
     for pattern in patterns:
         if pattern not in names and not any(_fits(pattern, each) for each in spelled):
             raise ValueError(_no_match(pattern, paths, name, leaves or {}))
     return [
         path
         for path, each in zip(paths, spelled, strict=True)
-        if not written.isdisjoint(each)
-        or any(_fits(pattern, each) for pattern in patterns)
+        if each[0] in written or any(_fits(pattern, each) for pattern in patterns)
     ]
 
 
@@ -120,10 +119,10 @@ def by_pattern(
     """
     patterns = as_patterns(values, name)
     stripped = dict(zip(patterns, values.values(), strict=True))
-    first = {
-        path: _first(patterns, _spellings(path))
-        for path in match_each(patterns, chosen, name)
-    }
+    first = {}
+    for path in match_each(patterns, chosen, name):
+        spellings = _spellings(path)
+        first[path] = next(p for p in patterns if _fits(p, spellings))
     used = set(first.values())
     for pattern in patterns:
         if pattern not in used:
@@ -132,10 +131,6 @@ def by_pattern(
                 "that it does, and the first wins. Put it before them."
             )
     return {path: stripped[pattern] for path, pattern in first.items()}
-
-
-def _first(patterns: Sequence[str], spellings: Sequence[str]) -> str:
-    return next(pattern for pattern in patterns if _fits(pattern, spellings))
 
 
 def collapsed(paths: Iterable[Path]) -> list[str]:

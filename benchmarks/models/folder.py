@@ -21,7 +21,6 @@ from models.attention import RopeScaling
 
 import lora_jax as lj
 
-QUANTIZED = ["nf4", "int8", "int4"]  # formats of weights
 # The default values of transformers' configurations, for fields that a file omits.
 # Fields without a default must be there.
 COMMON = {

@@ -336,9 +336,8 @@ def _peft_ties(leaf: MappedLeaf) -> bool:
     For tables of other names, as BERT's `word_embeddings`, it warns that there is
     nothing to tie. The factors of both are in the file.
     """
-    is_tied = any(part.kind is HEAD for part in leaf.modules.values())
     lasts = {name.rpartition(".")[2] for name in leaf.modules}
-    return is_tied and not lasts.isdisjoint(TIED_BY_PEFT)
+    return leaf.is_tied and not lasts.isdisjoint(TIED_BY_PEFT)
 
 
 def _bias(plan: ModulePlan, adapted: Container[str]) -> str:

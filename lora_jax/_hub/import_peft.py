@@ -13,7 +13,7 @@ from lora_jax._flax_names import is_floating
 from lora_jax._hub.checkpoint import check_floating
 from lora_jax._hub.fused_experts import with_separate_experts
 from lora_jax._hub.module_adapters import factor_shapes, join_adapters
-from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
+from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.module_plan import axes_by_path, check_inputs, plan_modules
 from lora_jax._hub.modules import MappedLeaf, leaf_from_torch, tensor_shapes
 from lora_jax._hub.names import Names
@@ -179,9 +179,8 @@ def _copied_values(
             f"{folder.path} holds {path!r}, which is {unbox(old).dtype} in base, and "
             "only floating leaves can be trained. Cast it in base."
         )
-    is_tied = any(part.kind is HEAD for part in leaf.modules.values())
     for name, shape in tensor_shapes(leaf).items():
-        if name not in tensors and is_tied:
+        if name not in tensors and leaf.is_tied:
             raise ValueError(
                 f"{folder.path} trains {listed(sorted(tensors))} in full, and not "
                 f"{name!r}: {path_name(leaf.path)!r} of base is both. Train the two as "
@@ -200,7 +199,7 @@ def _copied_values(
                 "the model that was trained."
             )
     first, *others = tensors.values()
-    if is_tied and not all(np.array_equal(x, first) for x in others):
+    if leaf.is_tied and not all(np.array_equal(x, first) for x in others):
         raise ValueError(
             f"{folder.path} has different {listed(sorted(tensors))}, and "
             f"{path_name(leaf.path)!r} of base is all of them. Give base a head of its "

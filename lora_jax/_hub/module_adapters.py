@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_jax._adapters import ABSENT, RANK, Axes, LowRank, Shape, factor_dims
-from lora_jax._hub.module_kinds import HEAD, ModuleAdapter
+from lora_jax._hub.module_kinds import ModuleAdapter
 from lora_jax._hub.modules import MappedLeaf
 from lora_jax._tree import Path, path_name
 
@@ -180,7 +180,7 @@ def _join_layer(
     Modules with the same A share its ranks. Otherwise each module has ranks of its own,
     whose part of B is zero for the outputs of all others.
     """
-    if any(part.kind is HEAD for part in weight.modules.values()):
+    if weight.is_tied:
         return _join_tied(weight, modules)
     each = list(modules.values())
     if len({module.scale for module in each}) > 1:

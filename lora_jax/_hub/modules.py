@@ -51,6 +51,11 @@ class MappedLeaf(NamedTuple):
         return batch, math.prod(inputs), math.prod(outputs)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether it is a table and the head too."""
+        return any(part.kind is HEAD for part in self.modules.values())
+
+    @property
     def has_conv1d_name(self) -> bool:
         last = (name.removesuffix(".weight").split(".")[-1] for name in self.modules)
         return any(name in CONV1D_NAMES for name in last)
